@@ -1,6 +1,7 @@
 """Recipes: TOML in, nested frozen settings out, every mistake reported at once.
 
-Each `Settings` class stands beside the code that uses it; this module knows how to read, check and write them, not what they mean.
+Each `Settings` class stands beside the code that uses it; this module knows how to read, check
+and write them, not what they mean.
 """
 
 import difflib
@@ -64,7 +65,7 @@ def read_recipe(path: Path, schema: type[S], overrides: Sequence[str] = ()) -> S
 
 
 def check_recipe(table: Mapping[str, Any], schema: type[S], origin: str) -> S:
-    """Turn a nested mapping into settings, or raise RecipeError with every problem found; `origin` names the recipe in it."""
+    """Turn a nested mapping into settings, or raise RecipeError with every problem found; `origin` names it."""
     table = json.loads(json.dumps(table, default=str))
     found: list[Problem] = []
     while True:
@@ -170,7 +171,7 @@ def _dotted_names(schema: type[Settings], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def _remove(table: dict[str, Any], location: tuple[str, ...]) -> bool:
+def _remove(table: Any, location: tuple[str, ...]) -> bool:
     for key in location[:-1]:
         table = table.get(key, {})
         if not isinstance(table, dict):

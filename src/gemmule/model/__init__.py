@@ -1,0 +1,1 @@
+"""Gemma 3 itself: no files, no ranks, no text."""

@@ -1,0 +1,84 @@
+"""Files and folders that are whole or absent: written aside, synced, renamed."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from gemmule.errors import OutputError
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn the system's refusals to write `path` (no space, not allowed, not there) into an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OutputError(f"{path}: no space left on the device; free some, what was written before is kept") from error
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except SafetensorError as error:
+        # The library reports the system's error as text.
+        if f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise OutputError(f"{path}: no space left on the device; free some, what was written before is kept") from error
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` to write a file to; when the block ends well it is synced and takes the name.
+
+    When it does not, the temporary file is removed and `path` is as it was.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield aside
+            _sync(aside)
+            aside.replace(path)
+            _sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_aside(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill; when the block ends well its files are synced and it takes the name `folder`."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with explained(folder):
+            aside.mkdir(parents=True)
+            yield aside
+            for file in sorted(aside.rglob("*"), reverse=True):
+                _sync(file)
+            _sync(aside)
+            _put_in_place(aside, folder)
+            _sync(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_in_place(aside: Path, folder: Path) -> None:
+    """Rename; a folder that is there already makes way, and is only removed when the new one has its name."""
+    if not folder.exists():
+        aside.rename(folder)
+        return
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
