@@ -19,7 +19,9 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise OutputError(f"{path}: no space left on the device; free some, what was written before is kept") from error
+            raise OutputError(
+                f"{path}: no space left on the device; free some, what was written before is kept"
+            ) from error
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
     except SafetensorError as error:
         # The library reports the system's error as text.
@@ -30,7 +32,7 @@ def explained(path: Path) -> Iterator[None]:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write a file to; when the block ends well it is synced and takes the name.
+    """Yield a temporary path beside `path` to write to; when the block ends well it is synced and takes the name.
 
     When it does not, the temporary file is removed and `path` is as it was.
     """
@@ -48,7 +50,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_written_aside(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill; when the block ends well its files are synced and it takes the name `folder`."""
+    """Yield a temporary folder to fill; when the block ends well it is synced and takes the name `folder`."""
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:

@@ -87,10 +87,13 @@ def check_recipe(table: Mapping[str, Any], schema: type[S], origin: str) -> S:
     return settings
 
 
-def write_recipe(settings: Settings, path: Path, note: str) -> None:
-    """Write settings as TOML that `read_recipe` turns back into equal settings; `note` becomes the first comment."""
+def write_recipe(settings: Settings, path: Path, note: str, *, given_only: bool = False) -> None:
+    """Write settings as TOML that `read_recipe` turns back into equal settings; `note` becomes the first comment.
+
+    `given_only` leaves out what was not set, so that it can still be settled later.
+    """
     lines = [f"# {note}"]
-    _write_table(settings.model_dump(exclude_none=True), (), lines)
+    _write_table(settings.model_dump(exclude_none=True, exclude_unset=given_only), (), lines)
     try:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The model folder: config.json, model.safetensors, tokenizer.json, generation_config.json, as Hugging Face lays it out."""
+"""The model folder, as Hugging Face lays it out: config.json, model.safetensors, tokenizer.json and their kin."""
 
 import json
 from pathlib import Path
@@ -20,12 +20,12 @@ from gemmule.tokenizer import Tokenizer
 SHARED_KEYS = [
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "query_pre_attn_scalar", "sliding_window", "max_position_embeddings", "rms_norm_eps",
-    "tie_word_embeddings", "attention_dropout",
+    "tie_word_embeddings", "initializer_range", "attention_dropout",
 ]  # fmt: skip
 
 
 def write_config(config: Gemma3Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return config.json for transformers before and after version 5: each reads its own dialect of the rotary settings."""
+    """Return config.json with the rotary settings in both dialects, transformers' before and since version 5."""
     factor = config.rope_scaling_factor
     scaling = {"rope_type": "linear", "factor": factor} if factor != 1 else None
     layer_types = ["full_attention" if kind == "global" else "sliding_attention" for kind in config.layer_kinds]
@@ -140,7 +140,9 @@ def read_tensors(folder: Path, model: Gemma3) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: damaged or not a safetensors file: {error}") from None
     gaps = [theirs for theirs, ours in wanted.items() if ours not in found]
-    wrong = [f"{name} is {list(t.shape)}, not {list(shapes[name])}" for name, t in found.items() if t.shape != shapes[name]]
+    wrong = [
+        f"{name} is {list(t.shape)}, not {list(shapes[name])}" for name, t in found.items() if t.shape != shapes[name]
+    ]
     for what, names in (("lacks", gaps), ("has also", spare), ("does not fit config.json:", wrong)):
         if names:
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

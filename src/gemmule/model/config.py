@@ -56,7 +56,7 @@ class Gemma3Config(Settings):
     num_key_value_heads: Count = 1
     head_dim: Count = 256
     # Attention scores are divided by the square root of this; it equals head_dim except in the 27B.
-    query_pre_attn_scalar: Annotated[float, Field(gt=0)] = 256
+    query_pre_attn_scalar: Count = 256
     # A local layer's token sees itself and the sliding_window - 1 tokens before it.
     sliding_window: Count = 512
     # Every n-th layer is global, the others are local.
@@ -68,6 +68,8 @@ class Gemma3Config(Settings):
     max_position_embeddings: Count = 32_768
     rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
     tie_word_embeddings: bool = True
+    # Standard deviation of the first weights.
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
     # Gemma trains without dropout; the residual branches and the attention weights can have it.
     dropout: Rate = 0.0
     attention_dropout: Rate = 0.0

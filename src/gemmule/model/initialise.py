@@ -8,14 +8,15 @@ from torch import nn
 from gemmule.model.gemma3 import Block, Gemma3, RMSNorm
 
 
-def initialise(model: Gemma3, seed: int, std: float = 0.02, damp_branches: bool = False) -> None:
-    """Draw every matrix from N(0, std^2) and set every norm to gain 1, as a pure function of the seed.
+def initialise(model: Gemma3, seed: int, damp_branches: bool = False) -> None:
+    """Draw every matrix from N(0, initializer_range^2) and set every norm to gain 1, as a pure function of the seed.
 
     The norms after attention and MLP undo any scaling of the matrices before them, so the usual smaller first output
     matrices do nothing here. `damp_branches` sets those norms' gain to 1/sqrt(2 L) instead, which keeps the residual
     stream near its first size through L layers.
     """
     generator = torch.Generator().manual_seed(seed)
+    std = model.config.initializer_range
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Embedding):

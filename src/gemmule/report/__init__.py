@@ -1,0 +1,1 @@
+"""From metrics to what people look at: curves and TensorBoard."""

@@ -1,0 +1,64 @@
+"""`gemmule generate MODEL`: continue a prompt, streaming."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gemmule.cli.screen import print_json
+
+
+def generate(
+    model: Annotated[Path, typer.Argument(help="A model folder, or a run folder (its newest good checkpoint).")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "Once upon a time",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest continuation.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Above 1 bolder, below 1 safer, 0 always the likeliest.")
+    ] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among the k likeliest tokens; 0 among all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.000001, max=1, help="Choose among the likeliest that reach probability p.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(min=0, max=0.999999, help="Leave out tokens below p times the likeliest's.")
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Repeats a continuation; without it each one is new.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of streaming text.")] = False,
+) -> int:
+    """Let a model continue a text.
+
+    Examples:
+
+        gemmule generate runs/story/model
+
+        gemmule generate runs/story --prompt "Tom found a red" --temperature 0.5 --seed 7
+    """
+    import gemmule
+
+    network, tokenizer = gemmule.load(model, device)
+    text, tokens, finish = "", 0, None
+    if not as_json:
+        sys.stdout.write(prompt)
+    for event in gemmule.generate(
+        network,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+    ):
+        text, tokens, finish = text + event.text, tokens + 1, event.finish
+        if not as_json:
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+    if as_json:
+        print_json(json.dumps({"prompt": prompt, "text": text, "tokens": tokens, "finish": finish}))
+    else:
+        sys.stdout.write("\n")
+    return 0

@@ -1,0 +1,101 @@
+"""`gemmule train RECIPE`: prepare, train, draw, tell."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemmule.cli.screen import Screen, print_json
+
+if TYPE_CHECKING:
+    from gemmule.train.run import Audience, Outcome, Recipe
+
+INTERRUPTED = 130
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe: TOML, see recipes/ for some with every key explained.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change one setting.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder.  [default: runs/NAME-OF-RECIPE]")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the run in --out stopped, if there is one.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object with the result last.")] = False,
+) -> int:
+    """Train a model from a recipe: data, tokenizer, training, curves and samples.
+
+    Examples:
+
+        gemmule train recipes/story.toml
+
+        gemmule train recipes/tinystories-cpu.toml --set data.train=train.txt --set data.validation=valid.txt
+
+        gemmule train recipes/story.toml --out runs/story --resume
+    """
+    from gemmule.recipe import read_recipe
+    from gemmule.train.run import Recipe, run_recipe
+
+    settings = read_recipe(recipe, Recipe, overrides or [])
+    run = out or Path("runs") / recipe.stem
+    with Screen() as screen:
+        outcome = run_recipe(settings, run, resume, _audience(screen, run))
+    if outcome.position.step < outcome.recipe.train.steps:
+        again = " ".join(
+            ["gemmule train", str(recipe), *(f"--set {item}" for item in overrides or []), f"--out {run} --resume"]
+        )
+        screen.say(f"stopped after step {outcome.position.step:,}, which is saved; go on with:  {again}")
+        return INTERRUPTED
+    summary = _conclude(screen, outcome, run)
+    if as_json:
+        print_json(json.dumps(summary))
+    return 0
+
+
+def _audience(screen: Screen, run: Path) -> "Audience":
+    """Tell the screen, the picture and TensorBoard of the run."""
+    from gemmule.generate.engine import complete
+    from gemmule.generate.sampling import SamplingSettings
+    from gemmule.report.curves import draw_curves
+    from gemmule.report.tensorboard import open_tensorboard
+    from gemmule.train.run import Audience
+
+    board = open_tensorboard(run / "tensorboard", screen.say)
+
+    def record(line: dict[str, Any], steps: int) -> None:
+        screen.training(line, steps)
+        board(line)
+        if "val_loss" in line:
+            draw_curves(run, screen.say)
+
+    def tell(model: Any, tokenizer: Any, prompts: Any, tokens: int, seed: int) -> list[str]:
+        texts = complete(model, tokenizer, prompts, tokens, SamplingSettings(temperature=0.8), seed)
+        for text in texts:
+            screen.say("  | " + text.strip().replace("\n", "\n  | "))
+        return texts
+
+    return Audience(screen.say, screen.progress, record, tell)
+
+
+def _conclude(screen: Screen, outcome: "Outcome", run: Path) -> dict[str, Any]:
+    """Say where the result lies; where the corpus can check stories, let the model tell some and show the verdicts."""
+    from gemmule.evaluate.stories import judge_stories
+    from gemmule.train.metrics import read_json_lines
+
+    last = read_json_lines(run / "metrics.jsonl")[-1]
+    summary = {"run": str(run), "model": str(run / "model"), **last}
+    if is_storybook(outcome.recipe):
+        judged = judge_stories(outcome.model, outcome.dataset.tokenizer, "Once upon a time", count=20, seed=1)
+        for number, (text, verdict) in enumerate(judged[:3], start=1):
+            screen.say(f"\nStory {number}\n\n{text}\n\n  checker: {verdict}")
+        good = sum(verdict.good for _, verdict in judged)
+        screen.say(f"\n{good} of {len(judged)} stories told by the model are whole and consistent.")
+        summary |= {"stories": len(judged), "good_stories": good}
+    screen.say(f"the model is in {run / 'model'}, its curves are in {run / 'loss.png'}; let it speak:")
+    screen.say(f"  gemmule generate {run / 'model'}")
+    return summary
+
+
+def is_storybook(recipe: "Recipe") -> bool:
+    """Whether the run learned from the embedded corpus, whose stories can be checked."""
+    return recipe.data.train.split(":")[0] == "storybook"

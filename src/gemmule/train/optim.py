@@ -1,0 +1,129 @@
+"""Optimizers: which rule moves which parameter."""
+
+from collections.abc import Callable, Iterable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from gemmule.recipe import Settings
+
+Rate = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerSettings(Settings):
+    """The optimizer and its constants; AdamW's defaults are the seed document's."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: Rate = 2.5e-4
+    # Under muon: the rate of what AdamW trains beside it, the embedding and the norms.
+    adamw_learning_rate: Rate = 2.5e-4
+    beta_1: Decay = 0.9
+    beta_2: Decay = 0.95
+    epsilon: Rate = 1e-8
+    momentum: Decay = 0.95  # muon's
+    # Drawn from matrices only: decay would pull norms towards gain 1 and rare words towards silence.
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    # The longest gradient, in the norm over all parameters, that is used as it is; longer ones are shortened to it.
+    clip: Annotated[float, Field(gt=0)] = 1.0
+
+
+Named = Iterable[tuple[str, nn.Parameter]]
+
+
+def _split(parameters: Named) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Separate the matrices inside the blocks from embedding, head and norms."""
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in parameters:
+        inside = name.startswith("blocks.") and parameter.ndim == 2
+        (matrices if inside else others).append(parameter)
+    return matrices, others
+
+
+def adamw(parameters: Named, settings: OptimizerSettings) -> list[Optimizer]:
+    """AdamW for everything, without decay on embedding and norms (Loshchilov and Hutter, arXiv 1711.05101)."""
+    matrices, others = _split(parameters)
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return [_adamw(groups, settings.learning_rate, settings)]
+
+
+def muon(parameters: Named, settings: OptimizerSettings) -> list[Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the rest (Jordan et al. 2024; update size as in arXiv 2502.16982)."""
+    matrices, others = _split(parameters)
+    orthogonal = Muon(
+        matrices,
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    groups = [{"params": others, "weight_decay": 0.0}]
+    return [orthogonal, _adamw(groups, settings.adamw_learning_rate, settings)]
+
+
+def _adamw(groups: list[dict[str, object]], rate: float, settings: OptimizerSettings) -> AdamW:
+    return AdamW(groups, lr=rate, betas=(settings.beta_1, settings.beta_2), eps=settings.epsilon, fused=True)
+
+
+OPTIMIZERS: dict[str, Callable[[Named, OptimizerSettings], list[Optimizer]]] = {"adamw": adamw, "muon": muon}
+
+
+class Updater:
+    """The optimizers of a run as one: each parameter has exactly one owner, rates follow a factor of their peak."""
+
+    def __init__(self, model: nn.Module, settings: OptimizerSettings) -> None:
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._clip = settings.clip
+        self._optimizers = OPTIMIZERS[settings.name](list(model.named_parameters()), settings)
+        self._groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        self._peaks = [group["lr"] for group in self._groups]
+        owned = [parameter for group in self._groups for parameter in group["params"]]
+        assert sorted(map(id, owned)) == sorted(map(id, self._names)), "each parameter needs exactly one owner"
+
+    def update(self, factor: float) -> Tensor:
+        """Clip the gradients, move every parameter at `factor` of its peak rate, clear the gradients.
+
+        Returns the gradient's norm before clipping; where that is not finite, nothing is moved.
+        """
+        norm = nn.utils.clip_grad_norm_(list(self._names), self._clip)
+        if torch.isfinite(norm):
+            for group, peak in zip(self._groups, self._peaks, strict=True):
+                group["lr"] = peak * factor
+            for optimizer in self._optimizers:
+                optimizer.step()
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+        return norm
+
+    @property
+    def learning_rate(self) -> float:
+        """The first group's rate of the last update."""
+        return float(self._groups[0]["lr"])
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything the optimizers remember, as tensors named `parameter/quantity`."""
+        remembered: dict[str, Tensor] = {}
+        for optimizer in self._optimizers:
+            for parameter, quantities in optimizer.state.items():
+                assert isinstance(parameter, nn.Parameter)
+                for quantity, value in quantities.items():
+                    remembered[f"{self._names[parameter]}/{quantity}"] = value
+        return remembered
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Remember again what `state` returned."""
+        parameters = {name: parameter for parameter, name in self._names.items()}
+        owners = {p: o for o in self._optimizers for group in o.param_groups for p in group["params"]}
+        for key, value in state.items():
+            name, _, quantity = key.rpartition("/")
+            parameter = parameters[name]
+            # Step counters stay where the optimizer made them; moments live with their parameter.
+            place = parameter.device if value.ndim else value.device
+            owners[parameter].state[parameter][quantity] = value.to(place)

@@ -1,0 +1,252 @@
+"""A whole run, from recipe to model folder; what it writes lies in one run folder."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from gemmule.data import Dataset, DataSettings, open_dataset, prepare_dataset
+from gemmule.data.batches import PackedRows, WholeDocuments
+from gemmule.errors import OutputError
+from gemmule.files import explained, folder_written_aside
+from gemmule.formats.folder import save_folder
+from gemmule.model.config import Gemma3Config
+from gemmule.model.gemma3 import Gemma3
+from gemmule.model.initialise import initialise
+from gemmule.recipe import Problem, Settings, read_recipe, write_recipe
+from gemmule.runtime import choose_device, choose_precision, derive_seed, interruptible
+from gemmule.tokenizer import Tokenizer, TokenizerSettings
+from gemmule.train.checkpoint import Position, load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint
+from gemmule.train.loop import Hooks, TrainSettings, accumulate_gradients, train
+from gemmule.train.metrics import JsonLines
+from gemmule.train.optim import OptimizerSettings, Updater
+from gemmule.train.schedule import ScheduleSettings
+from gemmule.train.validation import Score, score
+
+
+class Recipe(Settings):
+    """Everything that decides a run."""
+
+    data: DataSettings
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    model: Gemma3Config = Gemma3Config()
+    train: TrainSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield sections that do not fit each other."""
+        own = self.model.vocab_size if "vocab_size" in self.model.model_fields_set else None
+        if own is not None and self.tokenizer.path is None and own < self.tokenizer.vocab_size:
+            advice = f"must be at least tokenizer.vocab_size ({self.tokenizer.vocab_size}); leave it out to follow that"
+            yield Problem("model.vocab_size", own, advice)
+        if self.train.context > self.model.max_position_embeddings:
+            advice = f"must be at most model.max_position_embeddings ({self.model.max_position_embeddings})"
+            yield Problem("train.context", self.train.context, advice)
+
+
+class Audience(NamedTuple):
+    """Who is told of a run, and the parts that lie above training: plain functions."""
+
+    say: Callable[[str], None]
+    # (what is being done, how much is done, of how much if known)
+    progress: Callable[[str, int, int | None], None]
+    # A line of metrics.jsonl, and the number of steps of the run.
+    record: Callable[[dict[str, Any], int], None]
+    # (model, tokenizer, prompts, tokens, seed) -> the prompts continued
+    tell: Callable[[Gemma3, Tokenizer, Sequence[str], int, int], list[str]]
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    recipe: Recipe
+    position: Position
+    dataset: Dataset
+    model: Gemma3
+
+
+def run_recipe(recipe: Recipe, out: Path, resume: bool, audience: Audience) -> Outcome:
+    """Prepare the data, train from the start or from the newest good checkpoint, and write the model folder.
+
+    A stop asked for by Ctrl-C or SIGTERM ends the run after a checkpoint; `position.step` tells how far it came.
+    """
+    recipe = claim_folder(recipe, out, resume)
+    device = choose_device(recipe.train.device)
+    precision = choose_precision(recipe.train.precision, device)
+    dataset = _dataset(recipe, out, audience)
+    tokenizer, context = dataset.tokenizer, recipe.train.context
+    recipe = recipe.replace(model=recipe.model.replace(vocab_size=_vocabulary(recipe, tokenizer)))
+    rows = PackedRows(dataset.train, context, recipe.train.seed, recipe.data.mask_documents, tokenizer.bos_id)
+    audience.say(describe(recipe, dataset, device, precision))
+    recipe = _settle_steps(recipe, rows, device, precision, audience)
+    write_recipe(recipe, out / "recipe.toml", "The recipe of this run, resolved: it repeats the run.")
+    model, updater = build(recipe, device)
+    position = _restore(out, model, updater, audience) if resume else Position()
+    measure = validation(dataset, recipe, model, precision)
+    with (
+        interruptible() as interrupt,
+        JsonLines(out / "metrics.jsonl", position.metrics_bytes) as metrics,
+        JsonLines(out / "samples.jsonl", position.samples_bytes) as samples,
+    ):
+
+        def record(line: dict[str, Any]) -> None:
+            if "val_loss" in line and measure.floor is not None:
+                line["val_floor"] = measure.floor
+            metrics.write(line)
+            audience.record(line, recipe.train.steps)
+
+        def sample(step: int) -> None:
+            prompts, tokens = recipe.train.sample_prompts, recipe.train.sample_tokens
+            seed = derive_seed(recipe.train.seed, "sample")
+            for prompt, text in zip(prompts, audience.tell(model, tokenizer, prompts, tokens, seed), strict=True):
+                samples.write({"step": step, "prompt": prompt, "text": text})
+
+        def save(now: Position) -> None:
+            now = now.replace(metrics_bytes=metrics.size, samples_bytes=samples.size)
+            save_checkpoint(out, model, tokenizer, updater, now)
+            prune_checkpoints(out, recipe.train.keep_checkpoints, now.best_step)
+
+        hooks = Hooks(record, measure.score, sample, save, lambda: interrupt.requested)
+        position = train(model, updater, rows, recipe.train, recipe.schedule, precision, position, hooks)
+    with folder_written_aside(out / "model") as folder:
+        save_folder(model, tokenizer, folder)
+    return Outcome(recipe, position, dataset, model.eval())
+
+
+def claim_folder(recipe: Recipe, out: Path, resume: bool) -> Recipe:
+    """Take `out` for this run and return the recipe to follow: the folder's own where a run is resumed.
+
+    Raises OutputError where the folder holds something else.
+    """
+    stored = out / "recipe.toml"
+    if not stored.exists():
+        if (out.is_dir() and any(out.iterdir())) or out.is_file():
+            raise OutputError(f"--out {out}: holds other files and no run; name a new or empty folder")
+        with explained(out):
+            out.mkdir(parents=True, exist_ok=True)
+        write_recipe(recipe, stored, "The recipe of this run, as given.", given_only=True)
+        return recipe
+    if not resume:
+        raise OutputError(f"--out {out}: holds a run already; go on with it by --resume, or name another folder")
+    known = read_recipe(stored, Recipe)
+    differing = _differences(recipe, known)
+    if differing:
+        raise OutputError(f"--out {out}: holds a run of another recipe ({'; '.join(differing)}); name another folder")
+    return known
+
+
+def _differences(given: Recipe, stored: Recipe) -> list[str]:
+    """List the settings that differ, apart from those that a run resolves for itself."""
+    resolved = {"model.vocab_size"}
+    if given.train.minutes is not None:
+        resolved |= {"train.minutes", "train.steps"}
+    new, old = (
+        {f"{group}.{key}": value for group, table in r.model_dump().items() for key, value in table.items()}
+        for r in (given, stored)
+    )
+    return [f"{key} is {new[key]!r}, was {old[key]!r}" for key in new if new[key] != old[key] and key not in resolved]
+
+
+def _dataset(recipe: Recipe, out: Path, audience: Audience) -> Dataset:
+    """Open the prepared data, making it first where this run has none."""
+    source = Path(recipe.data.train)
+    folder = source if (source / "dataset.json").is_file() else out / "data"
+    if not (folder / "dataset.json").is_file():
+        prepare_dataset(recipe.data, recipe.tokenizer, folder, audience.progress)
+    dataset = open_dataset(folder)
+    audience.say(str(dataset.report))
+    return dataset
+
+
+def _vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> int:
+    """Return the rows of the embedding: the recipe's, or as many as the tokenizer has ids."""
+    chosen = recipe.model.vocab_size if "vocab_size" in recipe.model.model_fields_set else 0
+    return max(chosen, tokenizer.vocab_size)
+
+
+def describe(recipe: Recipe, dataset: Dataset, device: torch.device, precision: str) -> str:
+    """Say in two lines what will be trained on what, and where."""
+    config, settings = recipe.model, recipe.train
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Gemma3(config).parameters())
+    embedding = config.vocab_size * config.hidden_size
+    batch = settings.batch_size * settings.context
+    epochs = settings.steps * batch / dataset.train.tokens
+    return (
+        f"Gemma 3 with {parameters:,} parameters ({embedding:,} in the embedding): {config.num_hidden_layers} layers "
+        f"of width {config.hidden_size}, MLP {config.intermediate_size}, {config.num_attention_heads} heads and "
+        f"{config.num_key_value_heads} of keys, each {config.head_dim}; window {config.sliding_window}\n"
+        f"on {device} in {precision}, {settings.batch_size} x {settings.context} tokens a step; "
+        f"{settings.steps:,} steps would be {epochs:.2f} epochs"
+    )
+
+
+def build(recipe: Recipe, device: torch.device) -> tuple[Gemma3, Updater]:
+    """Make a fresh model and its optimizers."""
+    model = Gemma3(recipe.model, recipe.train.attention)
+    initialise(model, derive_seed(recipe.train.seed, "weights"), recipe.train.damp_branches)
+    model.to(device)
+    if recipe.train.compile:
+        for block in model.blocks:
+            block.compile()
+    return model, Updater(model, recipe.optimizer)
+
+
+def _settle_steps(
+    recipe: Recipe, rows: PackedRows, device: torch.device, precision: Literal["bf16", "fp32"], audience: Audience
+) -> Recipe:
+    """Turn `train.minutes` into steps by timing a few on a throw-away model."""
+    minutes = recipe.train.minutes
+    if minutes is None:
+        return recipe
+    settings = recipe.train
+    model, updater = build(recipe, device)
+    model.train()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < 5 and len(times) < 20):
+        began = time.perf_counter()
+        accumulate_gradients(model, rows.rows(0, settings.batch_size), settings, precision)
+        updater.update(1e-3)
+        times.append(time.perf_counter() - began)
+    seconds = sorted(times[1:])[len(times[1:]) // 2]
+    steps = max(1, min(settings.steps, int(60 * minutes / seconds)))
+    audience.say(f"one step takes {seconds:.3f} s here: {steps:,} steps in {minutes:g} minutes")
+    return recipe.replace(train=settings.replace(steps=steps, minutes=None))
+
+
+def _restore(out: Path, model: Gemma3, updater: Updater, audience: Audience) -> Position:
+    """Go back to the newest checkpoint that is whole, saying what is wrong with newer ones."""
+    folder, damage = newest_checkpoint(out)
+    for sentence in damage:
+        audience.say(f"passed over a checkpoint: {sentence}")
+    if folder is None:
+        audience.say(f"{out} has no checkpoint yet: starting from step 0")
+        return Position()
+    position = load_checkpoint(folder, model, updater)
+    audience.say(f"going on from {folder}, after step {position.step:,}")
+    return position
+
+
+class Measure(NamedTuple):
+    """The validation of a run, and the loss no model can beat on it where that is known (nats per token)."""
+
+    score: Callable[[], Score]
+    floor: float | None
+
+
+def validation(dataset: Dataset, recipe: Recipe, model: Gemma3, precision: Literal["bf16", "fp32"]) -> Measure:
+    """Fix the documents to validate on."""
+    settings = recipe.train
+    documents = WholeDocuments(
+        dataset.validation,
+        settings.context,
+        settings.micro_batch_size or settings.batch_size,
+        dataset.tokenizer.pad_id or 0,
+        settings.validation_tokens,
+    )
+    whole = documents.documents == dataset.validation.documents
+    floor = dataset.floor_nats / documents.targets if dataset.floor_nats is not None and whole else None
+    return Measure(lambda: score(model, documents, documents.bytes, precision), floor)
