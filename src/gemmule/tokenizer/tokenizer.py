@@ -9,7 +9,8 @@ from typing import Any
 
 import tokenizers
 
-from gemmule.errors import OutputError, TokenizerError
+from gemmule.errors import TokenizerError
+from gemmule.files import written_aside
 from gemmule.tokenizer.pieces import Pieces, read_pieces
 from gemmule.tokenizer.streaming import PieceStream, RedecodingStream, TextStream
 
@@ -62,8 +63,10 @@ class Tokenizer:
         # With this class transformers reads tokenizer.json as it is; by the model type alone (gemma3_text) it would
         # rebuild a GemmaTokenizer with Google's normalizer around our vocabulary.
         default = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
-        _write_text(folder / TOKENIZER_FILE, self._document)
-        _write_text(folder / CONFIG_FILE, json.dumps(self._config or default, indent=2, ensure_ascii=False) + "\n")
+        config = json.dumps(self._config or default, indent=2, ensure_ascii=False) + "\n"
+        for name, text in ((TOKENIZER_FILE, self._document), (CONFIG_FILE, config)):
+            with written_aside(folder / name) as aside:
+                aside.write_text(text, encoding="utf-8")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -187,16 +190,6 @@ def _read_text(file: Path) -> str:
         raise TokenizerError(f"tokenizer {file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
         raise TokenizerError(f"tokenizer {file}: cannot be read: {error.strerror}") from error
-
-
-def _write_text(file: Path, text: str) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(file.name + ".partial")
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(file)
-    except OSError as error:
-        raise OutputError(f"{file}: cannot be written: {error.strerror}") from error
 
 
 def _surrogates(text: str) -> TokenizerError:

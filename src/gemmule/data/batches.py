@@ -1,0 +1,183 @@
+"""Rows of tokens for training and validation, cut from a corpus; which row holds what is pure arithmetic."""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from operator import itemgetter
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gemmule.data.corpus import Corpus, check_corpus
+
+IGNORED = -100  # a target that is not trained; what cross_entropy ignores by default
+PADDING = -1  # the document of padding, which sees itself alone
+
+
+class Batch(NamedTuple):
+    """Rows of tokens and, one place later, what they should predict."""
+
+    tokens: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64; IGNORED where nothing is predicted
+    documents: Tensor | None  # (B, T) int32, equal within a document of a row; None where documents see each other
+
+    @property
+    def trained(self) -> int:
+        """The number of targets that count."""
+        return int((self.targets != IGNORED).sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on another device."""
+        return self._each(lambda part: part.to(device))
+
+    def split(self, rows: int) -> "Iterator[Batch]":
+        """Yield the batch in portions of at most so many rows."""
+        for first in range(0, len(self.tokens), rows):
+            yield self._each(itemgetter(slice(first, first + rows)))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        documents = None if self.documents is None else change(self.documents)
+        return Batch(change(self.tokens), change(self.targets), documents)
+
+
+class Epoch(NamedTuple):
+    """One pass over a corpus."""
+
+    order: npt.NDArray[np.int64]  # the documents as they come
+    ends: npt.NDArray[np.int64]  # where each of them ends among the epoch's tokens
+
+
+class PackedRows:
+    """An endless stream of documents, reshuffled each epoch, cut into rows of `context` tokens.
+
+    Row r holds the stream's tokens r T to r T + T, the first T as inputs and the last T as targets, so every token is a
+    target once. A document's first token is IGNORED where nothing before it can predict it: where it is `bos_id`, and
+    where documents are masked.
+    """
+
+    def __init__(
+        self, corpus: Corpus, context: int, seed: int, mask_documents: bool = False, bos_id: int | None = None
+    ) -> None:
+        check_corpus(corpus, context)
+        self.corpus = corpus
+        self.context = context
+        self.seed = seed
+        self.mask_documents = mask_documents
+        self.bos_id = bos_id
+        self.epoch = lru_cache(maxsize=2)(self._shuffle)  # a batch may reach into the next epoch
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Return rows `first` to `first + count`; a pure function of them and the seed."""
+        length = count * self.context + 1
+        stream = np.empty(length, dtype=np.int64)
+        segment = np.empty(length, dtype=np.int32)
+        begins = np.zeros(length, dtype=bool)
+        filled = 0
+        for number, (document, start, stop) in enumerate(self._spans(first * self.context, length)):
+            there = slice(filled, filled + stop - start)
+            stream[there] = self.corpus.read(document, start, stop)
+            segment[there] = number
+            begins[filled] = start == 0
+            filled = there.stop
+        shape = (count, self.context)
+        unpredictable = begins[1:] & (self.mask_documents | (stream[1:] == self.bos_id))
+        targets = np.where(unpredictable, IGNORED, stream[1:]).reshape(shape)
+        documents = torch.from_numpy(segment[:-1].reshape(shape)) if self.mask_documents else None
+        return Batch(torch.from_numpy(stream[:-1].reshape(shape)), torch.from_numpy(targets), documents)
+
+    def _spans(self, position: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (document, start, stop) for `length` tokens of the stream from `position` on."""
+        number, within = divmod(position, self.corpus.tokens)
+        while length:
+            epoch = self.epoch(number)
+            place = int(np.searchsorted(epoch.ends, within, side="right"))
+            while length and place < len(epoch.order):
+                document = int(epoch.order[place])
+                size = int(self.corpus.lengths[document])
+                start = within - (int(epoch.ends[place]) - size)
+                stop = min(size, start + length)
+                yield document, start, stop
+                length -= stop - start
+                within += stop - start
+                place += 1
+            number, within = number + 1, 0
+
+    def _shuffle(self, number: int) -> Epoch:
+        # Raw bits of a bit generator: numpy promises that no version changes them, which it does not of `permutation`.
+        keys = np.random.PCG64(np.random.SeedSequence([self.seed, number])).random_raw(self.corpus.documents)
+        order = np.argsort(keys, kind="stable")
+        return Epoch(order, np.cumsum(self.corpus.lengths[order], dtype=np.int64))
+
+
+class Piece(NamedTuple):
+    """Tokens start to stop of a document as inputs; their targets are one place later."""
+
+    document: int
+    start: int
+    stop: int
+
+
+class WholeDocuments:
+    """A fixed set of documents for validation, packed whole into rows; each sees itself alone.
+
+    Taken from the start of the corpus until `limit_tokens` targets are reached. Every token but a document's first is a
+    target exactly once; documents longer than a row are cut into pieces, the later ones without what came before.
+    """
+
+    def __init__(
+        self, corpus: Corpus, context: int, batch_size: int, pad_id: int | None, limit_tokens: int | None = None
+    ) -> None:
+        self._corpus, self._context, self._batch_size, self._pad_id = corpus, context, batch_size, pad_id or 0
+        targets = np.cumsum(corpus.lengths, dtype=np.int64) - np.arange(1, corpus.documents + 1)
+        enough = corpus.documents if limit_tokens is None else int(np.searchsorted(targets, limit_tokens)) + 1
+        self.documents = min(enough, corpus.documents)
+        self.targets = int(targets[self.documents - 1])
+        self.bytes = sum(corpus.text_bytes(document) for document in range(self.documents))
+        self._rows = _pack(corpus, self.documents, context)
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for first in range(0, len(self._rows), self._batch_size):
+            yield self._batch(self._rows[first : first + self._batch_size])
+
+    def _batch(self, rows: list[list[Piece]]) -> Batch:
+        shape = (len(rows), self._context)
+        tokens = np.full(shape, self._pad_id, dtype=np.int64)
+        targets = np.full(shape, IGNORED, dtype=np.int64)
+        documents = np.full(shape, PADDING, dtype=np.int32)
+        for row, pieces in enumerate(rows):
+            filled = 0
+            for number, piece in enumerate(pieces):
+                ids = self._corpus.read(piece.document, piece.start, piece.stop + 1)
+                there = slice(filled, filled + len(ids) - 1)
+                tokens[row, there] = ids[:-1]
+                targets[row, there] = ids[1:]
+                documents[row, there] = number
+                filled = there.stop
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
+
+
+def _pack(corpus: Corpus, documents: int, context: int) -> list[list[Piece]]:
+    """Put each piece into the row that it fills best, or into a new one."""
+    rows: list[list[Piece]] = []
+    room: list[tuple[int, int]] = []  # (free places, row), ascending
+    for document in range(documents):
+        inputs = int(corpus.lengths[document]) - 1
+        for start in range(0, inputs, context):
+            piece = Piece(document, start, min(start + context, inputs))
+            size = piece.stop - piece.start
+            best = bisect_left(room, (size, 0))
+            if best == len(room):
+                rows.append([])
+                free, row = context, len(rows) - 1
+            else:
+                free, row = room.pop(best)
+            rows[row].append(piece)
+            if free > size:
+                insort(room, (free - size, row))
+    return rows

@@ -1,0 +1,92 @@
+"""A corpus: documents of tokens, numbered from 0, over one or several shards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from gemmule.data.shards import Shard, ShardWriter, Tokens, open_shard
+from gemmule.errors import DatasetError
+
+_LARGEST_SHARD = 1 << 28  # bytes of tokens
+
+
+class Corpus:
+    """Documents 0 to N - 1; tokens stay on disk, memory holds 4 bytes a document."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = tuple(shards)
+        self.documents = sum(shard.header.documents for shard in shards)
+        self.tokens = sum(shard.header.tokens for shard in shards)
+        self.bytes = sum(shard.header.text_bytes for shard in shards)
+        self._first = np.cumsum([0, *(shard.header.documents for shard in shards)])  # document of each shard
+        self.lengths: npt.NDArray[np.int32] = np.concatenate(
+            [np.diff(shard.ends, prepend=0).astype(np.int32) for shard in shards]
+        )
+
+    def read(self, document: int, start: int, stop: int) -> Tokens:
+        """Return tokens start to stop of a document, as a view of the file."""
+        shard, place = self._locate(document)
+        begin = int(shard.ends[place - 1]) if place else 0
+        return shard.tokens[begin + start : min(begin + stop, int(shard.ends[place]))]
+
+    def text_bytes(self, document: int) -> int:
+        """Return the UTF-8 bytes that a document's tokens after its first stand for."""
+        shard, place = self._locate(document)
+        return int(shard.text_bytes[place])
+
+    def _locate(self, document: int) -> tuple[Shard, int]:
+        if not 0 <= document < self.documents:
+            raise IndexError(f"document {document} of {self.documents}")
+        which = int(np.searchsorted(self._first, document, side="right")) - 1
+        return self.shards[which], document - int(self._first[which])
+
+
+class CorpusWriter:
+    """Writes documents to shards PREFIX-00000.tokens, PREFIX-00001.tokens ...; use it in a `with` block."""
+
+    def __init__(
+        self, folder: Path, prefix: str, fingerprint: str, vocab_size: int, largest: int = _LARGEST_SHARD
+    ) -> None:
+        self._folder, self._prefix, self._largest = folder, prefix, largest
+        self._fingerprint, self._vocab_size = fingerprint, vocab_size
+        self._shard: ShardWriter | None = None
+        self.names: list[str] = []
+        self.tokens = 0
+
+    def append(self, ids: Sequence[int], text_bytes: int) -> None:
+        """Add one document: its tokens and the bytes of text that those after the first stand for."""
+        if self._shard and self._shard.size >= self._largest:
+            self._shard.finish()
+            self._shard = None
+        if self._shard is None:
+            self.names.append(f"{self._prefix}-{len(self.names):05d}.tokens")
+            self._shard = ShardWriter(self._folder / self.names[-1], self._fingerprint, self._vocab_size)
+        self._shard.append(ids, text_bytes)
+        self.tokens += len(ids)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shard:
+            (self._shard.finish if kind is None else self._shard.close)()
+
+
+def open_corpus(folder: Path, names: Sequence[str], fingerprint: str) -> Corpus:
+    """Open the named shards of a folder as one corpus; raises DatasetError where one is damaged."""
+    return Corpus([open_shard(folder / name, fingerprint) for name in names])
+
+
+def check_corpus(corpus: Corpus, context: int) -> None:
+    """Raise DatasetError unless the corpus fills at least one row of `context` tokens and the target after them."""
+    if corpus.tokens <= context:
+        raise DatasetError(
+            f"train.context = {context}: the corpus has {corpus.tokens} tokens in all, fewer than the {context + 1} "
+            f"of one row; use more text or train.context = {max(1, corpus.tokens - 1)} or less"
+        )
