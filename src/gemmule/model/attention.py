@@ -4,8 +4,7 @@ Letters: B batch, T query time, S key time, N query heads, K key/value heads, H 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,7 +16,8 @@ class Visibility:
     """Key j is visible to query i iff 0 <= i - j < window and both are of the same document.
 
     Positions and documents are (B or 1, T) for queries and (B or 1, S) for keys; window None means no limit, documents
-    None means one document. `causal` promises that the rule comes down to the lower triangle, so kernels need no table.
+    None means one document. `causal` promises that the rule comes down to the lower triangle, so kernels need no
+    table and `table` is None.
     """
 
     query_positions: Tensor
@@ -27,9 +27,14 @@ class Visibility:
     key_documents: Tensor | None = None
     causal: bool = False
 
-    @cached_property
-    def table(self) -> Tensor:
-        """The rule as booleans (B or 1, 1, T, S), True where the key is visible."""
+    # The rule as booleans (B or 1, 1, T, S), True where the key is visible; made once for all layers of a kind.
+    table: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "table", None if self.causal else self.rule())
+
+    def rule(self) -> Tensor:
+        """Work the table out."""
         distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
         visible = distance >= 0
         if self.window is not None:
@@ -50,7 +55,8 @@ def reference(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = torch.einsum("bnth,bnsh->bnts", query.float(), key.float()) * scale
-    scores = scores.masked_fill(~visibility.table, torch.finfo(scores.dtype).min)
+    table = visibility.rule() if visibility.table is None else visibility.table
+    scores = scores.masked_fill(~table, torch.finfo(scores.dtype).min)
     weights = functional.dropout(scores.softmax(dim=-1), dropout)
     return torch.einsum("bnts,bnsh->bnth", weights, value.float()).to(query.dtype)
 
@@ -61,7 +67,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scal
         query,
         key,
         value,
-        attn_mask=None if visibility.causal else visibility.table,
+        attn_mask=visibility.table,
         is_causal=visibility.causal,
         dropout_p=dropout,
         scale=scale,
