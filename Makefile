@@ -1,0 +1,52 @@
+# `make story` and `make test` set up everything they need in .venv, from a fresh clone with Python 3.11+ and a package index.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help story test test-all check format docs clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+story: .venv/ready ## train a Gemma 3 on the embedded corpus (CPU, minutes), draw its curves, let it tell stories
+	$(BIN)/gemmule train recipes/story.toml --out runs/story --resume
+
+test: .venv/ready-dev ## the quick tests, about three minutes
+	$(BIN)/pytest -m "not slow"
+
+test-all: .venv/ready-dev ## every test: also parity with transformers, memory, whole runs
+	$(BIN)/pytest
+
+check: .venv/ready-dev ## formatting, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: .venv/ready-dev ## put the code into its format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: .venv/ready-dev ## check that the documentation's links and commands exist
+	$(BIN)/pytest tests/architecture/test_documentation.py
+
+clean: ## remove the environment and caches, never runs/
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+
+# The environment: one for users, the same with the developers' tools on top.
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; \
+	  sys.version_info >= (3, 11) or sys.exit("Gemmule needs Python 3.11 or newer; this is " + v + ": make PYTHON=python3.12 ...")'
+	@echo "setting up .venv ..."
+	$(PYTHON) -m venv .venv
+
+.venv/ready: .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing Gemmule and what it needs (a minute or two the first time) ..."
+	$(INSTALL) --editable '.[plots]'
+	@touch $@
+
+.venv/ready-dev: .venv/ready
+	$(INSTALL) --editable '.[dev]'
+	@touch $@
