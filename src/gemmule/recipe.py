@@ -57,6 +57,8 @@ def read_recipe(path: Path, schema: type[S], overrides: Sequence[str] = ()) -> S
         raise RecipeError(f"recipe {path}: is a folder; name a .toml file") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"recipe {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise RecipeError(f"recipe {path}: cannot be read: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"recipe {path}: not valid TOML: {error}") from None
     for override in overrides:
@@ -81,7 +83,9 @@ def check_recipe(table: Mapping[str, Any], schema: type[S], origin: str) -> S:
                 progress |= _remove(table, location)
             if not progress:
                 raise RecipeError(_report(origin, found)) from None
-    found += _all_problems(settings)
+    # Where a faulty value was taken out its default stands, of which there is nothing to say.
+    faulty = {problem.key for problem in found}
+    found += [problem for problem in _all_problems(settings) if problem.key not in faulty]
     if found:
         raise RecipeError(_report(origin, found))
     return settings
@@ -105,10 +109,18 @@ def _write_table(table: Mapping[str, Any], prefix: tuple[str, ...], lines: list[
     values = {key: value for key, value in table.items() if key not in groups}
     if prefix and values:
         lines += ["", f"[{'.'.join(prefix)}]"]
-    # JSON's strings, numbers, booleans and arrays are also TOML's.
-    lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
     for key, value in groups.items():
         _write_table(value, (*prefix, key), lines)
+
+
+def _toml(value: object) -> str:
+    """Write a value as JSON does, except where TOML differs: inf and nan, and the character DEL."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _apply_override(table: dict[str, Any], override: str) -> None:
@@ -149,8 +161,11 @@ def _explain(schema: type[Settings], item: Any, location: tuple[str, ...]) -> Pr
     key, value = ".".join(location), item["input"]
     if item["type"] == "missing":
         return Problem(key, None, "is required and not set")
+    if item["type"] == "model_type":
+        return Problem(key, value, f"is a section, not a value: write its settings below [{key}]")
     if item["type"] != "extra_forbidden":
-        return Problem(key, value, str(item["msg"]).removeprefix("Value error, ").lower().replace("input", "value", 1))
+        advice = str(item["msg"]).removeprefix("Value error, ").replace("Input", "value", 1)
+        return Problem(key, value, advice[:1].lower() + advice[1:])
     owner: type[Settings] = schema
     for part in location[:-1]:
         owner = _group(owner, part) or owner

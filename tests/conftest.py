@@ -1,0 +1,42 @@
+"""What tests of several packages share; torch is loaded only by the tests that need it."""
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gemmule.tokenizer import Tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from gemmule.model.config import Gemma3Config
+    from gemmule.model.gemma3 import Gemma3
+
+SENTENCES = [
+    f"{opening}, {who} {did} {what}. \u201cThank you!\u201d said {other}.\nThe end."
+    for opening in ("Once upon a time", "One sunny day", "Long ago")
+    for who in ("Mia", "a little fox", "the old miller", "Tom")
+    for did in ("found", "lost", "gave away")
+    for what in ("a red kite", "three golden eggs", "the silver key")
+    for other in ("the owl", "Ana")
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Tokenizer:
+    """A vocabulary of 400 ids trained on a few sentences."""
+    return train_tokenizer(SENTENCES, vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> "Gemma3Config":
+    """Seven layers of both kinds."""
+    import tiny
+
+    return tiny.tiny_config()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config: "Gemma3Config") -> "Gemma3":
+    """A model of `tiny_config` with lively weights; shared, so leave it as it is."""
+    import tiny
+
+    return tiny.lively_model(tiny_config)
