@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -45,7 +45,8 @@ def written_aside(path: Path) -> Iterator[Path]:
             aside.replace(path)
             _sync(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # it may be absent, or its place not a folder
+            aside.unlink()
 
 
 @contextmanager
