@@ -27,7 +27,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Repeats a continuation; without it each one is new.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of streaming text.")] = False,
-) -> int:
+) -> None:
     """Let a model continue a text.
 
     Examples:
@@ -61,4 +61,3 @@ def generate(
         print_json(json.dumps({"prompt": prompt, "text": text, "tokens": tokens, "finish": finish}))
     else:
         sys.stdout.write("\n")
-    return 0

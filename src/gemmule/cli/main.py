@@ -1,80 +1,88 @@
-"""The `gemmule` command: finds the subcommand, loads only its file, and turns foreseen failures into one sentence."""
+"""The `gemmule` command. Foreseen failures end in one sentence and an exit code, never in a traceback."""
 
 import errno
-import importlib
-import sys
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any
 
-import click
 import typer
 
 from gemmule import __version__
+from gemmule.cli.evaluate import evaluate
+from gemmule.cli.generate import generate
+from gemmule.cli.prepare import prepare
+from gemmule.cli.train import train
 from gemmule.errors import GemmuleError
 
-# name -> the line that `gemmule --help` shows; the command itself is gemmule/cli/NAME.py.
-COMMANDS = {
-    "train": "Train a model from a recipe: data, tokenizer, training, curves and samples.",
-    "prepare": "Turn text into token shards that runs can share.",
-    "generate": "Let a model continue a text.",
-    "evaluate": "Measure how well a model predicts a text.",
+# Their files import what they need when they are called, so that `--help` loads no torch.
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "prepare": prepare,
+    "generate": generate,
+    "evaluate": evaluate,
 }
 
 INTERRUPTED = 130
 
 
-class _Commands(click.Group):
-    """Loads a subcommand when it is called, so that `--help` needs neither torch nor the other commands."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in COMMANDS:
-            return None
-        module = importlib.import_module(f"gemmule.cli.{cmd_name}")
-        app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-        app.command(name=cmd_name)(getattr(module, cmd_name))
-        return typer.main.get_command(app)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gemmule {__version__}")
+        raise typer.Exit
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="gemmule")
-def gemmule() -> None:
+def gemmule(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Grow your own Gemma 3: from raw text to a trained, measured language model.
 
     Start with:  gemmule train recipes/story.toml
     """
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exit code 0 done, 1 a failure of ours, 2 the user's mistake, 130 stopped by Ctrl-C."""
-    sys.exit(run(arguments))
+def graceful(command: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a command: exit code 1 for a failure of ours, 2 for the user's mistake, 130 for Ctrl-C, each with a sentence."""
+
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except GemmuleError as error:
+            _leave(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _leave("stopped", INTERRUPTED)
+        except BrokenPipeError:
+            raise typer.Exit(0) from None  # the reader of our output has seen enough
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _leave(f"{error.filename or 'output'}: no space left on the device", 2)
+
+    return wrapped
 
 
-def run(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    try:
-        result: Any = gemmule(arguments, standalone_mode=False)
-    except GemmuleError as error:
-        return _complain(str(error), error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        return _complain("stopped", INTERRUPTED)
-    except BrokenPipeError:
-        return 0  # the reader of our output has seen enough
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        return _complain(f"{error.filename or 'output'}: no space left on the device", 2)
-    return result if isinstance(result, int) else 0
+def _leave(sentence: str, code: int) -> None:
+    typer.echo(f"gemmule: {sentence}", err=True)
+    raise typer.Exit(code)
 
 
-def _complain(sentence: str, code: int) -> int:
-    click.echo(f"gemmule: {sentence}", err=True)
-    return code
+def build_app() -> typer.Typer:
+    """Put the commands together."""
+    app = typer.Typer(
+        add_completion=False,
+        no_args_is_help=True,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(gemmule)
+    for name, command in COMMANDS.items():
+        app.command(name)(graceful(command))
+    return app
+
+
+def main() -> None:
+    """Run the command line."""
+    build_app()()

@@ -22,7 +22,7 @@ def train(
         bool, typer.Option("--resume", help="Go on where the run in --out stopped, if there is one.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object with the result last.")] = False,
-) -> int:
+) -> None:
     """Train a model from a recipe: data, tokenizer, training, curves and samples.
 
     Examples:
@@ -45,11 +45,10 @@ def train(
             ["gemmule train", str(recipe), *(f"--set {item}" for item in overrides or []), f"--out {run} --resume"]
         )
         screen.say(f"stopped after step {outcome.position.step:,}, which is saved; go on with:  {again}")
-        return INTERRUPTED
+        raise typer.Exit(INTERRUPTED)
     summary = _conclude(screen, outcome, run)
     if as_json:
         print_json(json.dumps(summary))
-    return 0
 
 
 def _audience(screen: Screen, run: Path) -> "Audience":
