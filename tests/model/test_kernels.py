@@ -1,0 +1,121 @@
+"""Every kernel in KERNELS against the reference, and the reference against a loop written by hand."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemmule.model.attention import KERNELS, Visibility, reference
+from tiny import greatest_difference
+
+SCALE = 12**-0.5
+B, T, H = 2, 13, 8
+
+
+class Scene(NamedTuple):
+    """What a kernel is asked to do."""
+
+    visibility: Visibility
+    heads: int = 4
+    key_heads: int = 2
+
+
+def positions(first: int, last: int) -> Tensor:
+    return torch.arange(first, last + 1)[None]
+
+
+def scene(window: int | None = None, causal: bool = False, documents: Tensor | None = None) -> Visibility:
+    now = positions(0, T - 1)
+    return Visibility(now, now, window, documents, documents, causal)
+
+
+DOCUMENTS = torch.tensor([[0] * 4 + [1] * 6 + [2] * 3, [5] * 1 + [6] * 12])
+PADDING = torch.where(positions(0, T - 1) < torch.tensor([[0], [6]]), -1, 0)
+SCENES = {
+    "causal, by promise": Scene(scene(causal=True)),
+    "causal, by table": Scene(scene()),
+    "window": Scene(scene(window=3)),
+    "window of one": Scene(scene(window=1)),
+    "window longer than the sequence": Scene(scene(window=50)),
+    "documents": Scene(scene(documents=DOCUMENTS)),
+    "documents and window": Scene(scene(window=3, documents=DOCUMENTS)),
+    "left padding": Scene(scene(documents=PADDING)),
+    "one key head": Scene(scene(causal=True), key_heads=1),
+    "one key head and window": Scene(scene(window=3), key_heads=1),
+    "as many key as query heads": Scene(scene(window=3), key_heads=4),
+    "cached chunk": Scene(Visibility(positions(9, 12), positions(0, 12), None)),
+    "cached chunk and window": Scene(Visibility(positions(9, 12), positions(7, 12), 3)),
+    "cached token": Scene(Visibility(positions(12, 12), positions(0, 12), None)),
+}
+
+
+def inputs(case: Scene, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    queries, keys = case.visibility.query_positions.shape[1], case.visibility.key_positions.shape[1]
+    shapes = (B, case.heads, queries, H), (B, case.key_heads, keys, H), (B, case.key_heads, keys, H)
+    query, key, value = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+    return query, key, value
+
+
+def by_hand(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility) -> Tensor:
+    """One number after the other: the softmax over the keys that the rule allows."""
+    mixed = torch.zeros(query.shape)
+    group = query.shape[1] // key.shape[1]
+    for b in range(query.shape[0]):
+        table = visibility.rule().expand(query.shape[0], -1, -1, -1)[b, 0]
+        for n in range(query.shape[1]):
+            for t in range(query.shape[2]):
+                seen = [s for s in range(key.shape[2]) if table[t, s]]
+                scores = [math.exp(float(query[b, n, t] @ key[b, n // group, s]) * SCALE) for s in seen]
+                for s, score in zip(seen, scores, strict=True):
+                    mixed[b, n, t] += score / sum(scores) * value[b, n // group, s]
+    return mixed
+
+
+@pytest.mark.parametrize("name", ["window", "documents and window", "one key head", "cached chunk and window"])
+def test_reference_is_the_softmax_over_visible_keys(name: str) -> None:
+    query, key, value = (x.detach() for x in inputs(SCENES[name]))
+    mixed = reference(query, key, value, SCENES[name].visibility, SCALE, 0.0)
+    assert greatest_difference(mixed, by_hand(query, key, value, SCENES[name].visibility)) < 1e-5
+
+
+@pytest.mark.parametrize("name", SCENES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_equals_reference(kernel: str, name: str) -> None:
+    case = SCENES[name]
+    ours, theirs = inputs(case), inputs(case)
+    mixed = KERNELS[kernel](*ours, case.visibility, SCALE, 0.0)
+    expected = reference(*theirs, case.visibility, SCALE, 0.0)
+    assert greatest_difference(mixed, expected) < 1e-5
+    weights = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(9))
+    (mixed * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert greatest_difference(one.grad, other.grad) < 1e-5
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_keeps_the_dtype(kernel: str) -> None:
+    case = SCENES["window"]
+    query, key, value = (x.detach().bfloat16() for x in inputs(case))
+    mixed = KERNELS[kernel](query, key, value, case.visibility, SCALE, 0.0)
+    assert mixed.dtype == torch.bfloat16
+    exact = reference(query.float(), key.float(), value.float(), case.visibility, SCALE, 0.0)
+    assert greatest_difference(mixed.float(), exact) < 0.03
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_dropout_drops_weights_and_keeps_their_mean(kernel: str) -> None:
+    """With values of one, an output is the sum of the weights that were kept, doubled."""
+    case = SCENES["causal, by promise"]
+    query, key, value = (x.detach() for x in inputs(case))
+    torch.manual_seed(0)
+    mixed = torch.stack(
+        [KERNELS[kernel](query, key, torch.ones_like(value), case.visibility, SCALE, 0.5) for _ in range(50)]
+    )
+    assert set(mixed[:, :, :, 0].unique().tolist()) == {0.0, 2.0}, "the first token sees one key, dropped or doubled"
+    assert mixed.mean().item() == pytest.approx(1.0, abs=0.02)
