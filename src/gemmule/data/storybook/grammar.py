@@ -134,7 +134,7 @@ def book() -> Book:
         moments[line.moment] = (*moments.get(line.moment, ()), line)
     lexicons = {name: tuple(_read_lexicon(rows)) for name, rows in words.LEXICONS.items()}
     variables = {part.variable for line in lines for part in line.parts if isinstance(part, Blank)}
-    for alternatives in variables - lexicons.keys():
+    for alternatives in (name for name in variables if name.startswith("(")):
         lexicons[alternatives] = tuple(Option(text, 1) for text in alternatives.strip("()").split("|"))
     asks = {name: _asked(moments[name]) for name in moments} | {name: _asked(lexicons[name]) for name in lexicons}
     return Book(moments, lexicons, asks)
@@ -233,4 +233,4 @@ def _read_blank(article: str | None, fresh: str | None, name: str, pronoun: str 
     if name.lower() in PRONOUNS["he"]:
         name, pronoun = "hero", name
     shown = article or pronoun or name
-    return Blank(name, bool(fresh), (pronoun or "").lower(), bool(article), shown[0].isupper())
+    return Blank(name.lower(), bool(fresh), (pronoun or "").lower(), bool(article), shown[0].isupper())

@@ -8,39 +8,44 @@ separate names: nobody is mistaken for another.
 
 PEOPLE = {
     "trait": """
-        6: kind, brave, curious, clever, cheerful
-        4: gentle, shy, happy, playful, friendly, quiet, silly
-        2: patient, polite, lively, thoughtful, careful, honest, merry, dreamy, helpful, sleepy, bold, jolly,
+        5: kind, brave, curious, clever, cheerful, gentle
+        4: shy, happy, playful, friendly, quiet, silly
+        3: patient, polite, lively, thoughtful, careful, honest, merry, dreamy, helpful, sleepy, bold, jolly,
           generous, lucky
         """,
+    "snug": """
+        4: small, cozy, big, warm
+        3: tall, tidy, quaint, crooked, neat, roomy, quiet, drafty, round
+        """,
     "kind": """
-        30 gives child girl: girl
-        30 gives child boy: boy
+        24 gives child girl: girl
+        24 gives child boy: boy
         4 gives animal: rabbit, mouse, bear, fox, squirrel
-        2 gives animal: hedgehog, duck, frog, otter, badger, beaver, kitten, mole, piglet, penguin
+        3 gives animal: hedgehog, duck, frog, otter, badger, beaver, kitten, mole, piglet, penguin
         """,
     "hero": """
-        6 if girl|animal as she: Mia, Lily, Anna, Rosie, Ella, Molly, Emma
+        4 if girl|animal as she: Mia, Lily, Anna, Rosie, Ella, Molly, Emma
         3 if girl|animal as she: Sophie, Lucy, Nora, Ruby, Grace, Ivy, Clara, Maya, Alice, Stella, Penny
-        1 if girl|animal as she: Amina, Bella, Cora, Dora, Freya, Greta, Heidi, Ines, Jasmine, Kira, Leila, Matilda,
+        2 if girl|animal as she: Amina, Bella, Cora, Dora, Freya, Greta, Heidi, Ines, Jasmine, Kira, Leila, Matilda,
           Yuki
-        6 if boy|animal as he: Tom, Ben, Max, Leo, Sam, Finn, Jack
+        4 if boy|animal as he: Tom, Ben, Max, Leo, Sam, Finn, Jack
         3 if boy|animal as he: Oscar, Henry, Theo, Noah, Eli, Toby, Hugo, Milo, Felix, Jamie, Oliver
-        1 if boy|animal as he: Ali, Bruno, Caspar, David, Emil, Franz, Gus, Ivan, Jonas, Kofi, Luis, Mateo, Ravi
+        2 if boy|animal as he: Ali, Bruno, Caspar, David, Emil, Franz, Gus, Ivan, Jonas, Kofi, Luis, Mateo, Ravi
         """,
     "home": """
-        4 if child: in a small house by the river, in a cozy cottage, on a quiet street, in a tall brick house, on a
-          busy farm
-        2 if child: above a bakery, next to a windmill, at the end of a long lane, in a village by the sea, in a
-          cabin in the mountains, in a big noisy city, on a houseboat, in a white house with a red door, near an old
-          stone bridge
-        5 if animal: in a cozy den, under a big oak tree, in a tiny house made of twigs, at the edge of the woods
-        3 if animal: in a warm burrow, behind a waterfall, beneath the roots of a willow, inside a hollow tree,
-          beside a sunny brook
+        4 if child: house, cottage, cabin
+        3 if child: farmhouse, tower, apartment, houseboat, mill, castle, palace
+        4 if animal: den, nest, burrow
+        3 if animal: hut, cave, hollow tree, tree house, teapot, barrel
+        """,
+    "where": """
+        4: by the river, near the woods, on a hill, by the sea
+        3: behind the mill, next to a windmill, at the end of a lane, in the mountains, on an island, near an old
+          bridge, beside a brook, between two lakes, far away, under the chestnut trees, at the edge of town
         """,
     "family": """
         4: mother and father, grandma and grandpa, big family, parents
-        2: three brothers, four sisters, favorite aunt, seven cousins, twin brothers, uncle and aunt
+        3: three brothers, four sisters, favorite aunt, seven cousins, twin brothers, great-grandmother
         """,
     "elder": """
         5 as she: grandma, mother
@@ -52,10 +57,10 @@ PEOPLE = {
         4: sing songs, paint pictures, climb trees, count the stars, jump in puddles, dance in the rain, tell jokes,
           bake bread
         3: build towers, pick berries, chase butterflies, collect shells, watch the clouds, make mud pies, skip
-          stones, plant seeds, draw dragons, catch fireflies, play the piano, read about pirates
-        2: roll down hills, fold paper boats, gather acorns, whistle tunes, wear funny hats, solve riddles, feed the
-          ducks, listen to stories, swing very high, look at maps, make wishes, act like a lion, stack blocks, race
-          the wind, write letters, invent machines
+          stones, plant seeds, draw dragons, catch fireflies, play the piano, read about pirates, roll down hills,
+          fold paper boats, gather acorns, whistle tunes, wear funny hats, solve riddles, feed the ducks, listen to
+          stories, swing very high, look at maps, make wishes, act like a lion, stack blocks, race the wind, write
+          letters, invent machines
         """,
     "bond": """
         8 gives anyone: best friend
@@ -66,57 +71,70 @@ PEOPLE = {
         """,
     "pal": """
         4 gives anyone: rabbit, mouse, squirrel, hedgehog
-        2 gives anyone: turtle, robin, badger, toad, goose, beaver, lizard, raccoon, chipmunk, sparrow
+        3 gives anyone: turtle, robin, badger, toad, goose, beaver, lizard, raccoon, chipmunk, sparrow
         """,
     "friend": """
-        5 if anyone|sister as she: Zoe, Amy, Hannah, Jane, Kate
+        4 if anyone|sister as she: Zoe, Amy, Hannah, Jane, Kate
         3 if anyone|sister as she: Lola, Nina, Poppy, Sara, Tess, Wendy, Daisy, Emily, Holly
-        1 if anyone|sister as she: Maria, Olga, Priya, Rita, Tara, Una, Vera, Elsa, Flora, Mei
-        5 if anyone|brother as he: Jim, Dan, Adam, Peter, Charlie
+        2 if anyone|sister as she: Maria, Olga, Priya, Rita, Tara, Una, Vera, Elsa, Flora, Mei
+        4 if anyone|brother as he: Jim, Dan, Adam, Peter, Charlie
         3 if anyone|brother as he: Alex, Billy, George, Luke, Nick, Otto, Paul, Simon, Will
-        1 if anyone|brother as he: Andy, Carlos, Erik, Frank, Hans, Juan, Karim, Omar, Pablo, Victor
+        2 if anyone|brother as he: Andy, Carlos, Erik, Frank, Hans, Juan, Karim, Omar, Pablo, Victor
+        """,
+    "nature": """
+        4: funny, smart, strong, noisy, calm, tall
+        3: cheeky, loyal, witty, chatty, daring, messy, graceful, hungry, sensible, freckled, bouncy, stubborn,
+          dimpled, serious
         """,
     "skill": """
         4: run very fast, tell funny stories, climb any tree, swim like a fish, whistle like a bird
-        2: dance on one leg, juggle three apples, hop like a frog, draw wonderful animals, imitate a trumpet, walk
-          on tiptoe, speak to bees, count to one hundred, bake tasty muffins, fix almost anything, yodel, balance a
-          plate on one finger, make anyone smile
+        3: dance on one leg, juggle three apples, hop like a frog, draw wonderful animals, imitate a trumpet, walk
+          on tiptoe, speak to bees, count to one hundred, cook tasty noodles, fix almost anything, yodel, balance a
+          spoon, make anyone smile, do magic tricks
         """,
     "helper": """
         3 as she: Willow, Hazel, Clover, Juniper, Pepper, Bluebell, Ginger, Marigold
-        1 as she: Petunia, Rosemary, Nutmeg, Winnie, Violet, Dottie, Henrietta, Fern
+        2 as she: Petunia, Rosemary, Nutmeg, Winnie, Violet, Dottie, Henrietta, Fern
         3 as he: Barnaby, Bramble, Pickles, Rusty, Waddles, Basil, Thistle, Hector
-        1 as he: Biscuit, Chester, Dexter, Gilbert, Mortimer, Pip, Sprout, Truffle
+        2 as he: Biscuit, Chester, Dexter, Gilbert, Mortimer, Pip, Sprout, Truffle
         """,
     "creature": """
-        3 if woods: owl, deer, woodpecker
-        2 if woods: chipmunk, moose, weasel
-        3 if field: hare, lark, pony
-        2 if field: cricket, ladybug, sheep
-        3 if water: heron, swan, turtle
-        2 if water: dragonfly, salmon, water rat
-        3 if shore: crab, seal, pelican
-        2 if shore: seagull, starfish, lobster
-        3 if farm: hen, donkey, goose
-        2 if farm: cow, rooster, turkey
-        3 if garden: robin, snail, toad
-        2 if garden: bumblebee, butterfly, worm
-        3 if town: cat, pigeon, old dog
-        2 if town: parrot, sparrow, poodle
+        3 if woods: owl, deer, woodpecker, chipmunk
+        2 if woods: moose, weasel, squirrel, porcupine
+        3 if field: hare, lark, pony, cricket
+        2 if field: ladybug, sheep, mole, grasshopper
+        3 if water: heron, swan, turtle, beaver
+        2 if water: dragonfly, salmon, water rat, newt
+        3 if shore: crab, seal, pelican, seagull
+        2 if shore: starfish, lobster, puffin, dolphin
+        3 if farm: hen, donkey, goose, cow
+        2 if farm: rooster, turkey, ram, barn cat
+        3 if garden: robin, snail, toad, bumblebee
+        2 if garden: butterfly, worm, peacock, spider
+        3 if town: cat, pigeon, old dog, parrot
+        2 if town: sparrow, poodle, mouse, hamster
+        """,
+    "wise": """
+        4: wise, old, young, fat
+        3: friendly, chubby, ancient, gentle, cheery, talkative, curious, pretty, polite, hurried, yawning, plump
         """,
     "climber": """
-        3: squirrel, crow, monkey, tall giraffe
-        2: woodpecker, eagle, marten, raven, lizard
+        3: squirrel, crow, monkey, giraffe
+        2: woodpecker, eagle, marten, raven, lizard, fire fighter, acrobat
         """,
     "digger": """
         3: mole, badger, rabbit, fox
-        2: gopher, terrier, armadillo, weasel, ferret
+        2: gopher, terrier, armadillo, weasel, ferret, gardener, miner
         """,
     "thief": """
         4 if small|round: magpie, crow, raccoon, squirrel
-        2 if small|round: jackdaw, ferret
+        3 if small|round: jackdaw, ferret, rat
         4 if soft|wear|light|paper: puppy, goat, kitten, monkey
-        2 if soft|wear|light|paper: calf, foal, llama
+        3 if soft|wear|light|paper: calf, foal, llama
+        """,
+    "naughty": """
+        4: naughty, sly, wild
+        3: greedy, skinny, rude, jumpy, sneaky, scruffy, cheeky
         """,
     "mender": """
         4 if hard|wheels as he: carpenter, toymaker
@@ -130,158 +148,261 @@ PEOPLE = {
         """,
     "owner": """
         4 as she: little girl, old woman
-        2 as she: nurse, dancer, queen, fiddler
+        3 as she: nurse, dancer, queen, fiddler, student
         4 as he: little boy, old man
-        2 as he: sailor, farmer, baker, king, clown, postman
+        3 as he: sailor, farmer, baker, king, clown, postman, wizard
+        """,
+    "busy": """
+        4: busy, tired, pale, breathless
+        3: tall, thin, wealthy, famous, poor, foreign, young, elegant, nearsighted
         """,
     "baby": """
         4: duckling, baby bird, fawn, kitten, puppy
-        2: cub, lamb, tadpole, gosling, bunny, baby owl, chick, calf, baby elephant, piglet
+        3: cub, lamb, tadpole, gosling, bunny, baby owl, chick, calf, baby elephant, piglet
         """,
 }
 
 THINGS = {
     "look": """
-        8 gives plain: red, blue, green, yellow
+        6 gives plain: red, blue, green, yellow
         5 gives plain: purple, orange, pink, white, little
-        3 gives plain: golden, silver, brown, tiny, striped, spotted, shiny
-        2 gives plain: turquoise, crimson, violet, gray, checkered, rainbow, pretty, funny
-        3 gives cloth: woolly, velvet, knitted
-        2 gives cloth: fluffy, patched, silk
+        4 gives plain: golden, silver, brown, tiny, striped, spotted, shiny
+        3 gives plain: turquoise, crimson, violet, gray, checkered, rainbow, pretty, funny
+        3 gives cloth: woolly, velvet, knitted, fluffy, patched, silk
         5 gives wood: wooden
-        2 gives wood: carved, painted
-        3 gives metal: tin, brass
-        2 gives metal: copper
+        3 gives wood: carved, painted
+        3 gives metal: tin, brass, copper
         4 gives glass: glass
-        3 gives paperlike: paper, handmade
+        4 gives paperlike: paper, handmade
         """,
     "noun": """
-        6 if plain|cloth gives soft: teddy bear, doll, blanket
+        4 if plain|cloth gives soft: teddy bear, doll, blanket
         3 if plain|cloth gives soft: pillow, puppet, quilt, toy rabbit, toy elephant, cushion
         3 if plain|cloth gives wear: mitten, coat, sweater, cape, slipper, jacket
-        1 if plain|cloth gives wear: apron, vest, glove, robe
+        2 if plain|cloth gives wear: apron, vest, glove, robe
         4 if plain|cloth gives light: scarf, hat, ribbon
-        2 if plain|cloth gives light: flag, bonnet, handkerchief
+        3 if plain|cloth gives light: flag, bonnet, handkerchief
         5 if plain|paperlike gives light: kite
-        2 if plain|paperlike gives light: pinwheel, lantern, fan
+        3 if plain|paperlike gives light: pinwheel, lantern, fan
         5 if plain gives light: balloon
-        2 if plain gives light: feather, umbrella
-        6 if plain|wood gives round: ball
-        3 if plain|wood gives round: hoop, yo-yo, bead
-        3 if plain|glass gives round: marble
+        3 if plain gives light: feather, umbrella
+        5 if plain|wood gives round: ball
+        4 if plain|wood gives round: hoop, yo-yo, bead
+        4 if plain|glass gives round: marble
         4 if plain|wood gives hard: drum, boat, train
-        2 if plain|wood gives hard: flute, truck, toy horse, birdhouse, guitar, whistle, puzzle, airplane, violin,
+        3 if plain|wood gives hard: flute, truck, toy horse, birdhouse, guitar, whistle, puzzle, airplane, violin,
           castle
         4 if plain|metal gives small: key, bell, coin
-        2 if plain|metal gives small: ring, spoon, medal, locket, button, badge, compass, thimble, pocket watch
+        3 if plain|metal gives small: ring, spoon, medal, locket, button, badge, compass, thimble, pocket watch
         4 if plain|glass gives fragile: cup, music box
-        2 if plain|glass gives fragile: vase, jar, teapot, bowl, lamp, mirror, plate, snow globe, bottle
+        3 if plain|glass gives fragile: vase, jar, teapot, bowl, lamp, mirror, plate, snow globe, bottle
         4 if plain gives paper: book
         4 if plain|paperlike gives paper: map
-        2 if plain|paperlike gives paper: letter, notebook, crown, postcard, mask, picture
+        3 if plain|paperlike gives paper: letter, notebook, crown, postcard, mask, picture
         4 if own&plain|wood gives wheels: wagon, sled
-        2 if own&plain|wood|metal gives wheels: scooter, tricycle, cart, wheelbarrow
+        3 if own&plain|wood|metal gives wheels: scooter, tricycle, cart, wheelbarrow
         """,
     "treat": """
-        4: warm cookies, apple pie, honey cake, strawberry jam, hot chocolate, pancakes
-        2: blueberry muffins, lemonade, cinnamon buns, vanilla pudding, cherry tarts, carrot soup, popcorn, roasted
-          nuts, banana bread, peach ice cream, cheese sandwiches, sweet grapes, pumpkin pie, gingerbread, buttered
-          toast, plum dumplings, melon slices, waffles
+        4: cookies, pie, cake, jam, pancakes, soup
+        3: muffins, buns, pudding, tarts, popcorn, nuts, bread, sandwiches, grapes, gingerbread, toast, dumplings,
+          waffles, noodles, biscuits, porridge, pizza, yogurt
+        """,
+    "tasty": """
+        4: warm, sweet, fresh, hot
+        3: apple, honey, cherry, carrot, tasty, delicious, pumpkin, lemon, crunchy, blueberry, cinnamon, buttery,
+          spicy, salty
         """,
     "snack": """
-        3: a red apple, a carrot, a bit of cheese, some bread crumbs, a ripe pear
-        2: some sunflower seeds, a cracker, a walnut, half a sandwich, a spoonful of oatmeal, some corn, a handful
-          of cherries, a juicy plum, a radish, some lettuce
+        4: apple, carrot, pear, cracker
+        3: walnut, plum, radish, turnip, peach, banana, tomato, strawberry, raisin, cucumber, acorn, potato
+        """,
+    "ripe": """
+        4: juicy, crisp, ripe
+        3: sweet, huge, fresh, washed, half, plump, peeled
         """,
     "junk": """
-        3: an old boot, a sleepy snail, a rusty nail, two fat worms, an empty shell, a broken comb, a pine cone, a
-          grumpy toad
-        2: three beetles, a cracked pot, a lost sock, a hairy caterpillar, a wet newspaper, a bent fork, some
-          feathers, a spider web, half a peanut, a busy ant, a torn glove, an acorn cap, a piece of string, a dusty
-          bottle, a smelly cheese, a chewed pencil, a mossy stone
+        4: boot, nail, snail, comb, shell, toad
+        3: worm, pot, sock, caterpillar, newspaper, fork, beetle, peanut, spider, ant, glove, string, jug, pencil,
+          stone, pine cone, broom, mushroom, brick, shoelace, candle, onion, stocking, paintbrush, can
+        """,
+    "shabby": """
+        4: old, sleepy, rusty, dusty
+        3: broken, wet, muddy, grumpy, torn, cracked, smelly, ugly, plain, bent, crusty, lazy, moldy, lonesome,
+          dirty
+        """,
+    "sight": """
+        4: rainbow, swan, parade, ship, castle, train
+        3: horse, cloud, dragon, bear, carpet, giant, bird, mermaid, ghost, elephant, garden, sailboat, camel,
+          whale, juggler, wolf, fish, snake, snowman, unicorn, lion, rocket, waterfall, tiger, ladder, zebra, robot
+        """,
+    "strange": """
+        4: golden, silver, black, gigantic
+        3: strange, flying, dancing, singing, magic, friendly, glowing, lovely, tame, blue-eyed, upside-down,
+          invisible, sparkling, floating, marching, dotted, royal
         """,
 }
 
 PLACES = {
     "place": """
-        5 gives woods: the forest, the pine woods
-        2 gives woods: the oak grove, the fern glade, the maple wood, the hidden clearing
-        5 gives field: the meadow, the hill
-        2 gives field: the clover field, the green valley, the sunflower field, the windy cliff
-        5 gives water: the pond, the river
-        2 gives water: the lake, the stream, the waterfall, the marsh
-        5 gives shore: the beach, the harbor
-        2 gives shore: the bay, the lighthouse, the pier, the rocky cove
-        5 gives farm: the farm, the barn
-        2 gives farm: the orchard, the pumpkin patch, the stable, the cornfield
-        5 gives garden: the park, the garden
-        2 gives garden: the playground, the rose garden, the greenhouse, the zoo
-        5 gives town: the market, the village square
-        2 gives town: the fair, the train station, the museum, the toy shop
+        4 gives woods: the forest, the pine woods
+        3 gives woods: the oak grove, the fern glade, the maple wood, the hidden clearing, the misty hollow
+        4 gives field: the meadow, the hill
+        3 gives field: the clover field, the green valley, the sunflower field, the high cliff, the sheep path
+        4 gives water: the pond, the river
+        3 gives water: the lake, the stream, the waterfall, the marsh, the old canal
+        4 gives shore: the beach, the harbor
+        3 gives shore: the bay, the lighthouse, the pier, the rocky cove, the ferry dock
+        4 gives farm: the farm, the barn
+        3 gives farm: the orchard, the pumpkin patch, the stable, the cornfield, the vineyard
+        4 gives garden: the park, the garden
+        3 gives garden: the playground, the rose garden, the greenhouse, the zoo, the maze
+        4 gives town: the market, the village square
+        3 gives town: the fair, the train station, the museum, the toy shop, the library
         """,
     "spot": """
         3 if woods: under the ferns, behind a hollow log, among the mushrooms, between the roots, under a pile of
-          leaves, around the tallest pine
+          leaves, around the tallest pine, inside an empty nest, in the thick bushes
         3 if field: in the tall grass, among the daisies, behind a hay bale, under a thorn bush, along the fence, in
-          a rabbit hole
+          a rabbit hole, around the windmill, between the thistles
         3 if water: among the reeds, under the little bridge, behind the willow, between the lily pads, along the
-          muddy bank, in the rowboat
+          muddy bank, in the rowboat, among the cattails, under the ferry
         3 if shore: behind the dunes, under a fishing net, among the seaweed, between the rocks, in the sand castle,
-          around the old anchor
+          around the old anchor, under the umbrellas, inside a cave
         3 if farm: in the hay, behind the tractor, under the milk buckets, among the cabbages, in the chicken coop,
-          around the scarecrow
+          around the scarecrow, between the apple crates, under the saddle
         3 if garden: under the slide, behind the fountain, among the tulips, under every bench, around the sandbox,
-          in the flower beds
+          in the flower beds, between the hedges, under the swing
         3 if town: under the fruit stall, behind a barrel, in the phone booth, along the pavement, around the
-          statue, under a parked cart
+          statue, under a parked car, inside the clock tower, between the bicycles
         """,
     "nook": """
         3 if woods: beside a mossy stump, under a huge toadstool, in a patch of ivy, behind a bramble, at the foot
-          of a birch
-        3 if field: beside a molehill, in a ring of clover, under a poppy, on a flat boulder, behind the wooden gate
-        3 if water: on a floating leaf, beside a frog, under the jetty, in a shallow puddle, on top of a beaver dam
+          of a birch, on a low branch, beside a fallen trunk
+        3 if field: beside a molehill, in a ring of clover, under a poppy, on a flat boulder, behind the wooden
+          gate, at the top of a slope, beside a picnic cloth
+        3 if water: on a floating leaf, beside a frog, under the jetty, in a shallow puddle, on top of a beaver dam,
+          behind a paddle, at the water's edge
         3 if shore: inside a bucket, beside a tide pool, under a beach towel, on a piece of driftwood, in a coil of
-          rope
+          rope, behind a deck chair, at the ice cream cart
         3 if farm: beside the water trough, in the wheat, on top of a sack of potatoes, under a horse blanket,
-          behind the plow
+          behind the plow, at the pig pen, beside a ladder
         3 if garden: beside the watering can, under a rose bush, in the bird bath, on the seesaw, behind the garden
-          shed
+          shed, at the lily pond, beside a gnome
         3 if town: beside the bakery door, on the church steps, under a lamppost, in a basket of lemons, behind the
-          ticket booth
+          ticket booth, at the bus stop, beside a mailbox
         """,
     "weather": """
-        6: sunny, warm, bright
+        5: sunny, warm, bright
         4: windy, cool, cloudy, fine
-        2: chilly, misty, breezy, golden, frosty, lovely, hazy, mild
+        3: chilly, misty, breezy, golden, frosty, lovely, hazy, mild
         """,
     "time": """
-        6: day, morning
-        4: afternoon
-        2: evening, Saturday, Sunday
-        1: Monday, Tuesday, Wednesday, Thursday, Friday
+        5: day, morning, afternoon
+        3: evening, Saturday, Sunday
+        2: Monday, Tuesday, Wednesday, Thursday, Friday
         """,
     "season": """
         3: spring, summer, autumn, winter
-        1: April, May, June, July, August, September, October
+        2: March, April, May, June, July, August, September, October
         """,
     "game": """
         4: hide and seek, tag, pirates, hopscotch
-        2: leapfrog, knights and dragons, explorers, follow the leader, catch, circus, astronauts, detectives, shop,
+        3: leapfrog, knights and dragons, explorers, follow the leader, catch, circus, astronauts, detectives, shop,
           school, mountain goats, statues
+        """,
+    "number": """
+        2: two, three, four, five
+        1: six, seven, eight, nine, ten, eleven, twelve, twenty
+        """,
+    "then": """
+        5: then, soon, at last
+        4: just then, after a while, finally
+        3: at that moment, later, a minute later, a little later, in the end
+        """,
+    "suddenly": """
+        5: suddenly, then
+        3: all at once, just then, a moment later, before long, soon, but then, out of nowhere
         """,
 }
 
 FEELINGS = {
     "sad": """
-        6: sad, upset, worried
-        4: unhappy, scared, sorry
-        2: gloomy, miserable, heartbroken, lonely, nervous, confused, shocked
+        5: sad, upset, worried, unhappy
+        4: scared, sorry, gloomy, miserable
+        3: heartbroken, lonely, nervous, confused, shocked, helpless, puzzled, grumpy, hurt, afraid, disappointed
         """,
     "glad": """
-        6: happy, glad, proud
-        4: excited, delighted, thankful
-        2: joyful, cheered, relieved, amazed, overjoyed, content, thrilled
+        5: happy, glad, proud, excited
+        4: delighted, thankful, joyful, cheered
+        3: relieved, amazed, overjoyed, content, thrilled, grateful, surprised, calm, hopeful, satisfied,
+          lighthearted
+        """,
+    "oh": """
+        4: Oh no, Oh dear, Help, Goodness
+        3: Oh my, Dear me, Good grief, Alas, Wait, Bother
+        """,
+    "hooray": """
+        4: Hooray, Thank you, Wonderful, Yippee
+        3: Hurray, Fantastic, Marvelous, Wow, Bravo, Splendid
         """,
 }
 
-LEXICONS = PEOPLE | THINGS | PLACES | FEELINGS
+DEEDS = {
+    "said": """
+        8: said
+        3: whispered, called, murmured, answered
+        2: declared, explained, announced, added
+        """,
+    "cried": """
+        4: cried, shouted, called
+        3: yelled, exclaimed, gasped, squealed
+        2: wailed, screamed, bellowed
+        """,
+    "sobbed": """
+        4: sobbed, whispered, sighed
+        3: sniffed, mumbled, groaned, whimpered, moaned
+        2: stammered, wept
+        """,
+    "laughed": """
+        4: laughed, giggled, smiled, cheered
+        3: chuckled, grinned, beamed, clapped, danced
+        2: hummed, whistled, twirled, bowed
+        """,
+    "went": """
+        5: went, walked, ran
+        3: hurried, raced, skipped, wandered, marched, strolled
+        2: hopped, rushed, tiptoed, trotted, cycled
+        """,
+    "jumped": """
+        4: jumped, danced, hopped
+        3: twirled, spun, skipped, bounced, swayed
+        """,
+    "looked": """
+        5: looked, searched
+        3: hunted, peeked, poked, checked, crawled
+        """,
+    "grabbed": """
+        4: grabbed, snatched, stole
+        3: took, seized, swiped
+        """,
+    "taken": """
+        4: grabbed, stolen
+        3: taken, seized, swiped, hidden
+        """,
+    "hugged": """
+        4: hugged, kissed, held
+        3: squeezed, stroked, patted
+        """,
+    "softly": """
+        4: softly, kindly, gently, quietly
+        3: quickly, bravely, cheerfully, politely, warmly, calmly, firmly, eagerly, shyly
+        2: wisely, brightly, seriously, patiently, slowly, proudly, loudly
+        """,
+    "very": """
+        5: very, so
+        3: really, quite, rather, truly
+        2: a bit, ever so
+        """,
+}
+
+LEXICONS = PEOPLE | THINGS | PLACES | FEELINGS | DEEDS
