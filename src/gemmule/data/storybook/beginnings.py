@@ -93,8 +93,10 @@ OWNED = """
   [+lost, hero loses]
 4 if soft|wear|paper|small|hard|fragile: Then {hero} looked around. Where was the {noun}? [+lost, hero loses]
 4 if small|paper: Later, {hero} (reached|looked) into {his} pocket. It was empty! [+lost, hero loses]
-3 if soft|wear|paper|small|hard|fragile: "{+Oh}!" {+cried} {hero}. "Where is my {noun}?" [+lost, hero loses] > lost.comfort
-8 if light: {+Suddenly} the wind blew the {look} {noun} into a (tall|high|bare) tree. [+stuck, +high, hero loses] > stuck
+3 if soft|wear|paper|small|hard|fragile: "{+Oh}!" {+cried} {hero}. "Where is my {noun}?" [+lost, hero loses] >
+  lost.comfort
+8 if light: {+Suddenly} the wind blew the {look} {noun} into a (tall|high|bare) tree. [+stuck, +high, hero loses] >
+  stuck
 5 if light: (Whoosh|Swish|Puff)! The wind (carried|tossed|threw) the {noun} onto a (roof|ledge|cloud).
   [+stuck, +high, hero loses] > stuck
 7 if round: {+Suddenly} the {look} {noun} (rolled|bounced|fell) into a (deep|dark|narrow) hole.
@@ -107,7 +109,8 @@ OWNED = """
 5 if soft|wear|paper: {+Suddenly} the {noun} caught on a (nail|thorn|branch|wire) and tore. [+broken, hero has] > broken
 6 if small|round|soft|wear|light|paper: {+Suddenly} {a +naughty} {+thief} {+grabbed} the {look} {noun}.
   [+taken, thief takes] > taken
-3 if small|round|soft|wear|light|paper: "{+Oh}!" {+cried} {friend}. {A +naughty} {+thief} had {+taken} the {look} {noun}.
+3 if small|round|soft|wear|light|paper: "{+Oh}!" {+cried} {friend}. {A +naughty} {+thief} had {+taken} the {look}
+  {noun}.
   [+taken, thief takes] > taken
 4 "May I (hold|have|try) the {look} {noun} now?" asked {friend}. "No, it is mine!" {+cried} {hero}.
   [+quarrel, hero has] > quarrel

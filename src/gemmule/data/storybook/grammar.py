@@ -2,17 +2,21 @@
 
 A chapter is a list of *moments*, and each moment a list of *lines* that may be told at it:
 
-    == lost.search > lost.turn                              the moment lost.search; its lines lead to lost.turn
-    6 They looked {+spot}, but they found only {+junk}.     weight and text; {+spot} chooses from the lexicon `spot`
-    4 if high: {friend} (jumped|hopped) up. [+tired] > joy  only when the story has the tag `high`; adds `tired`; leads to joy
+    == lost.search > lost.turn
+    6 They {+looked} {+spot}, but they found only {a +shabby} {+junk}.
+    2 if high: {friend} (jumped|hopped) up to {his} {noun}. [+near, friend finds] > joy
 
-In a text `{spot}` repeats what `{+spot}` chose; `{a look}` puts a or an before it; `{He}`, `{him}`, `{his}` stand for the hero and
-`{friend.he}` for somebody else; a capital begins a sentence; `(jumped|hopped)` chooses evenly. A leading ¶ begins a paragraph. In brackets
-stand the tags that a line adds and the acts that change who has what. What a header has, in brackets or as ¶, holds for all its lines.
+The header names a moment and the one that follows. A line has a weight, perhaps the tags the story must have for it (`if a|b`
+either, `if a&b` both), the text, in brackets the tags it adds and the acts that change who has the thing, and where it leads
+if not where the header says. Brackets in a header hold for all its lines; so does a ¶, which begins a paragraph.
 
-Every choice is a draw among weighted options of one *site* (the lines of a moment, the entries of a lexicon), restricted to the options
-whose needs the story's tags meet. Each choice shows in the text before the next one is made, and no two options of a site can look
-alike, so a text tells which choices made it.
+In a text `{+spot}` chooses from the lexicon `spot` and `{spot}` repeats what was chosen; `{a look}` puts a or an before it;
+`{He}`, `{him}`, `{his}` stand for the hero, `{friend.he}` for somebody else; a capital begins a sentence; `(jumped|hopped)`
+chooses evenly.
+
+Every choice is a draw among the weighted options of one *site* (the lines of a moment, the entries of a lexicon) whose needs
+the tags meet, and shows in the text before the next is made. No option of a site can read like the beginning of another, so a
+text has one way to be told, and its probability is the product of its choices'.
 """
 
 import functools

@@ -1,0 +1,182 @@
+"""Checking stories: is a text from the book, and does everything in it hold together from beginning to end?
+
+A text is read line by line with its blanks free, and replayed in a small world: who is who, which thing it is, who has it.
+Apart from white space, a text is consistent exactly when the book could have told it, that is, when its probability is not 0.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gemmule.data.storybook.grammar import END, START, Act, Blank, Option, Tags, book, line_table, meets, word_table
+from gemmule.data.storybook.reading import NAMED, Match, match_lines, split
+
+_MOST_TOKENS = 600  # twice as many as in the longest story
+_MOST_UNREAD = 20  # sentences; then the rest is not read
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found: all sentences are from the book; nothing contradicts anything; there is an end; the problems in words.
+
+    `consistent` implies the other two, and is the same as having no problems.
+    """
+
+    parses: bool
+    consistent: bool
+    ends: bool
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "consistent" if self.consistent else "inconsistent: " + "; ".join(self.problems)
+
+
+def check_story(text: str) -> Verdict:
+    """Judge any text; white space around it and between its words does not matter."""
+    tokens = split(text)
+    if not tokens:
+        return Verdict(False, False, False, ("there is no story",))
+    if len(tokens) > _MOST_TOKENS:
+        return Verdict(False, False, False, (f"too long for a story: {len(tokens)} words and marks",))
+    world = _replay(tokens)
+    return Verdict(world.unread == 0, not world.problems, world.moment == END, tuple(dict.fromkeys(world.problems)))
+
+
+def log_probability(text: str) -> float:
+    """Return the natural logarithm of the probability that the book tells exactly this text, -inf if it never does."""
+    tokens = split(text)
+    world = _replay(tokens[:_MOST_TOKENS])
+    return -math.inf if world.problems or "".join(world.told).lstrip() != text else world.log_probability
+
+
+@dataclass
+class _World:
+    """What is known at one point of a text that is being read."""
+
+    moment: str | None = START  # None: not known, after an unread sentence
+    chosen: dict[str, Option] = field(default_factory=dict)
+    tags: Tags = frozenset()
+    holder: str = "nobody"
+    told: list[str] = field(default_factory=list)
+    log_probability: float = 0.0
+    unread: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def _replay(tokens: Sequence[str]) -> _World:
+    world = _World()
+    at = 0
+    while at < len(tokens) and world.moment != END and world.unread < _MOST_UNREAD:
+        match = _find_line(world, tokens, at)
+        if match:
+            _follow_line(world, match, _quote(tokens[at : match.stop]))
+            at = match.stop
+        else:
+            stop = _skip_sentence(tokens, at)
+            world.problems.append(f"not from the book: {_quote(tokens[at:stop])}")
+            world.moment, world.unread, at = None, world.unread + 1, stop
+    if world.moment != END:
+        world.problems.append("the story does not end")
+    elif at < len(tokens):
+        world.problems.append(f"the story goes on after its end: {_quote(tokens[at:])}")
+    return world
+
+
+def _find_line(world: _World, tokens: Sequence[str], at: int) -> Match | None:
+    """Find the line at token `at`: one of this moment if possible, else the longest of the book."""
+    here = match_lines(tokens, at, world.moment) if world.moment else []
+    found = here or match_lines(tokens, at)
+    return min(found, key=lambda match: (-match.stop, len(list(_contradictions(world, match)))), default=None)
+
+
+def _follow_line(world: _World, match: Match, quote: str) -> None:
+    line, blanks = match.line, match.blanks
+    if world.moment is not None and line.moment != world.moment:
+        world.problems.append(f"out of order: {quote}")
+    elif not meets(world.tags, line.needs):
+        world.problems.append(f"does not suit the story: {quote}")
+    else:
+        lines = line_table(line.moment, world.tags & book().asks[line.moment])
+        world.log_probability += lines.log_probabilities[lines.options.index(line)]
+    world.problems += _contradictions(world, match)
+    world.tags |= line.gives
+    for blank, option in blanks:
+        if blank.fresh:
+            _introduce(world, blank.variable, option, quote)
+    shown = {blank.variable: option for blank, option in blanks if not blank.pronoun}
+    for act in line.acts:
+        _perform(world, act, world.chosen | shown)
+    text = match.render()
+    world.told.append(("\n" if line.paragraph else " ") + text)
+    world.moment = line.following
+
+
+def _introduce(world: _World, variable: str, option: Option, quote: str) -> None:
+    if meets(world.tags, option.needs):
+        words = word_table(variable, world.tags & book().asks[variable])
+        world.log_probability += words.log_probabilities[words.options.index(option)]
+    else:
+        world.problems.append(f'"{option.text}" does not suit the story: {quote}')
+    world.chosen[variable] = option
+    world.tags |= option.gives
+
+
+def _contradictions(world: _World, match: Match) -> Iterator[str]:
+    """Yield in words where the line shows something else than the story so far."""
+    chosen = dict(world.chosen)
+    for blank, option in match.blanks:
+        if blank.fresh:
+            chosen[blank.variable] = option
+        elif blank.variable not in chosen:
+            yield f"{blank.render(option)} comes from nowhere"
+        elif blank.pronoun and option.pronoun != chosen[blank.variable].pronoun:
+            yield f"{blank.render(option).lower()} used for {chosen[blank.variable].text}"
+        elif not blank.pronoun and option is not chosen[blank.variable]:
+            yield _describe_change(blank, chosen, option)
+
+
+def _describe_change(blank: Blank, chosen: Mapping[str, Option], option: Option) -> str:
+    before = chosen[blank.variable].text
+    if blank.variable not in NAMED:
+        kind = "things change" if blank.variable in ("look", "noun") else f"the {blank.variable} changes"
+        return f"{kind}: {before} became {option.text}"
+    known = any(chosen.get(name) is option for name in NAMED)
+    return f"{option.text} stands where {before} belongs" if known else f"names change: {before} became {option.text}"
+
+
+def _perform(world: _World, act: Act, people: Mapping[str, Option]) -> None:
+    """Let `act` change who has the thing, and note when it could not happen."""
+    who, whom = (_call(variable, people) for variable in (act.who, act.whom))
+    expected, after = {
+        "has": (who, who),
+        "gets": ("nobody", who),
+        "finds": ("nobody", who),
+        "takes": (world.holder, who),
+        "loses": (who, "nobody"),
+        "gives": (who, whom),
+    }[act.verb]
+    if world.holder != expected:
+        thing = " ".join(people[part].text for part in ("look", "noun") if part in people)
+        to = f" to {whom}" if act.whom else ""
+        world.problems.append(f"{who} {act.verb} the {thing}{to}, but {world.holder} has it")
+    world.holder = after
+
+
+def _call(variable: str, people: Mapping[str, Option]) -> str:
+    if variable not in people:
+        return "somebody"
+    return people[variable].text if variable in NAMED else f"the {people[variable].text}"
+
+
+def _skip_sentence(tokens: Sequence[str], at: int) -> int:
+    """Return where the sentence that stands at token `at` stops, a closing quotation mark included."""
+    stop = next((number + 1 for number in range(at, len(tokens)) if tokens[number] in ".!?"), len(tokens))
+    inside = tokens[at:stop].count('"') % 2 == 1
+    return stop + 1 if inside and tokens[stop : stop + 1] == ['"'] else stop
+
+
+def _quote(tokens: Sequence[str]) -> str:
+    words = " ".join(tokens[:8])
+    for mark in ".,!?'":
+        words = words.replace(f" {mark}", mark)
+    return f"<{words}{' ...' if len(tokens) > 8 else ''}>"

@@ -1,0 +1,86 @@
+"""How many stories there are and how much each surprises, computed from the whole book without telling one.
+
+Only the tags that can still be asked for matter to the rest of a story, so stories that differ in other ways are counted together.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from gemmule.data.storybook.grammar import END, START, Blank, Line, Tags, book, line_table, word_table
+
+
+class Measure(NamedTuple):
+    """The number of different stories, and the exact mean of -log p over all of them, in nats per story."""
+
+    stories: int
+    nats: float
+
+
+def measure_stories() -> Measure:
+    """Count the stories and compute their entropy: the loss in nats per story that no model can beat."""
+    return _measure_rest(START, frozenset())
+
+
+def count_stories() -> int:
+    """Return the number of different stories; since no text can be told in two ways, it counts the ways to tell one."""
+    return measure_stories().stories
+
+
+class _Share(NamedTuple):
+    ways: int
+    probability: float
+
+
+@functools.cache
+def _measure_rest(moment: str, tags: Tags) -> Measure:
+    """Measure what may follow at a moment, for a story with these of the tags that can still be asked for."""
+    if moment == END:
+        return Measure(1, 0.0)
+    table = line_table(moment, tags & book().asks[moment])
+    count, nats = 0, 0.0
+    for line, log_probability in zip(table.options, table.log_probabilities, strict=True):
+        shares, own = _fill_blanks(line, tags)
+        rests = [(share, _measure_rest(line.following, after)) for after, share in shares.items()]
+        count += sum(share.ways * rest.stories for share, rest in rests)
+        expected = sum(share.probability * rest.nats for share, rest in rests)
+        nats += line.weight / table.total * (own + expected - log_probability)
+    return Measure(count, nats)
+
+
+def _fill_blanks(line: Line, tags: Tags) -> tuple[Mapping[Tags, _Share], float]:
+    """Fill the fresh blanks of a line in all ways: how they share out over the tags afterwards, and their entropy."""
+    shares = {tags | line.gives: _Share(1, 1.0)}
+    nats = 0.0
+    for lexicon in _fresh_blanks(line):
+        extended: dict[Tags, _Share] = defaultdict(lambda: _Share(0, 0.0))
+        for before, (ways, probability) in shares.items():
+            table = word_table(lexicon, before & book().asks[lexicon])
+            for option, log_probability in zip(table.options, table.log_probabilities, strict=True):
+                part = probability * option.weight / table.total
+                nats -= part * log_probability
+                after = before | option.gives
+                extended[after] = _Share(extended[after].ways + ways, extended[after].probability + part)
+        shares = extended
+    alive: dict[Tags, _Share] = defaultdict(lambda: _Share(0, 0.0))
+    for after, (ways, probability) in shares.items():
+        kept = after & _live_tags(line.following)
+        alive[kept] = _Share(alive[kept].ways + ways, alive[kept].probability + probability)
+    return alive, nats
+
+
+@functools.cache
+def _live_tags(moment: str) -> Tags:
+    """Return the tags that a line or lexicon can still ask for from this moment on."""
+    if moment == END:
+        return frozenset()
+    asks = book().asks
+    live = asks[moment]
+    for line in book().moments[moment]:
+        live |= _live_tags(line.following).union(*(asks[lexicon] for lexicon in _fresh_blanks(line)))
+    return live
+
+
+def _fresh_blanks(line: Line) -> list[str]:
+    return [part.variable for part in line.parts if isinstance(part, Blank) and part.fresh]
