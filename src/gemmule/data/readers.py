@@ -163,17 +163,28 @@ COMPRESSIONS: dict[str, Callable[[Path], io.BufferedReader]] = {
 }
 
 
-def _open(file: Path) -> io.BufferedReader:
+@contextmanager
+def _open(file: Path) -> Iterator[io.BufferedReader]:
     """Open a file for reading its uncompressed bytes, after a UTF-8 byte-order mark if it has one."""
-    stream = COMPRESSIONS[file.suffix](file) if file.suffix in COMPRESSIONS else file.open("rb")
-    start = stream.peek(3)
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise SourceError(
-            f"{file}: not UTF-8 but UTF-16 (byte-order mark at byte 0); convert it with iconv -f UTF-16 -t UTF-8"
-        )
-    if start.startswith(b"\xef\xbb\xbf"):
-        stream.read(3)
-    return stream
+    with COMPRESSIONS[file.suffix](file) if file.suffix in COMPRESSIONS else file.open("rb") as stream:
+        start = stream.peek(3)
+        if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise SourceError(
+                f"{file}: not UTF-8 but UTF-16 (byte-order mark at byte 0); convert it with iconv -f UTF-16 -t UTF-8"
+            )
+        if start.startswith(b"\xef\xbb\xbf"):
+            stream.read(3)
+        yield stream
+        if file.suffix == ".zst":
+            _check_frame_was_whole(file, stream.tell())
+
+
+def _check_frame_was_whole(file: Path, size: int) -> None:
+    # The library ends the stream of a truncated file without a word.
+    with file.open("rb") as frame:
+        expected = _zstandard(file).frame_content_size(frame.read(18))  # the longest header; -1 where it does not tell
+    if size < expected:
+        raise SourceError(f"{file}: truncated: {size} bytes of text, expected {expected}; fetch it anew")
 
 
 @contextmanager

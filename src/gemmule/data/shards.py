@@ -84,22 +84,22 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Write the index and the header, and close the file."""
-        self._write(bytes(-self.size % 8))
-        for column in (self._ends, self._text_bytes):
-            self._write(np.asarray(column, dtype="<i8").tobytes())
-        header = ShardHeader(
-            MAGIC,
-            VERSION,
-            self._dtype.itemsize,
-            self.tokens,
-            len(self._ends),
-            sum(self._text_bytes),
-            self._fingerprint,
-            self._checksum.digest(),
-        )
-        self._file.seek(0)
-        self._file.write(_LAYOUT.pack(*header))
-        self.close()
+        with self._file:
+            self._write(bytes(-self.size % 8))
+            for column in (self._ends, self._text_bytes):
+                self._write(np.asarray(column, dtype="<i8").tobytes())
+            header = ShardHeader(
+                MAGIC,
+                VERSION,
+                self._dtype.itemsize,
+                self.tokens,
+                len(self._ends),
+                sum(self._text_bytes),
+                self._fingerprint,
+                self._checksum.digest(),
+            )
+            self._file.seek(0)
+            self._file.write(_LAYOUT.pack(*header))
 
     def close(self) -> None:
         """Close the file as it is."""

@@ -100,7 +100,7 @@ def _read_hub(rest: str, settings: DataSettings, split: Split) -> Iterator[Docum
     try:
         for row in datasets.load_dataset(name, split=wanted, streaming=True):
             yield text_of(row, column, f"hf:{rest}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise SourceError(f"hf:{rest}: cannot be read ({error})") from error
 
 

@@ -1,0 +1,251 @@
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gemmule.data import Dataset, DataSettings, open_dataset, prepare_dataset
+from gemmule.data.shards import verify_shard
+from gemmule.data.sources import read_source
+from gemmule.errors import DatasetError, OutputError, SourceError, TokenizerError
+from gemmule.tokenizer import TokenizerSettings
+
+VOCABULARY = TokenizerSettings(vocab_size=350)
+SEPARATOR = "<|endoftext|>"
+WORDS = "the fox ran over hills and far away to find its little den warm dry under old oak trees by a stream"
+
+
+def stories(count: int, seed: int = 0) -> list[str]:
+    chance = np.random.default_rng(seed)
+    return [" ".join(chance.choice(WORDS.split(), 30)) + f" in year {number} of {seed}." for number in range(count)]
+
+
+def write(file: Path, documents: list[str] | list[bytes]) -> str:
+    raw = [text if isinstance(text, bytes) else text.encode() for text in documents]
+    file.write_bytes(f"\n{SEPARATOR}\n".encode().join(raw) + b"\n")
+    return str(file)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> DataSettings:
+    return DataSettings(
+        train=write(tmp_path / "train.txt", stories(200)),
+        validation=write(tmp_path / "valid.txt", stories(20, seed=1)),
+    )
+
+
+def decoded(dataset: Dataset, split: str) -> list[str]:
+    corpus = getattr(dataset, split)
+    return [dataset.tokenizer.decode(corpus.read(number, 0, 10**6).tolist()) for number in range(corpus.documents)]
+
+
+def test_every_document_arrives_in_order_between_bos_and_eos(settings: DataSettings, tmp_path: Path) -> None:
+    dataset = prepare_dataset(settings, VOCABULARY, tmp_path / "out")
+    assert decoded(dataset, "train") == stories(200)
+    assert decoded(dataset, "validation") == stories(20, seed=1)
+    for number in range(20):
+        ids = dataset.validation.read(number, 0, 10**6).tolist()
+        assert (ids[0], ids[-1]) == (dataset.tokenizer.bos_id, dataset.tokenizer.eos_id)
+        assert dataset.validation.text_bytes(number) == len(stories(20, seed=1)[number].encode())
+    assert dataset.floor_nats is None
+
+
+def test_the_folder_holds_what_the_formats_page_says(settings: DataSettings, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    prepare_dataset(settings, VOCABULARY, out)
+    assert sorted(file.name for file in out.iterdir()) == [
+        "dataset.json",
+        "report.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "train-00000.tokens",
+        "validation-00000.tokens",
+    ]
+    assert json.loads((out / "dataset.json").read_text())["settings"]["train"] == settings.train
+    for corpus in (open_dataset(out).train, open_dataset(out).validation):
+        verify_shard(corpus.shards[0])
+
+
+def test_preparing_twice_gives_the_same_bytes(settings: DataSettings, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        prepare_dataset(settings, VOCABULARY, tmp_path / name)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_report_counts_a_dirty_corpus(tmp_path: Path) -> None:
+    good = [text.encode() for text in stories(300)]
+    valid = stories(10, seed=1)
+    mojibake = "It\u2019s a den.".encode().decode("cp1252").encode()
+    dirty = [*good, b"bad \xff byte", b"  ", b"", good[3], good[4] + b" ", valid[0].encode(), mojibake]
+    settings = DataSettings(
+        train=write(tmp_path / "train.txt", dirty), validation=write(tmp_path / "valid.txt", [*valid, valid[1]])
+    )
+    dataset = prepare_dataset(settings, VOCABULARY, tmp_path / "out")
+    train, validation = dataset.report.train, dataset.report.validation
+    assert (train.read, train.not_utf8, train.empty, train.duplicate, train.shared) == (307, 1, 2, 2, 1)
+    assert (train.repaired, train.kept, train.held_out) == (1, 301, 0)
+    assert (validation.read, validation.duplicate, validation.kept) == (11, 1, 10)
+    texts = [*stories(300), "It\u2019s a den."]
+    assert decoded(dataset, "train") == texts
+    assert train.bytes == dataset.train.bytes == sum(len(text.encode()) for text in texts)
+    assert train.tokens == dataset.train.tokens == sum(map(int, dataset.train.lengths))
+    assert train.longest == dataset.train.lengths.max()
+    printed = str(dataset.report)
+    for line in ("documents read", "not UTF-8", "duplicates", "also in validation", "mojibake", "bytes per token"):
+        assert line in printed
+    assert "held out" not in printed
+    assert open_dataset(tmp_path / "out").report == dataset.report
+
+
+def test_documents_are_held_out_by_their_text(tmp_path: Path) -> None:
+    texts = stories(1000)
+    source = write(tmp_path / "train.txt", texts)
+    dataset = prepare_dataset(DataSettings(train=source, holdout=0.1), VOCABULARY, tmp_path / "out")
+    train, validation = decoded(dataset, "train"), decoded(dataset, "validation")
+    assert sorted(train + validation) == sorted(texts)
+    assert 70 <= len(validation) <= 130
+    assert dataset.report.train.held_out == dataset.report.validation.kept == len(validation)
+    reversed_source = write(tmp_path / "reversed.txt", texts[::-1])
+    again = prepare_dataset(DataSettings(train=reversed_source, holdout=0.1), VOCABULARY, tmp_path / "again")
+    assert decoded(again, "validation") == validation[::-1], "the choice must not depend on the order"
+
+
+def test_a_prepared_folder_is_used_as_it_is(settings: DataSettings, tmp_path: Path) -> None:
+    prepare_dataset(settings, VOCABULARY, tmp_path / "made")
+    dataset = prepare_dataset(DataSettings(train=str(tmp_path / "made")), VOCABULARY, tmp_path / "unused")
+    assert not (tmp_path / "unused").exists()
+    assert decoded(dataset, "train") == stories(200)
+
+
+def test_an_existing_tokenizer_is_taken_over(settings: DataSettings, tmp_path: Path) -> None:
+    first = prepare_dataset(settings, VOCABULARY, tmp_path / "first")
+    reuse = TokenizerSettings(path=str(tmp_path / "first"))
+    second = prepare_dataset(settings, reuse, tmp_path / "second")
+    assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
+    with pytest.raises(TokenizerError, match="no such file"):
+        prepare_dataset(settings, TokenizerSettings(path=str(tmp_path / "nowhere")), tmp_path / "third")
+
+
+def test_the_floor_is_the_surprise_of_all_validation_stories(tmp_path: Path) -> None:
+    settings = DataSettings(train="storybook:300", validation="storybook:20")
+    dataset = prepare_dataset(settings, VOCABULARY, tmp_path / "out")
+    told = list(read_source("storybook:20", settings, "validation"))
+    assert decoded(dataset, "validation") == [story.text for story in told]
+    expected = -math.fsum(story.log_probability or 0.0 for story in told)
+    assert dataset.floor_nats == pytest.approx(expected, rel=1e-12)
+    assert open_dataset(tmp_path / "out").floor_nats == dataset.floor_nats
+
+
+def test_held_out_stories_have_a_floor_too(tmp_path: Path) -> None:
+    dataset = prepare_dataset(DataSettings(train="storybook:300", holdout=0.1), VOCABULARY, tmp_path / "out")
+    chances = {d.text: d.log_probability or 0.0 for d in read_source("storybook:300", DataSettings(train=""), "train")}
+    assert dataset.floor_nats == pytest.approx(-sum(chances[text] for text in decoded(dataset, "validation")))
+
+
+def test_progress_names_each_stage(settings: DataSettings, tmp_path: Path) -> None:
+    heard: list[tuple[str, int, int | None]] = []
+    prepare_dataset(settings, VOCABULARY, tmp_path / "out", lambda *news: heard.append(news))
+    assert list(dict.fromkeys(label for label, _, _ in heard)) == [
+        "reading validation (bytes)",
+        "reading train (bytes)",
+        "training the tokenizer",
+        "encoding train (documents)",
+        "encoding validation (documents)",
+    ]
+    assert ("encoding train (documents)", 200, 200) in heard
+
+
+# What the user gets wrong.
+
+
+def fails(
+    error: type[Exception], words: str, settings: DataSettings, out: Path, vocabulary: TokenizerSettings = VOCABULARY
+) -> None:
+    with pytest.raises(error, match=words):
+        prepare_dataset(settings, vocabulary, out)
+    assert not out.exists()
+    assert not list(out.parent.glob(f".{out.name}*"))
+
+
+def test_nothing_is_left_behind_by_what_the_user_gets_wrong(tmp_path: Path, settings: DataSettings) -> None:
+    out = tmp_path / "out"
+    fails(SourceError, r"nowhere\.txt: no such file", settings.replace(train="nowhere.txt"), out)
+    fails(SourceError, r"valid2\.txt: no such file", settings.replace(validation="valid2.txt"), out)
+    blank = write(tmp_path / "blank.txt", ["  ", "\n"])
+    fails(
+        SourceError,
+        r"data\.train = .*blank\.txt: no document is left to use \(.*1 empty",
+        settings.replace(train=blank),
+        out,
+    )
+    fails(SourceError, r"data\.validation = .*blank", settings.replace(validation=blank), out)
+    same = settings.replace(train=settings.validation)
+    fails(SourceError, r"data\.train = .*no document is left to use \(20 read, 20 shared", same, out)
+    few = DataSettings(train=write(tmp_path / "few.txt", stories(3)), holdout=0.0001)
+    fails(SourceError, r"data\.holdout = 0\.0001: none of the 3 documents", few, out)
+    fails(TokenizerError, r"tokenizer\.vocab_size = 90000", settings, out, TokenizerSettings(vocab_size=90_000))
+
+
+def test_a_folder_that_holds_something_is_not_touched(tmp_path: Path, settings: DataSettings) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("dear")
+    with pytest.raises(OutputError, match="out: holds something already"):
+        prepare_dataset(settings, VOCABULARY, tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "dear"
+    with pytest.raises(OutputError, match="holds something already"):
+        prepare_dataset(settings, VOCABULARY, tmp_path / "out" / "thesis.txt")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device without space")
+@pytest.mark.parametrize("victim", ["train.spool", "train-00000.tokens", "validation-00000.tokens"])
+def test_no_space_left_names_the_folder_and_leaves_nothing(
+    victim: str, settings: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_open: Callable[..., Any] = Path.open
+
+    def open_on_full_device(path: Path, *args: Any, **more: Any) -> Any:
+        return real_open(Path("/dev/full") if path.name == victim and "wb" in args else path, *args, **more)
+
+    monkeypatch.setattr(Path, "open", open_on_full_device)
+    fails(OutputError, r"out: no space left on the device", settings, tmp_path / "out")
+
+
+def test_an_interruption_leaves_nothing_behind(settings: DataSettings, tmp_path: Path) -> None:
+    def interrupt(label: str, *_: object) -> None:
+        if label.startswith("encoding validation"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_dataset(settings, VOCABULARY, tmp_path / "out", interrupt)
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.fixture
+def prepared(settings: DataSettings, tmp_path: Path) -> Path:
+    prepare_dataset(settings, VOCABULARY, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_folders_that_are_not_datasets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"dataset\.json: cannot be read \(No such file"):
+        open_dataset(tmp_path)
+
+
+def test_damaged_datasets_are_refused(prepared: Path) -> None:
+    for name, words in [("dataset.json", "damaged"), ("report.json", "damaged"), ("train-00000.tokens", "truncated")]:
+        whole = (prepared / name).read_bytes()
+        (prepared / name).write_bytes(whole[:-9])
+        with pytest.raises(DatasetError, match=words):
+            open_dataset(prepared)
+        (prepared / name).write_bytes(whole)
+
+
+def test_shards_of_another_tokenizer_are_refused(prepared: Path, settings: DataSettings, tmp_path: Path) -> None:
+    prepare_dataset(settings, TokenizerSettings(vocab_size=340), tmp_path / "other")
+    (prepared / "tokenizer.json").write_bytes((tmp_path / "other" / "tokenizer.json").read_bytes())
+    with pytest.raises(DatasetError, match=r"train-00000\.tokens: made with another tokenizer \(fingerprint"):
+        open_dataset(prepared)
