@@ -3,12 +3,17 @@
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from gemmule.tokenizer import Tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from gemmule.model.config import Gemma3Config
     from gemmule.model.gemma3 import Gemma3
+
+# A busy machine is not a failure.
+settings.register_profile("gemmule", deadline=None)
+settings.load_profile("gemmule")
 
 SENTENCES = [
     f"{opening}, {who} {did} {what}. \u201cThank you!\u201d said {other}.\nThe end."

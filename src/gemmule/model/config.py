@@ -77,8 +77,9 @@ class Gemma3Config(Settings):
     @model_validator(mode="before")
     @classmethod
     def _expand_size(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("size") in SIZES:
-            values = SIZES[values["size"]] | {key: value for key, value in values.items() if key != "size"}
+        size = values.get("size") if isinstance(values, dict) else None
+        if isinstance(size, str) and size in SIZES:
+            values = SIZES[size] | {key: value for key, value in values.items() if key != "size"}
         return values
 
     @property
