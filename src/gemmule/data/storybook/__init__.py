@@ -1,7 +1,7 @@
 """Storybook, the embedded corpus: small children's stories told from a seed, each with its exact probability.
 
-One description of the language (`words`, `beginnings`, `plots`, `endings`, in the notation of `grammar`) is used in three
-directions: `story` tells, `reading` and `check` read and judge, `measure` counts.
+One description of the language (`words`, `beginnings`, `plots`, `endings`, in the notation of `grammar`) is used in
+three directions: `story` tells, `reading` and `check` read and judge, `measure` counts.
 """
 
 from gemmule.data.storybook.check import Verdict, check_story, log_probability

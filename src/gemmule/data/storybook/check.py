@@ -1,7 +1,8 @@
 """Checking stories: is a text from the book, and does everything in it hold together from beginning to end?
 
-A text is read line by line with its blanks free, and replayed in a small world: who is who, which thing it is, who has it.
-Apart from white space, a text is consistent exactly when the book could have told it, that is, when its probability is not 0.
+A text is read line by line with its blanks free, and replayed in a small world: who is who, which thing it is, who
+has it. Apart from white space, a text is consistent exactly when the book could have told it, that is, when its
+probability is not 0.
 """
 
 import math
@@ -17,7 +18,7 @@ _MOST_UNREAD = 20  # sentences; then the rest is not read
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found: all sentences are from the book; nothing contradicts anything; there is an end; the problems in words.
+    """What was found: all sentences are the book's, nothing contradicts, there is an end; the problems in words.
 
     `consistent` implies the other two, and is the same as having no problems.
     """
@@ -26,6 +27,11 @@ class Verdict:
     consistent: bool
     ends: bool
     problems: tuple[str, ...]
+
+    @property
+    def good(self) -> bool:
+        """Whether this is a whole story without a fault."""
+        return self.parses and self.consistent and self.ends
 
     def __str__(self) -> str:
         return "consistent" if self.consistent else "inconsistent: " + "; ".join(self.problems)

@@ -6,17 +6,18 @@ A chapter is a list of *moments*, and each moment a list of *lines* that may be 
     6 They {+looked} {+spot}, but they found only {a +shabby} {+junk}.
     2 if high: {friend} (jumped|hopped) up to {his} {noun}. [+near, friend finds] > joy
 
-The header names a moment and the one that follows. A line has a weight, perhaps the tags the story must have for it (`if a|b`
-either, `if a&b` both), the text, in brackets the tags it adds and the acts that change who has the thing, and where it leads
-if not where the header says. Brackets in a header hold for all its lines; so does a ¶, which begins a paragraph.
+The header names a moment and the one that follows. A line has a weight, perhaps the tags the story must have for it
+(`if a|b` either, `if a&b` both), the text, in brackets the tags it adds and the acts that change who has the thing,
+and where it leads if not where the header says. Brackets in a header hold for all its lines; so does a ¶, which
+begins a paragraph.
 
-In a text `{+spot}` chooses from the lexicon `spot` and `{spot}` repeats what was chosen; `{a look}` puts a or an before it;
-`{He}`, `{him}`, `{his}` stand for the hero, `{friend.he}` for somebody else; a capital begins a sentence; `(jumped|hopped)`
-chooses evenly.
+In a text `{+spot}` chooses from the lexicon `spot` and `{spot}` repeats what was chosen; `{a look}` puts a or an
+before it; `{He}`, `{him}`, `{his}` stand for the hero, `{friend.he}` for somebody else; a capital begins a sentence;
+`(jumped|hopped)` chooses evenly.
 
-Every choice is a draw among the weighted options of one *site* (the lines of a moment, the entries of a lexicon) whose needs
-the tags meet, and shows in the text before the next is made. No option of a site can read like the beginning of another, so a
-text has one way to be told, and its probability is the product of its choices'.
+Every choice is a draw among the weighted options of one *site* (the lines of a moment, the entries of a lexicon)
+whose needs the tags meet, and shows in the text before the next is made. No option of a site can read like the
+beginning of another, so a text has one way to be told, and its probability is the product of its choices'.
 """
 
 import functools
@@ -88,7 +89,7 @@ class Act(NamedTuple):
 
     who: str
     verb: str
-    whom: str
+    whom: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,7 +115,7 @@ class Table(Generic[Choice]):
     __slots__ = ("cumulative", "log_probabilities", "options", "total")
 
     def __init__(self, options: Sequence[Choice]) -> None:
-        self.options = tuple(options)
+        self.options: tuple[Choice, ...] = tuple(options)
         self.cumulative = tuple(accumulate(option.weight for option in options))
         self.total = self.cumulative[-1] if options else 0
         self.log_probabilities = tuple(math.log(option.weight / self.total) for option in options)
@@ -200,7 +201,7 @@ def _read_chapter(chapter: str) -> Iterator[Line]:
             weight=int(weight),
             needs=_read_needs(needs),
             gives=frozenset(note[1:] for note in effects if note.startswith("+")),
-            acts=tuple(Act(*(note.split() + [""])[:3]) for note in effects if not note.startswith("+")),
+            acts=tuple(Act(*note.split()) for note in effects if not note.startswith("+")),
             parts=tuple(_read_parts(text)),
             following=following or default,
             paragraph=bool(paragraph or all_paragraphs),

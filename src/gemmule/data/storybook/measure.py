@@ -1,6 +1,7 @@
 """How many stories there are and how much each surprises, computed from the whole book without telling one.
 
-Only the tags that can still be asked for matter to the rest of a story, so stories that differ in other ways are counted together.
+Only the tags that can still be asked for matter to the rest of a story, so stories that differ in other ways are
+counted together.
 """
 
 import functools

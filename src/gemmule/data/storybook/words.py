@@ -1,9 +1,9 @@
 """The words of the storybook: one lexicon for each blank in its sentences.
 
-Each row reads `weight [if needs] [gives tags] [as pronoun]: entry, entry, ...`. Every entry of the row has that weight, may
-be chosen only when the story so far has the needed tags, and adds the given tags to the story. No entry of a lexicon begins
-another, so the first words of a blank decide what fills it. Heroes, friends and helpers have separate names: nobody is
-mistaken for another.
+Each row reads `weight [if needs] [gives tags] [as pronoun]: entry, entry, ...`. Every entry of the row has that
+weight, may be chosen only when the story so far has the needed tags, and adds the given tags to the story. No entry
+of a lexicon begins another, so the first words of a blank decide what fills it. Heroes, friends and helpers have
+separate names: nobody is mistaken for another.
 """
 
 PEOPLE = {
