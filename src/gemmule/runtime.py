@@ -55,6 +55,21 @@ def autocast(device: torch.device, precision: Literal["bf16", "fp32"]) -> Abstra
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
+def reason_not_to_compile(device: torch.device) -> str | None:
+    """Try torch.compile on something small; return what is in the way on this machine, or None."""
+    try:
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    except (RuntimeError, ImportError, OSError) as error:  # no C++ compiler, no triton, a system without either
+        return str(error).splitlines()[0]
+    return None
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Run compiled modules as they were written inside the block: for shapes that come only once."""
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
 def seed_everything(*key: int | str) -> None:
     """Seed torch's generators from a key such as (seed, step), so that dropout needs no state to be resumed."""
     torch.manual_seed(derive_seed(*key))

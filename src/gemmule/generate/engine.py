@@ -10,6 +10,7 @@ from gemmule.errors import ModelError
 from gemmule.generate.sampling import SamplingSettings, draw
 from gemmule.model.cache import Cache
 from gemmule.model.gemma3 import Gemma3, last_logits
+from gemmule.runtime import uncompiled
 from gemmule.tokenizer import Tokenizer
 
 
@@ -58,7 +59,8 @@ def _advance(model: Gemma3, tokens: Tensor, padding: Tensor, cache: Cache) -> Te
     """Feed a chunk (B,T) through model and cache; return the logits after it, (B,V)."""
     positions = torch.arange(cache.length, cache.length + tokens.shape[1], device=tokens.device) - padding[:, None]
     documents = torch.where(positions < 0, -1, 0) if bool(padding.any()) else None
-    return model(tokens, positions, documents, cache, readout=last_logits)[:, 0]
+    with uncompiled():
+        return model(tokens, positions, documents, cache, readout=last_logits)[:, 0]
 
 
 def generate(

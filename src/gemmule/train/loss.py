@@ -32,7 +32,7 @@ def summed_loss(targets: Tensor) -> Readout:
 def _pieces(hidden: Tensor, targets: Tensor, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
     flat, goals = hidden.flatten(0, 1), targets.flatten()
     rows = max(1, LOGITS_AT_ONCE // vocabulary)
-    return list(zip(flat.split(rows), goals.split(rows), strict=True))
+    return list(zip(torch.split(flat, rows), torch.split(goals, rows), strict=True))
 
 
 def _chunk_loss(hidden: Tensor, targets: Tensor, vocabulary: Tensor) -> Tensor:

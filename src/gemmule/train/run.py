@@ -16,7 +16,7 @@ from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
 from gemmule.model.initialise import initialise
 from gemmule.recipe import Problem, Settings, read_recipe, write_recipe
-from gemmule.runtime import choose_device, choose_precision, derive_seed, interruptible
+from gemmule.runtime import choose_device, choose_precision, derive_seed, interruptible, reason_not_to_compile
 from gemmule.tokenizer import Tokenizer, TokenizerSettings
 from gemmule.train.checkpoint import Position, load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint
 from gemmule.train.loop import Hooks, TrainSettings, accumulate_gradients, train
@@ -81,6 +81,7 @@ def run_recipe(recipe: Recipe, out: Path, resume: bool, audience: Audience) -> O
     recipe = recipe.replace(model=recipe.model.replace(vocab_size=_vocabulary(recipe, tokenizer)))
     rows = PackedRows(dataset.train, context, recipe.train.seed, recipe.data.mask_documents, tokenizer.bos_id)
     audience.say(describe(recipe, dataset, device, precision))
+    recipe = _settle_compile(recipe, device, audience)
     recipe = _settle_steps(recipe, rows, device, precision, audience)
     write_recipe(recipe, out / "recipe.toml", "The recipe of this run, resolved: it repeats the run.")
     model, updater = build(recipe, device)
@@ -140,7 +141,7 @@ def claim_folder(recipe: Recipe, out: Path, resume: bool) -> Recipe:
 
 def _differences(given: Recipe, stored: Recipe) -> list[str]:
     """List the settings that differ, apart from those that a run resolves for itself."""
-    resolved = {"model.vocab_size"}
+    resolved = {"model.vocab_size", "train.compile"}
     if given.train.minutes is not None:
         resolved |= {"train.minutes", "train.steps"}
     new, old = (
@@ -193,6 +194,15 @@ def build(recipe: Recipe, device: torch.device) -> tuple[Gemma3, Updater]:
         for block in model.blocks:
             block.compile()
     return model, Updater(model, recipe.optimizer)
+
+
+def _settle_compile(recipe: Recipe, device: torch.device, audience: Audience) -> Recipe:
+    """Give up compiling, and say so, where the machine cannot."""
+    reason = reason_not_to_compile(device) if recipe.train.compile else None
+    if reason is None:
+        return recipe
+    audience.say(f"train.compile: going on without, this machine cannot: {reason}")
+    return recipe.replace(train=recipe.train.replace(compile=False))
 
 
 def _settle_steps(

@@ -8,7 +8,7 @@ import torch
 
 from gemmule.data.batches import Batch
 from gemmule.model.gemma3 import Gemma3
-from gemmule.runtime import autocast
+from gemmule.runtime import autocast, uncompiled
 from gemmule.train.loss import summed_loss
 
 
@@ -48,7 +48,7 @@ def score(model: Gemma3, batches: Iterable[Batch], text_bytes: int, precision: L
     nats, tokens = 0.0, 0
     for batch in batches:
         batch = batch.to(device)
-        with autocast(device, precision):
+        with uncompiled(), autocast(device, precision):
             loss = model(batch.tokens, documents=batch.documents, readout=summed_loss(batch.targets))
         nats += loss.item()
         tokens += batch.trained
