@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemmule.errors import ModelError
+from gemmule.errors import ModelError, RecipeError
 from gemmule.formats.names import foreign_names
 from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
+from gemmule.recipe import check_recipe
 from gemmule.tokenizer import Tokenizer
 
 # Our names that are Hugging Face's too, and mean the same.
@@ -23,19 +23,32 @@ SHARED_KEYS = [
     "tie_word_embeddings", "initializer_range", "attention_dropout",
 ]  # fmt: skip
 
+# What transformers takes where a config.json leaves a key out, as Google's for the 4B, 12B and 27B do; the keys not
+# listed have the same default as ours.
+ABSENT = {
+    "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "sliding_window": 4096, "max_position_embeddings": 131_072,
+}  # fmt: skip
+
+# Choices that transformers' code for Gemma 3 leaves open and Gemma 3 does not.
+SETTLED = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+}
+
 
 def write_config(config: Gemma3Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return config.json with the rotary settings in both dialects, transformers' before and since version 5."""
     factor = config.rope_scaling_factor
     scaling = {"rope_type": "linear", "factor": factor} if factor != 1 else None
     layer_types = ["full_attention" if kind == "global" else "sliding_attention" for kind in config.layer_kinds]
-    table = {key: getattr(config, key) for key in SHARED_KEYS} | {
+    table = {key: getattr(config, key) for key in SHARED_KEYS} | SETTLED
+    table |= {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
-        "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": False,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
         "dropout": config.dropout,
         "rope_theta": config.rope_theta,
         "rope_local_base_freq": config.rope_local_base_freq,
@@ -54,45 +67,63 @@ def write_config(config: Gemma3Config, tokenizer: Tokenizer | None) -> dict[str,
 
 
 def read_config(table: dict[str, Any], origin: Path) -> Gemma3Config:
-    """Read a Gemma 3 config.json in either dialect; ModelError where it is another architecture or not complete."""
-    table = table.get("text_config", table)
+    """Read a Gemma 3 config.json in either dialect; ModelError where it is another architecture or impossible."""
+    table = _section(table, "text_config", origin) or table
     if table.get("model_type") != "gemma3_text":
         raise ModelError(f"{origin}: model_type is {table.get('model_type')!r}; Gemmule opens 'gemma3_text' models")
-    if table.get("attention_bias") or table.get("final_logit_softcapping") or table.get("attn_logit_softcapping"):
-        raise ModelError(f"{origin}: has attention biases or soft-capped logits, which Gemma 3 does not have")
-    rope = table.get("rope_parameters") or {}
-    local, full = rope.get("sliding_attention", {}), rope.get("full_attention", {})
-    scaling = full if rope else table.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", "default")
-    if kind not in ("default", "linear"):
-        raise ModelError(f"{origin}: rotary scaling {kind!r} is not Gemma 3's; 'default' and 'linear' are")
-    known = {
+    for key, only in SETTLED.items():
+        if table.get(key) not in (only, None):
+            raise ModelError(f"{origin}: {key} is {table[key]!r}; for Gemma 3 it is {only!r}")
+    table = ABSENT | table
+    known = _read_rotary(table, origin) | {
         "dropout": table.get("dropout"),
+        "sliding_window_pattern": _pattern(table, origin),
+        **{key: table.get(key) for key in SHARED_KEYS},
+    }
+    try:
+        return check_recipe({k: v for k, v in known.items() if v is not None}, Gemma3Config, str(origin))
+    except RecipeError as error:
+        raise ModelError(str(error).removeprefix("recipe ")) from None
+
+
+def _read_rotary(table: dict[str, Any], origin: Path) -> dict[str, Any]:
+    """Read the rotary settings: one table a kind of layer since transformers 5, loose keys before."""
+    rope = _section(table, "rope_parameters", origin)
+    local, full = _section(rope, "sliding_attention", origin), _section(rope, "full_attention", origin)
+    scaling = full if rope else _section(table, "rope_scaling", origin)
+    for scales, kinds in ((local, ("default",)), (scaling, ("default", "linear"))):
+        kind = scales.get("rope_type", scales.get("type", "default"))
+        if kind not in kinds:
+            raise ModelError(f"{origin}: rotary scaling is {kind!r}; for Gemma 3 it is {' or '.join(map(repr, kinds))}")
+    return {
         "rope_theta": full.get("rope_theta", table.get("rope_theta")),
         "rope_local_base_freq": local.get("rope_theta", table.get("rope_local_base_freq")),
         "rope_scaling_factor": scaling.get("factor"),
-        "sliding_window_pattern": _pattern(table, origin),
-    } | {key: table.get(key) for key in SHARED_KEYS}
-    try:
-        config = Gemma3Config.model_validate({key: value for key, value in known.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ModelError(f"{origin}: {first['loc'][0]} = {first['input']!r}: {first['msg'].lower()}") from None
-    for problem in config.problems():
-        raise ModelError(f"{origin}: {problem}")
-    return config
+    }
 
 
-def _pattern(table: dict[str, Any], origin: Path) -> int | None:
+def _section(table: dict[str, Any], key: str, origin: Path) -> dict[str, Any]:
+    section = table.get(key) or {}
+    if not isinstance(section, dict):
+        raise ModelError(f"{origin}: {key} is {section!r}, not an object")
+    return section
+
+
+def _pattern(table: dict[str, Any], origin: Path) -> Any:
     """Find n such that every n-th layer is global, from the list of layer types where there is one."""
-    types = table.get("layer_types")
+    types, count, declared = table.get("layer_types"), table["num_hidden_layers"], table.get("sliding_window_pattern")
     if not types:
-        return table.get("sliding_window_pattern")
-    first = types.index("full_attention") + 1 if "full_attention" in types else len(types) + 1
-    expected = ["full_attention" if (i + 1) % first == 0 else "sliding_attention" for i in range(len(types))]
+        return declared
+    if not isinstance(types, list) or len(types) != count:
+        raise ModelError(f"{origin}: layer_types {types} do not name num_hidden_layers = {count!r} layers")
+    if "full_attention" in types:
+        every = types.index("full_attention") + 1
+    else:
+        every = declared if isinstance(declared, int) and declared > count else count + 1
+    expected = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(count)]
     if types != expected:
         raise ModelError(f"{origin}: layer_types {types} are not a repeating pattern of local layers and one global")
-    return int(table.get("sliding_window_pattern") or first) if first > len(types) else first
+    return every
 
 
 def save_folder(model: Gemma3, tokenizer: Tokenizer, folder: Path) -> None:
@@ -134,7 +165,9 @@ def read_tensors(folder: Path, model: Gemma3) -> dict[str, Tensor]:
                 if name not in wanted:
                     spare.append(name)
                     continue
-                found[wanted[name]] = file.get_tensor(name)
+                tensor = file.get_tensor(name)
+                # Gemma 3's residual stream exceeds fp16's range, so what was stored so is computed in fp32.
+                found[wanted[name]] = tensor.float() if tensor.dtype == torch.float16 else tensor
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; a model folder has config.json and model.safetensors") from None
     except (SafetensorError, OSError) as error:
