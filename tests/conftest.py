@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 
 from gemmule.tokenizer import Tokenizer, train_tokenizer
+from sentences import SENTENCES
 
 if TYPE_CHECKING:
     from gemmule.model.config import Gemma3Config
@@ -14,15 +15,6 @@ if TYPE_CHECKING:
 # A busy machine is not a failure.
 settings.register_profile("gemmule", deadline=None)
 settings.load_profile("gemmule")
-
-SENTENCES = [
-    f"{opening}, {who} {did} {what}. \u201cThank you!\u201d said {other}.\nThe end."
-    for opening in ("Once upon a time", "One sunny day", "Long ago")
-    for who in ("Mia", "a little fox", "the old miller", "Tom")
-    for did in ("found", "lost", "gave away")
-    for what in ("a red kite", "three golden eggs", "the silver key")
-    for other in ("the owl", "Ana")
-]
 
 
 @pytest.fixture(scope="session")
