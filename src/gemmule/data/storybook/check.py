@@ -8,11 +8,12 @@ probability is not 0.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from textwrap import shorten
 
 from gemmule.data.storybook.grammar import END, START, Act, Blank, Option, Tags, book, line_table, meets, word_table
-from gemmule.data.storybook.reading import NAMED, Match, match_lines, split
+from gemmule.data.storybook.reading import NAMED, Match, Token, match_lines, split
 
-_MOST_TOKENS = 600  # twice as many as in the longest story
+_MOST_CHARACTERS = 6000  # six times as many as in the longest story
 _MOST_UNREAD = 20  # sentences; then the rest is not read
 
 
@@ -39,20 +40,20 @@ class Verdict:
 
 def check_story(text: str) -> Verdict:
     """Judge any text; white space around it and between its words does not matter."""
+    if len(text) > _MOST_CHARACTERS:
+        return Verdict(False, False, False, (f"too long for a story: {len(text)} characters",))
     tokens = split(text)
     if not tokens:
         return Verdict(False, False, False, ("there is no story",))
-    if len(tokens) > _MOST_TOKENS:
-        return Verdict(False, False, False, (f"too long for a story: {len(tokens)} words and marks",))
-    world = _replay(tokens)
+    world = _replay(text, tokens)
     return Verdict(world.unread == 0, not world.problems, world.moment == END, tuple(dict.fromkeys(world.problems)))
 
 
 def log_probability(text: str) -> float:
     """Return the natural logarithm of the probability that the book tells exactly this text, -inf if it never does."""
-    tokens = split(text)
-    world = _replay(tokens[:_MOST_TOKENS])
-    return -math.inf if world.problems or "".join(world.told).lstrip() != text else world.log_probability
+    world = _replay(text, split(text[:_MOST_CHARACTERS]))
+    exact = not world.problems and "".join(world.told).lstrip() == text
+    return world.log_probability if exact else -math.inf
 
 
 @dataclass
@@ -62,36 +63,38 @@ class _World:
     moment: str | None = START  # None: not known, after an unread sentence
     chosen: dict[str, Option] = field(default_factory=dict)
     tags: Tags = frozenset()
-    holder: str = "nobody"
+    holder: str = "nobody"  # empty: not known, after an unread sentence
     told: list[str] = field(default_factory=list)
     log_probability: float = 0.0
     unread: int = 0
     problems: list[str] = field(default_factory=list)
 
 
-def _replay(tokens: Sequence[str]) -> _World:
+def _replay(text: str, tokens: Sequence[Token]) -> _World:
     world = _World()
     at = 0
+    words = [token.text for token in tokens]
     while at < len(tokens) and world.moment != END and world.unread < _MOST_UNREAD:
-        match = _find_line(world, tokens, at)
+        match = _find_line(world, words, at)
+        stop = match.stop if match else _skip_sentence(words, at)
+        quote = _quote(text[tokens[at].start : tokens[stop - 1].stop])
         if match:
-            _follow_line(world, match, _quote(tokens[at : match.stop]))
-            at = match.stop
+            _follow_line(world, match, quote)
         else:
-            stop = _skip_sentence(tokens, at)
-            world.problems.append(f"not from the book: {_quote(tokens[at:stop])}")
-            world.moment, world.unread, at = None, world.unread + 1, stop
+            world.problems.append(f"not from the book: {quote}")
+            world.moment, world.holder, world.unread = None, "", world.unread + 1
+        at = stop
     if world.moment != END:
         world.problems.append("the story does not end")
     elif at < len(tokens):
-        world.problems.append(f"the story goes on after its end: {_quote(tokens[at:])}")
+        world.problems.append(f"the story goes on after its end: {_quote(text[tokens[at].start :])}")
     return world
 
 
-def _find_line(world: _World, tokens: Sequence[str], at: int) -> Match | None:
-    """Find the line at token `at`: one of this moment if possible, else the longest of the book."""
-    here = match_lines(tokens, at, world.moment) if world.moment else []
-    found = here or match_lines(tokens, at)
+def _find_line(world: _World, words: Sequence[str], at: int) -> Match | None:
+    """Find the line at word `at`: one of this moment if possible, else the longest of the book."""
+    here = match_lines(words, at, world.moment) if world.moment else []
+    found = here or match_lines(words, at)
     return min(found, key=lambda match: (-match.stop, len(list(_contradictions(world, match)))), default=None)
 
 
@@ -134,7 +137,8 @@ def _contradictions(world: _World, match: Match) -> Iterator[str]:
         if blank.fresh:
             chosen[blank.variable] = option
         elif blank.variable not in chosen:
-            yield f"{blank.render(option)} comes from nowhere"
+            if not world.unread:
+                yield f"{blank.render(option)} comes from nowhere"
         elif blank.pronoun and option.pronoun != chosen[blank.variable].pronoun:
             yield f"{blank.render(option).lower()} used for {chosen[blank.variable].text}"
         elif not blank.pronoun and option is not chosen[blank.variable]:
@@ -161,8 +165,8 @@ def _perform(world: _World, act: Act, people: Mapping[str, Option]) -> None:
         "loses": (who, "nobody"),
         "gives": (who, whom),
     }[act.verb]
-    if world.holder != expected:
-        thing = " ".join(people[part].text for part in ("look", "noun") if part in people)
+    if world.holder and world.holder != expected:
+        thing = " ".join(people[part].text for part in ("look", "noun") if part in people) or "thing"
         to = f" to {whom}" if act.whom else ""
         world.problems.append(f"{who} {act.verb} the {thing}{to}, but {world.holder} has it")
     world.holder = after
@@ -174,15 +178,12 @@ def _call(variable: str, people: Mapping[str, Option]) -> str:
     return people[variable].text if variable in NAMED else f"the {people[variable].text}"
 
 
-def _skip_sentence(tokens: Sequence[str], at: int) -> int:
-    """Return where the sentence that stands at token `at` stops, a closing quotation mark included."""
-    stop = next((number + 1 for number in range(at, len(tokens)) if tokens[number] in ".!?"), len(tokens))
-    inside = tokens[at:stop].count('"') % 2 == 1
-    return stop + 1 if inside and tokens[stop : stop + 1] == ['"'] else stop
+def _skip_sentence(words: Sequence[str], at: int) -> int:
+    """Return where the sentence that stands at word `at` stops, a closing quotation mark included."""
+    stop = next((number + 1 for number in range(at, len(words)) if words[number] in ".!?"), len(words))
+    inside = words[at:stop].count('"') % 2 == 1
+    return stop + 1 if inside and words[stop : stop + 1] == ['"'] else stop
 
 
-def _quote(tokens: Sequence[str]) -> str:
-    words = " ".join(tokens[:8])
-    for mark in ".,!?'":
-        words = words.replace(f" {mark}", mark)
-    return f"<{words}{' ...' if len(tokens) > 8 else ''}>"
+def _quote(text: str) -> str:
+    return f"<{shorten(text, 60, placeholder=' ...')}>"

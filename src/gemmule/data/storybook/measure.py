@@ -66,20 +66,20 @@ def _fill_blanks(line: Line, tags: Tags) -> tuple[Mapping[Tags, _Share], float]:
         shares = extended
     alive: dict[Tags, _Share] = defaultdict(lambda: _Share(0, 0.0))
     for after, (ways, probability) in shares.items():
-        kept = after & _live_tags(line.following)
+        kept = after & live_tags(line.following)
         alive[kept] = _Share(alive[kept].ways + ways, alive[kept].probability + probability)
     return alive, nats
 
 
 @functools.cache
-def _live_tags(moment: str) -> Tags:
+def live_tags(moment: str) -> Tags:
     """Return the tags that a line or lexicon can still ask for from this moment on."""
     if moment == END:
         return frozenset()
     asks = book().asks
     live = asks[moment]
     for line in book().moments[moment]:
-        live |= _live_tags(line.following).union(*(asks[lexicon] for lexicon in _fresh_blanks(line)))
+        live |= live_tags(line.following).union(*(asks[lexicon] for lexicon in _fresh_blanks(line)))
     return live
 
 

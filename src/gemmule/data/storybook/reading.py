@@ -12,6 +12,14 @@ NAMED = ("hero", "friend", "helper")
 _TOKEN = re.compile(r"[A-Za-z]+(?:-[A-Za-z]+)*|[^\sA-Za-z]")
 
 
+class Token(NamedTuple):
+    """A word or another single character, and where it stands in its text."""
+
+    text: str
+    start: int
+    stop: int
+
+
 class Match(NamedTuple):
     """A line found in a text, the number of the first token after it, and what its blanks show."""
 
@@ -25,40 +33,43 @@ class Match(NamedTuple):
         return "".join(part if isinstance(part, str) else next(shown) for part in self.line.parts)
 
 
-def split(text: str) -> list[str]:
+def split(text: str) -> list[Token]:
     """Split a text into words and single other characters, without its white space."""
-    return _TOKEN.findall(text)
+    return [Token(found[0], *found.span()) for found in _TOKEN.finditer(text)]
 
 
-def match_lines(tokens: Sequence[str], start: int, moment: str | None = None) -> list[Match]:
+def spell(text: str) -> tuple[str, ...]:
+    """Return the texts of a text's tokens."""
+    return tuple(_TOKEN.findall(text))
+
+
+def match_lines(words: Sequence[str], start: int, moment: str | None = None) -> list[Match]:
     """Find the lines of one moment, or of all, that stand at token `start`, whatever fills their blanks."""
-    if start >= len(tokens):
-        return []
-    candidates = _first_words(moment).get(tokens[start], ())
-    return [match for line in candidates if (match := _match_line(line, tokens, start))]
+    candidates = _first_words(moment).get(words[start], ())
+    return [match for line in candidates if (match := _match_line(line, words, start))]
 
 
-def _match_line(line: Line, tokens: Sequence[str], start: int) -> Match | None:
+def _match_line(line: Line, words: Sequence[str], start: int) -> Match | None:
     at = start
     blanks: list[tuple[Blank, Option]] = []
     for part in _pattern(line):
         if isinstance(part, Blank):
-            found = _match_blank(part, tokens, at)
+            found = _match_blank(part, words, at)
             if not found:
                 return None
             option, at = found
             blanks.append((part, option))
-        elif tuple(tokens[at : at + len(part)]) == part:
+        elif tuple(words[at : at + len(part)]) == part:
             at += len(part)
         else:
             return None
     return Match(line, at, tuple(blanks))
 
 
-def _match_blank(blank: Blank, tokens: Sequence[str], at: int) -> tuple[Option, int] | None:
+def _match_blank(blank: Blank, words: Sequence[str], at: int) -> tuple[Option, int] | None:
     forms, lengths = _forms(blank)
     for length in lengths:
-        option = forms.get(tuple(tokens[at : at + length]))
+        option = forms.get(tuple(words[at : at + length]))
         if option:
             return option, at + length
     return None
@@ -66,7 +77,7 @@ def _match_blank(blank: Blank, tokens: Sequence[str], at: int) -> tuple[Option, 
 
 @functools.cache
 def _pattern(line: Line) -> tuple[Blank | tuple[str, ...], ...]:
-    return tuple(part if isinstance(part, Blank) else tuple(split(part)) for part in line.parts)
+    return tuple(part if isinstance(part, Blank) else spell(part) for part in line.parts)
 
 
 @functools.cache
@@ -92,5 +103,5 @@ def _forms(blank: Blank) -> tuple[Mapping[tuple[str, ...], Option], tuple[int, .
         options = [option for name in NAMED for option in book().lexicons[name]]
     else:
         options = book().lexicons[blank.variable]
-    forms = {tuple(split(blank.render(option))): option for option in options}
+    forms = {spell(blank.render(option)): option for option in options}
     return forms, tuple(sorted({len(form) for form in forms}, reverse=True))
