@@ -97,6 +97,8 @@ def complete(
     seed: int | None = None,
 ) -> list[str]:
     """Continue several prompts side by side and return each one with its whole continuation."""
+    if not prompts:
+        return []
     stops = stop_tokens(tokenizer)
     replies = [encode_prompt(model, tokenizer, prompt) for prompt in prompts]
     max_new_tokens = min(max_new_tokens, model.config.max_position_embeddings - max(map(len, replies)))
