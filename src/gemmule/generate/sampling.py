@@ -6,6 +6,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
 from gemmule.recipe import Settings
 
@@ -66,6 +67,8 @@ RULES: dict[str, Rule] = {"temperature": temperature, "top_k": top_k, "top_p": t
 
 def probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor:
     """Return the distribution (B,V) that `draw` samples from, for logits (B,V)."""
+    if settings.temperature == 0:
+        return functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits.dtype)
     for rule in RULES.values():
         logits = rule(logits, settings)
     return logits.softmax(dim=-1)
