@@ -1,5 +1,7 @@
 """What tests of several packages share; torch is loaded only by the tests that need it."""
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 # A busy machine is not a failure.
 settings.register_profile("gemmule", deadline=None)
 settings.load_profile("gemmule")
+
+# To models this small a second thread is no help, and on a busy machine the two wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +42,21 @@ def tiny_model(tiny_config: "Gemma3Config") -> "Gemma3":
     import tiny
 
     return tiny.lively_model(tiny_config)
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe file that trains a small model in a second."""
+    import runs
+
+    return runs.write_recipe_file(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
+    """The run folder of `tiny_recipe`, trained to its end; shared, so leave it as it is."""
+    import runs
+
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    assert runs.gemmule("train", tiny_recipe, "--out", folder).code == 0
+    return folder

@@ -1,6 +1,7 @@
 """`gemmule train RECIPE`: prepare, train, draw, tell."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,9 +42,8 @@ def train(
     with Screen() as screen:
         outcome = run_recipe(settings, run, resume, _audience(screen, run))
     if outcome.position.step < outcome.recipe.train.steps:
-        again = " ".join(
-            ["gemmule train", str(recipe), *(f"--set {item}" for item in overrides or []), f"--out {run} --resume"]
-        )
+        changes = [part for item in overrides or [] for part in ("--set", item)]
+        again = shlex.join(["gemmule", "train", str(recipe), *changes, "--out", str(run), "--resume"])
         screen.say(f"stopped after step {outcome.position.step:,}, which is saved; go on with:  {again}")
         raise typer.Exit(INTERRUPTED)
     summary = _conclude(screen, outcome, run)
@@ -78,12 +78,13 @@ def _audience(screen: Screen, run: Path) -> "Audience":
 
 def _conclude(screen: Screen, outcome: "Outcome", run: Path) -> dict[str, Any]:
     """Say where the result lies; where the corpus can check stories, let the model tell some and show the verdicts."""
-    from gemmule.evaluate.stories import judge_stories
     from gemmule.train.metrics import read_json_lines
 
     last = read_json_lines(run / "metrics.jsonl")[-1]
     summary = {"run": str(run), "model": str(run / "model"), **last}
     if is_storybook(outcome.recipe):
+        from gemmule.evaluate.stories import judge_stories
+
         judged = judge_stories(outcome.model, outcome.dataset.tokenizer, "Once upon a time", count=20, seed=1)
         for number, (text, verdict) in enumerate(judged[:3], start=1):
             screen.say(f"\nStory {number}\n\n{text}\n\n  checker: {verdict}")

@@ -27,7 +27,7 @@ def score_text(
     batch_size: int = 16,
     progress: Callable[[str, int, int | None], None] = lambda *_: None,
 ) -> dict[str, float | int]:
-    """Score the documents of `settings.train` (all, or the first so many) as they are, each one on its own, in fp32 on a CPU.
+    """Score the documents of `settings.train` (all, or the first so many), each one on its own; in fp32 on a CPU.
 
     Documents longer than `context` (by default the longest one, as far as the model reaches) are cut into pieces.
     Returns loss in nats per token, bits_per_byte, perplexity, and the tokens, bytes and documents they are means of.

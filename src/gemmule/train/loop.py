@@ -50,7 +50,7 @@ class TrainSettings(Settings):
     sample_prompts: tuple[str, ...] = Field(default=("Once upon a time",), strict=False)
     sample_tokens: Count = 200
     checkpoint_every: Count = 500
-    # Newest checkpoints that are kept, beside the best one.
+    # Newest checkpoints that are kept, beside the best of those whose step was also validated.
     keep_checkpoints: Count = 2
 
     def problems(self) -> Iterator[Problem]:
@@ -102,20 +102,22 @@ def train(
         position = position.replace(step=step + 1, tokens=position.tokens + batch.trained)
         stop = hooks.stop_requested()
         last = step + 1 == settings.steps
+        validating = (step + 1) % settings.validate_every == 0 or last
+        saving = (step + 1) % settings.checkpoint_every == 0 or last or stop
         record: dict[str, Any] = {}
-        if step == 0 or (step + 1) % settings.log_every == 0 or last:
+        if step == 0 or (step + 1) % settings.log_every == 0 or validating:
             record = {"loss": loss, "lr": updater.learning_rate, "grad_norm": norm, "tokens_per_second": clock.rate()}
         with clock.paused():
-            if (step + 1) % settings.validate_every == 0 or last:
+            if validating:
                 score = hooks.validate()
                 record |= {f"val_{name}": value for name, value in score.figures().items()}
-                if position.best_loss is None or score.loss < position.best_loss:
+                if saving and (position.best_loss is None or score.loss < position.best_loss):
                     position = position.replace(best_loss=score.loss, best_step=position.step)
             if record:
                 hooks.record({"step": position.step, "tokens": position.tokens, **record, "seconds": clock.seconds})
-            if "val_loss" in record:
+            if validating:
                 hooks.sample(position.step)
-            if (step + 1) % settings.checkpoint_every == 0 or last or stop:
+            if saving:
                 hooks.save(position.replace(seconds=clock.seconds))
         if stop:
             break

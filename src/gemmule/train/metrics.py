@@ -14,12 +14,13 @@ class JsonLines:
     """An append-only file of JSON objects that a resumed run continues exactly where its checkpoint left it."""
 
     def __init__(self, path: Path, keep_bytes: int = 0) -> None:
-        """Open `path` and drop everything after the first `keep_bytes` bytes."""
+        """Open `path` and drop everything after the first `keep_bytes` bytes, and a line that is not whole."""
         self._path = path
         with explained(path):
             path.touch()
+            whole = path.read_bytes()[:keep_bytes].rfind(b"\n") + 1
             self._file: IO[bytes] = path.open("r+b")
-            self._file.truncate(keep_bytes)
+            self._file.truncate(whole)
             self._file.seek(0, 2)
 
     @property
@@ -37,7 +38,8 @@ class JsonLines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with explained(self._path):  # what could not be written is tried once more
+            self._file.close()
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -54,13 +56,14 @@ class Stopwatch:
     def __init__(self, seconds: float = 0.0) -> None:
         """Start running with some `seconds` on the clock."""
         self._started = time.perf_counter() - seconds
+        self._stopped: float | None = None
         self._tokens = 0
         self._mark = seconds
 
     @property
     def seconds(self) -> float:
         """Seconds of training so far."""
-        return time.perf_counter() - self._started
+        return (self._stopped or time.perf_counter()) - self._started
 
     def add(self, tokens: int) -> None:
         """Count the tokens of a finished step."""
@@ -75,9 +78,10 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of the block out."""
-        began = time.perf_counter()
+        """Leave the time of the block out: the clock stands still in it."""
+        self._stopped = began = time.perf_counter()
         try:
             yield
         finally:
             self._started += time.perf_counter() - began
+            self._stopped = None

@@ -19,7 +19,7 @@ class ScheduleSettings(Settings):
     warmup_share: Share = 0.02
     # The rate of the last step, as a share of the peak (cosine and wsd).
     final: Share = 0.1
-    # The share of the run that wsd (warm-up, stable, decay) spends falling linearly to `final`.
+    # The share of the steps after the warm-up that wsd (warm-up, stable, decay) spends falling linearly to `final`.
     decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
 
 

@@ -1,0 +1,167 @@
+"""Whole runs through the command line, small enough for tests: in this process, or in one of their own."""
+
+import functools
+import importlib
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from typer.testing import CliRunner
+
+from gemmule.cli.main import build_app, main
+from gemmule.train.metrics import read_json_lines
+
+# Dropout, two optimizers and micro-batches: whatever a resumed run could get wrong is there.
+RECIPE = """
+[tokenizer]
+vocab_size = 320
+
+[model]
+hidden_size = 32
+intermediate_size = 48
+num_hidden_layers = 7
+num_attention_heads = 4
+num_key_value_heads = 2
+head_dim = 16
+query_pre_attn_scalar = 12
+sliding_window = 8
+sliding_window_pattern = 3
+dropout = 0.1
+attention_dropout = 0.1
+
+[train]
+steps = 12
+batch_size = 8
+micro_batch_size = 2
+context = 32
+log_every = 1
+validate_every = 6
+sample_prompts = ["Mia", "The owl saw"]
+sample_tokens = 12
+checkpoint_every = 3
+device = "cpu"
+precision = "fp32"
+
+[optimizer]
+name = "muon"
+learning_rate = 0.01
+adamw_learning_rate = 0.005
+"""
+
+TIMING = {"seconds", "tokens_per_second"}
+
+
+def write_text(path: Path, documents: int, seed: int = 0) -> Path:
+    """Write so many different documents, with the separator of TinyStories between them."""
+    draw = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(documents):
+            who, what = draw.choice(["Mia", "Tom", "The owl"]), draw.choice(["a red kite", "the key", "two eggs"])
+            file.write(
+                f"{who} {draw.choice(['found', 'saw'])} {what}, number {seed}-{number}. The end.\n<|endoftext|>\n"
+            )
+    return path
+
+
+def write_recipe_file(folder: Path) -> Path:
+    """Write training and validation text and the recipe `tiny.toml` that names them; return the recipe."""
+    train, valid = write_text(folder / "train.txt", 400), write_text(folder / "valid.txt", 60, seed=1)
+    recipe = folder / "tiny.toml"
+    recipe.write_text(f'[data]\ntrain = "{train}"\nvalidation = "{valid}"\n{RECIPE}', encoding="utf-8")
+    return recipe
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def gemmule(*arguments: object) -> Ended:
+    """Run a command in this process; what would end in a traceback is raised."""
+    result = CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Ended(result.exit_code, result.stdout, result.stderr)
+
+
+def final_weights(run: Path) -> bytes:
+    """Return the file of the trained weights."""
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+def timeless_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl without what the clock decides."""
+    lines = read_json_lines(run / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+
+
+class Death(NamedTuple):
+    """A moment at which a process dies as of `kill -9`: at the n-th call of a function, before or after it."""
+
+    function: str  # module:name
+    call: int
+    after: bool = False
+
+    def arm(self) -> None:
+        """Lie in wait."""
+        module_name, _, name = self.function.partition(":")
+        module = importlib.import_module(module_name)
+        original = getattr(module, name)
+        calls = 0
+
+        @functools.wraps(original)
+        def deadly(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == self.call and not self.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*arguments, **options)
+            if calls == self.call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(module, name, deadly)
+
+
+def start(*arguments: object, log: Path, death: Death | None = None, threads: int = 1) -> ForkServerProcess:
+    """Start a command in a process of its own, which comes from a server that has loaded torch already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gemmule.train.run", "torch.utils.tensorboard.writer", "matplotlib.figure"])
+    process = context.Process(target=_run, args=([str(argument) for argument in arguments], log, death, threads))
+    process.start()
+    return process
+
+
+def _run(arguments: list[str], log: Path, death: Death | None, threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    if death is not None:
+        death.arm()
+    sys.stdout = sys.stderr = log.open("w", encoding="utf-8")
+    sys.argv = ["gemmule", *arguments]
+    main()
+
+
+def wait_until(reached: Callable[[], bool], seconds: float = 120) -> None:
+    """Wait for something that another process does."""
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.002)
+
+
+def steps_done(run: Path) -> int:
+    """Return the last step that metrics.jsonl tells of."""
+    lines = read_json_lines(run / "metrics.jsonl")
+    return int(lines[-1]["step"]) if lines else 0
