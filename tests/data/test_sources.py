@@ -163,6 +163,11 @@ def test_a_file_in_another_encoding_is_refused_with_its_first_wrong_byte(tmp_pat
         texts(file)
 
 
+def test_a_wrong_byte_at_the_very_beginning_is_the_first(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"2 of 2 documents, the first at byte 0;"):
+        texts(write(tmp_path / "a.txt", b"\xe9<|end|>\xe9"))
+
+
 def test_single_invalid_documents_are_handed_on_as_bytes(tmp_path: Path) -> None:
     file = write(tmp_path / "a.txt", b"<|end|>".join([b"good"] * 150 + [b"b\xffd"] + [b"good"] * 50))
     assert texts(file) == [*["good"] * 150, b"b\xffd", *["good"] * 50]

@@ -279,6 +279,8 @@ def test_transformers_encodes_identically(
     plain = copy.deepcopy(theirs)
     plain.split_special_tokens = True
     assert (theirs.pad_token_id, theirs.eos_token_id, theirs.bos_token_id, theirs.unk_token_id) == (0, 1, 2, 3)
+    assert theirs.padding_side == "left"
+    assert set(theirs("fox")) == {"input_ids", "attention_mask"}
 
     @given(texts)
     def agree(text: str) -> None:

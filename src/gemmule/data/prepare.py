@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -23,7 +23,7 @@ DATASET_FILE = "dataset.json"
 REPORT_FILE = "report.json"
 
 _SAMPLE = 128 << 20  # bytes of text that the tokenizer is trained on at most
-_PORTION = 4 << 20  # bytes of text that are encoded together
+_PORTION = 1 << 20  # bytes of text that are encoded together
 
 # Told of (what is being done, how much is done, of how much if known).
 Progress = Callable[[str, int, int | None], None]
@@ -44,7 +44,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: int = 1
+    version: Literal[1] = 1
     fingerprint: str
     train: tuple[str, ...]  # file names of shards
     validation: tuple[str, ...]
@@ -65,7 +65,7 @@ def prepare_dataset(
 ) -> Dataset:
     """Read, clean, tokenize and write; the folder `out` appears when all of it is done.
 
-    Memory holds a portion of the text, the sample that the tokenizer is trained on, and 32 bytes a document. A
+    Memory holds a portion of the text, the sample that the tokenizer is trained on, and some 50 bytes a document. A
     `settings.train` that is a prepared folder is opened as it is. Raises SourceError, TokenizerError or OutputError.
     """
     if (Path(settings.train) / DATASET_FILE).is_file():

@@ -36,19 +36,19 @@ def format_of(file: Path) -> str:
 
 
 def _read_text(file: Path, settings: DataSettings) -> Iterator[Document]:
-    documents = invalid = first_invalid = 0
+    documents = 0
+    invalid: list[int] = []  # the place of the first wrong byte of each document that has one
     with _open(file) as stream:
         for offset, raw in split_stream(stream, settings.separator.encode()):
             documents += 1
             try:
                 yield Document(raw.decode())
             except UnicodeDecodeError as error:
-                first_invalid = first_invalid or offset + error.start
-                invalid += 1
+                invalid.append(offset + error.start)
                 yield Document(raw)
-    if invalid > _TOLERATED * documents:
+    if len(invalid) > _TOLERATED * documents:
         raise SourceError(
-            f"{file}: not UTF-8: {invalid} of {documents} documents, the first at byte {first_invalid}; "
+            f"{file}: not UTF-8: {len(invalid)} of {documents} documents, the first at byte {invalid[0]}; "
             "convert it, for instance with iconv -f WINDOWS-1252 -t UTF-8"
         )
 

@@ -62,7 +62,13 @@ class Tokenizer:
         names = {name: token for name in _WELL_KNOWN if (token := self._token_of(name)) is not None}
         # With this class transformers reads tokenizer.json as it is; by the model type alone (gemma3_text) it would
         # rebuild a GemmaTokenizer with Google's normalizer around our vocabulary.
-        default = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+        default = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "padding_side": "left",  # so that every row of a batch ends where generation goes on
+            **names,
+        }
         config = json.dumps(self._config or default, indent=2, ensure_ascii=False) + "\n"
         for name, text in ((TOKENIZER_FILE, self._document), (CONFIG_FILE, config)):
             with written_aside(folder / name) as aside:
