@@ -23,7 +23,14 @@ def choose_device(name: str) -> torch.device:
     if not available.get(kind, False):
         here = ", ".join(kind for kind, there in available.items() if there)
         raise DeviceError(f"device {name!r}: this machine has no such device; it has {here}")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"device {name!r}: not a device's name; write {kind} or {kind}:0") from None
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise DeviceError(f"device {name!r}: this machine has {count} of its kind, numbered from 0")
+    return device
 
 
 def choose_precision(wanted: Precision, device: torch.device) -> Literal["bf16", "fp32"]:
