@@ -64,8 +64,9 @@ def loss_figure(lines: list[dict[str, Any]], title: str) -> Any:
     return figure
 
 
-def _smooth(values: list[float], memory: float = 0.9) -> Iterator[float]:
-    """Yield the running mean, in which each older value counts `memory` times the next, without a bias to the first."""
+def _smooth(values: list[float]) -> Iterator[float]:
+    """Yield the running mean over about a thirtieth of the run, without a bias to the first value."""
+    memory = 1 - min(1.0, 30 / len(values)) if values else 0.0
     total, weight = 0.0, 0.0
     for value in values:
         total, weight = memory * total + value, memory * weight + 1
