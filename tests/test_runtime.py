@@ -41,17 +41,23 @@ def test_a_named_device_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cuda:1") == torch.device("cuda", 1)
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "tpu", "", "gpu:0", "cpu:x", "CPU"])
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "tpu", "", "gpu:0", "CPU"])
 def test_a_device_that_is_not_there_is_named_with_those_that_are(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     machine_with(monkeypatch, gpus=0)
     with pytest.raises(DeviceError, match=rf"device '{name}': this machine has no such device; it has cpu$"):
         choose_device(name)
 
 
-@pytest.mark.parametrize("name", ["cuda:2", "cuda:-1", "cuda:x", "cuda:"])
-def test_a_gpu_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_gpu_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     machine_with(monkeypatch, gpus=2)
-    with pytest.raises(DeviceError, match=rf"device '{name}': this machine has no such device; it has cuda:0, cuda:1"):
+    with pytest.raises(DeviceError, match=r"device 'cuda:2': this machine has 2 of its kind, numbered from 0"):
+        choose_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["cuda:x", "cuda:", "cuda:-1", "cuda:0:1"])
+def test_a_device_that_is_misspelt_is_named_with_what_would_work(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    machine_with(monkeypatch, gpus=2)
+    with pytest.raises(DeviceError, match=rf"device '{name}': not a device's name; write cuda or cuda:0"):
         choose_device(name)
 
 
@@ -91,8 +97,8 @@ def test_autocast_multiplies_in_bf16_or_changes_nothing() -> None:
 
 
 def test_seeds_are_the_same_on_every_machine() -> None:
-    assert derive_seed(0, "step", 6) == 7308120103303797139
-    assert derive_seed(1, "weights") == 8134563553434437331
+    assert derive_seed(0, "step", 6) == 4485653450691351633
+    assert derive_seed(1, "weights") == 2891528143651911317
 
 
 def test_different_keys_have_different_seeds() -> None:

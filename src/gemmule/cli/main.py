@@ -43,7 +43,7 @@ def gemmule(
 
 
 def graceful(command: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command to end with a sentence and a code: 1 for a failure of ours, 2 for the user's mistake, 130 for Ctrl-C."""
+    """Wrap a command to end in one sentence and a code: 1 a failure of ours, 2 the user's mistake, 130 Ctrl-C."""
 
     @functools.wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> None:

@@ -1,0 +1,129 @@
+import errno
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gemmule.errors import OutputError
+from gemmule.train import metrics
+from gemmule.train.metrics import JsonLines, Stopwatch, read_json_lines
+
+
+def write(path: Path, records: list[dict[str, object]], keep_bytes: int = 0) -> int:
+    with JsonLines(path, keep_bytes) as lines:
+        for record in records:
+            lines.write(record)
+        return lines.size
+
+
+def test_lines_are_read_as_they_were_written(tmp_path: Path) -> None:
+    records: list[dict[str, object]] = [{"step": 1, "loss": 0.1 + 0.2}, {"text": "Zoë said:\n\u201chi\u201d \u2028 🦊"}]
+    size = write(tmp_path / "m.jsonl", records)
+    assert read_json_lines(tmp_path / "m.jsonl") == records
+    assert (tmp_path / "m.jsonl").read_bytes().count(b"\n") == 2
+    assert size == (tmp_path / "m.jsonl").stat().st_size
+
+
+def test_lines_are_there_while_the_file_is_open(tmp_path: Path) -> None:
+    with JsonLines(tmp_path / "m.jsonl") as lines:
+        lines.write({"step": 1})
+        assert read_json_lines(tmp_path / "m.jsonl") == [{"step": 1}]
+
+
+def test_a_file_that_is_not_there_has_no_lines(tmp_path: Path) -> None:
+    assert read_json_lines(tmp_path / "m.jsonl") == []
+
+
+def test_a_resumed_run_goes_on_where_its_checkpoint_was(tmp_path: Path) -> None:
+    size = write(tmp_path / "m.jsonl", [{"step": 1}])
+    write(tmp_path / "m.jsonl", [{"step": 2}, {"step": 3}], keep_bytes=size)
+    assert write(tmp_path / "m.jsonl", [{"step": "two"}], keep_bytes=size) == size + len('{"step": "two"}\n')
+    assert read_json_lines(tmp_path / "m.jsonl") == [{"step": 1}, {"step": "two"}]
+
+
+def test_a_new_run_forgets_what_was_there(tmp_path: Path) -> None:
+    write(tmp_path / "m.jsonl", [{"step": 1}])
+    write(tmp_path / "m.jsonl", [])
+    assert read_json_lines(tmp_path / "m.jsonl") == []
+
+
+def test_a_line_torn_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    write(path, [{"step": 1}, {"step": 2}])
+    for cut in range(1, len('{"step": 2}\n')):
+        path.write_bytes(b'{"step": 1}\n{"step": 2}\n'[:-cut])
+        assert read_json_lines(path) == [{"step": 1}]
+
+
+@given(lost=st.integers(0, 24))
+def test_a_file_shorter_than_the_checkpoint_knew_stays_readable(
+    tmp_path_factory: pytest.TempPathFactory, lost: int
+) -> None:
+    path = tmp_path_factory.mktemp("lost") / "m.jsonl"
+    size = write(path, [{"step": 1}, {"step": 2}])
+    os.truncate(path, size - lost)
+    whole = read_json_lines(path)
+    write(path, [{"step": 3}], keep_bytes=size)
+    assert read_json_lines(path) == [*whole, {"step": 3}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_device_is_explained_when_writing_and_when_closing(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "m.jsonl")
+    lines._file.close()
+    with Path("/dev/full").open("wb") as lines._file:
+        for attempt in (lambda: lines.write({"step": 1}), lambda: lines.__exit__(None, None, None)):
+            with pytest.raises(OutputError, match=r"m\.jsonl: no space left on the device"):
+                attempt()
+
+
+def test_a_place_that_cannot_be_written_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=rf"nowhere/m\.jsonl: cannot be written: {os.strerror(errno.ENOENT)}"):
+        JsonLines(tmp_path / "nowhere" / "m.jsonl")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> itertools.count:  # type: ignore[type-arg]
+    """Each look at the clock finds it a second later."""
+    ticks = itertools.count(1000.0)
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(ticks))
+    return ticks
+
+
+def test_stopwatch_counts_on_from_where_the_run_stopped(clock: object) -> None:
+    watch = Stopwatch(50.0)
+    assert watch.seconds == 51
+    assert watch.seconds == 52
+
+
+def test_stopwatch_stands_still_in_a_pause(clock: object) -> None:
+    watch = Stopwatch()
+    with watch.paused():  # entered a second after the start
+        assert watch.seconds == 1
+        for _ in range(10):
+            metrics.time.perf_counter()
+        assert watch.seconds == 1
+    assert watch.seconds == 2
+
+
+def test_a_pause_ends_with_an_error_too(clock: object) -> None:
+    watch = Stopwatch()
+    with pytest.raises(ZeroDivisionError), watch.paused():
+        raise ZeroDivisionError
+    assert watch.seconds == 2
+
+
+def test_rate_is_of_the_tokens_since_the_last_time_without_pauses(clock: object) -> None:
+    watch = Stopwatch()
+    watch.add(300)
+    watch.add(300)
+    assert watch.rate() == 600  # one second
+    with watch.paused():
+        for _ in range(10):
+            metrics.time.perf_counter()
+    watch.add(100)
+    assert watch.rate() == 50  # two looks at the clock: one to pause, one now
+    assert watch.rate() == 0
