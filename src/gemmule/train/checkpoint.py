@@ -9,6 +9,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -38,8 +39,10 @@ class Position(Settings):
 
 
 class _State(Settings):
-    format: int = 1
+    format: Literal[1] = 1
     position: Position
+    # Of the position as JSON, and of every other file by its name.
+    position_sha256: str
     sha256: dict[str, str]
 
 
@@ -49,7 +52,8 @@ def save_checkpoint(run: Path, model: Gemma3, tokenizer: Tokenizer, updater: Upd
     with folder_written_aside(folder) as aside:
         save_folder(model, tokenizer, aside)
         save_file({key: tensor.cpu() for key, tensor in updater.state().items()}, aside / "optimizer.safetensors")
-        state = _State(position=position, sha256={file.name: _sha256(file) for file in sorted(aside.iterdir())})
+        digests = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
+        state = _State(position=position, position_sha256=_digest(position), sha256=digests)
         (aside / "state.json").write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return folder
 
@@ -74,6 +78,8 @@ def verify_checkpoint(folder: Path) -> Position:
         raise CheckpointError(f"{folder}: is no checkpoint, it has no state.json") from None
     except (OSError, UnicodeDecodeError, ValidationError) as error:
         raise CheckpointError(f"{folder / 'state.json'}: damaged: {error}") from None
+    if _digest(state.position) != state.position_sha256:
+        raise CheckpointError(f"{folder / 'state.json'}: damaged, its position does not fit its sha256")
     for name, expected in state.sha256.items():
         file = folder / name
         if not file.is_file():
@@ -115,6 +121,10 @@ def _spare(run: Path, keep: int, best_step: int | None) -> Iterator[Path]:
 
 def _folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
+
+
+def _digest(position: Position) -> str:
+    return hashlib.sha256(position.model_dump_json().encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

@@ -10,7 +10,7 @@ import torch
 from gemmule.data import Dataset, DataSettings, open_dataset, prepare_dataset
 from gemmule.data.batches import PackedRows, WholeDocuments
 from gemmule.errors import OutputError
-from gemmule.files import explained, folder_written_aside
+from gemmule.files import folder_written_aside, written_aside
 from gemmule.formats.folder import save_folder
 from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
@@ -83,7 +83,8 @@ def run_recipe(recipe: Recipe, out: Path, resume: bool, audience: Audience) -> O
     audience.say(describe(recipe, dataset, device, precision))
     recipe = _settle_compile(recipe, device, audience)
     recipe = _settle_steps(recipe, rows, device, precision, audience)
-    write_recipe(recipe, out / "recipe.toml", "The recipe of this run, resolved: it repeats the run.")
+    with written_aside(out / "recipe.toml") as aside:
+        write_recipe(recipe, aside, "The recipe of this run, resolved: it repeats the run.")
     model, updater = build(recipe, device)
     position = _restore(out, model, updater, audience) if resume else Position()
     measure = validation(dataset, recipe, model, precision)
@@ -102,7 +103,9 @@ def run_recipe(recipe: Recipe, out: Path, resume: bool, audience: Audience) -> O
         def sample(step: int) -> None:
             prompts, tokens = recipe.train.sample_prompts, recipe.train.sample_tokens
             seed = derive_seed(recipe.train.seed, "sample")
-            for prompt, text in zip(prompts, audience.tell(model, tokenizer, prompts, tokens, seed), strict=True):
+            texts = audience.tell(model.eval(), tokenizer, prompts, tokens, seed)
+            model.train()
+            for prompt, text in zip(prompts, texts, strict=True):
                 samples.write({"step": step, "prompt": prompt, "text": text})
 
         def save(now: Position) -> None:
@@ -123,12 +126,12 @@ def claim_folder(recipe: Recipe, out: Path, resume: bool) -> Recipe:
     Raises OutputError where the folder holds something else.
     """
     stored = out / "recipe.toml"
-    if not stored.exists():
-        if (out.is_dir() and any(out.iterdir())) or out.is_file():
-            raise OutputError(f"--out {out}: holds other files and no run; name a new or empty folder")
-        with explained(out):
-            out.mkdir(parents=True, exist_ok=True)
-        write_recipe(recipe, stored, "The recipe of this run, as given.", given_only=True)
+    found = {file.name for file in out.iterdir()} if out.is_dir() else set()
+    if stored.name not in found and (found or (out.exists() and not out.is_dir())):
+        raise OutputError(f"--out {out}: holds other files and no run; name a new or empty folder")
+    if found <= {stored.name}:  # nothing, or what a run left that failed before it had read its data
+        with written_aside(stored) as aside:
+            write_recipe(recipe, aside, "The recipe of this run, as given.", given_only=True)
         return recipe
     if not resume:
         raise OutputError(f"--out {out}: holds a run already; go on with it by --resume, or name another folder")

@@ -1,0 +1,198 @@
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import gemmule
+from gemmule.errors import CheckpointError, OutputError
+from gemmule.model.gemma3 import Gemma3
+from gemmule.model.initialise import initialise
+from gemmule.tokenizer import Tokenizer
+from gemmule.train.checkpoint import (
+    Position,
+    checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from gemmule.train.optim import OPTIMIZERS, OptimizerSettings, Updater
+from tiny import greatest_difference, some_tokens, tiny_config
+
+SHAPE = tiny_config(vocab_size=380)  # of the tiny tokenizer
+
+
+def trained(name: str = "muon", steps: int = 3) -> tuple[Gemma3, Updater]:
+    model = Gemma3(SHAPE)
+    initialise(model, seed=0)
+    updater = Updater(model, OptimizerSettings.model_validate({"name": name}))
+    for step in range(steps):
+        model(some_tokens(SHAPE, seed=step)).square().mean().backward()
+        updater.update(1.0)
+    return model, updater
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_tokenizer: Tokenizer) -> Path:
+    """A run with checkpoints of steps 3 and 4."""
+    for steps in (3, 4):
+        model, updater = trained(steps=steps)
+        save_checkpoint(tmp_path, model, tiny_tokenizer, updater, Position(step=steps, tokens=10 * steps))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_a_checkpoint_restores_everything_bit_for_bit(tmp_path: Path, tiny_tokenizer: Tokenizer, name: str) -> None:
+    model, updater = trained(name)
+    position = Position(
+        step=3, tokens=78, best_step=2, best_loss=1 / 3, seconds=0.1 + 0.2, metrics_bytes=17, samples_bytes=4
+    )
+    folder = save_checkpoint(tmp_path, model, tiny_tokenizer, updater, position)
+    assert folder == tmp_path / "checkpoints" / "step-00000003"
+    fresh, moving = trained(name, steps=0)
+    assert load_checkpoint(folder, fresh, moving) == position
+    weights, remembered = fresh.state_dict(), moving.state()
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert remembered.keys() == updater.state().keys()
+    assert all(torch.equal(value, remembered[key]) for key, value in updater.state().items())
+
+
+def test_a_checkpoint_is_a_model_folder(run: Path, tiny_tokenizer: Tokenizer) -> None:
+    model, tokenizer = gemmule.load(run / "checkpoints" / "step-00000003")
+    expected, _ = trained(steps=3)
+    tokens = some_tokens(SHAPE)
+    assert greatest_difference(model(tokens), expected.eval()(tokens)) == 0
+    assert tokenizer.encode("Tom found") == tiny_tokenizer.encode("Tom found")
+
+
+def test_checkpoints_are_listed_newest_first(run: Path) -> None:
+    (run / "checkpoints" / ".step-00000005.partial").mkdir()  # a kill leaves it
+    assert [folder.name for folder in checkpoints(run)] == ["step-00000004", "step-00000003"]
+    assert newest_checkpoint(run) == (run / "checkpoints" / "step-00000004", [])
+
+
+def test_a_run_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) == (None, [])
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def empty(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+FILES = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+
+
+def test_every_file_of_a_checkpoint_is_among_those_that_are_damaged_here(run: Path) -> None:
+    assert sorted(file.name for file in (run / "checkpoints" / "step-00000004").iterdir()) == FILES
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip, Path.unlink])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_named_and_passed_over(run: Path, name: str, damage: Callable[[Path], None]) -> None:
+    newest = run / "checkpoints" / "step-00000004"
+    if name == "state.json" and damage is truncate:
+        damage(newest / name)  # the line end, which means nothing
+    damage(newest / name)
+    with pytest.raises(CheckpointError, match="step-00000004"):
+        verify_checkpoint(newest)
+    good, sentences = newest_checkpoint(run)
+    assert good == run / "checkpoints" / "step-00000003"
+    assert len(sentences) == 1
+    assert name in sentences[0]
+
+
+def test_no_changed_bit_of_the_state_goes_unnoticed(run: Path) -> None:
+    newest = run / "checkpoints" / "step-00000004"
+    state = newest / "state.json"
+    whole, position = state.read_bytes(), verify_checkpoint(newest)
+    for place in range(0, len(whole), 3):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        state.write_bytes(changed)
+        try:
+            assert verify_checkpoint(newest) == position
+        except CheckpointError:
+            continue
+
+
+def test_when_all_checkpoints_are_damaged_each_is_named(run: Path) -> None:
+    for folder in checkpoints(run):
+        flip(folder / "model.safetensors")
+    good, sentences = newest_checkpoint(run)
+    assert good is None
+    assert [name in sentence for name, sentence in zip(("4/model", "3/model"), sentences, strict=True)] == [True, True]
+
+
+def test_loading_checks_first(run: Path) -> None:
+    newest = run / "checkpoints" / "step-00000004"
+    flip(newest / "optimizer.safetensors")
+    model, updater = trained(steps=0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: damaged"):
+        load_checkpoint(newest, model, updater)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    def left(keep: int, best: int | None) -> list[int]:
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        for step in (100, 200, 300, 400, 500):
+            (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        prune_checkpoints(tmp_path, keep, best)
+        return sorted(int(folder.name.removeprefix("step-")) for folder in checkpoints(tmp_path))
+
+    assert left(keep=2, best=None) == [400, 500]
+    assert left(keep=2, best=200) == [200, 400, 500]
+    assert left(keep=2, best=500) == [400, 500]
+    assert left(keep=1, best=50) == [500]
+    assert left(keep=9, best=200) == [100, 200, 300, 400, 500]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(
+    run: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    model, updater = trained(steps=5)
+    monkeypatch.setattr(os, "fsync", refuse)
+    for step in (4, 5):  # over one that is there, and anew
+        with pytest.raises(OutputError, match="no space left on the device"):
+            save_checkpoint(run, model, tiny_tokenizer, updater, Position(step=step))
+    assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+    assert verify_checkpoint(run / "checkpoints" / "step-00000004").tokens == 40
+
+
+def test_a_checkpoint_takes_the_place_of_a_damaged_one(run: Path, tiny_tokenizer: Tokenizer) -> None:
+    flip(run / "checkpoints" / "step-00000004" / "model.safetensors")
+    model, updater = trained(steps=4)
+    save_checkpoint(run, model, tiny_tokenizer, updater, Position(step=4))
+    assert newest_checkpoint(run) == (run / "checkpoints" / "step-00000004", [])
+
+
+def test_nothing_of_a_checkpoint_is_pickled(run: Path) -> None:
+    for file in (run / "checkpoints" / "step-00000004").iterdir():
+        assert file.suffix in (".json", ".safetensors")
