@@ -1,0 +1,115 @@
+"""Rules of the house that no linter knows."""
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemmule.cli.main import COMMANDS
+from gemmule.generate.sampling import RULES, SamplingSettings
+from gemmule.model.attention import KERNELS
+from gemmule.model.config import SIZES, Gemma3Config
+from gemmule.recipe import Settings
+from gemmule.train.optim import OPTIMIZERS, OptimizerSettings
+from gemmule.train.run import Recipe
+from gemmule.train.schedule import SCHEDULES, ScheduleSettings
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "src" / "gemmule").rglob("*.py"))
+REGISTRIES: dict[str, Mapping[str, Any]] = {
+    "KERNELS": KERNELS,
+    "RULES": RULES,
+    "SCHEDULES": SCHEDULES,
+    "OPTIMIZERS": OPTIMIZERS,
+    "COMMANDS": COMMANDS,
+}
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize("name", REGISTRIES)
+def test_registry_holds_documented_functions_under_their_own_names(name: str) -> None:
+    assert REGISTRIES[name]
+    for key, entry in REGISTRIES[name].items():
+        assert inspect.isfunction(entry), key
+        assert entry.__name__ == key
+        assert entry.__doc__, key
+
+
+def test_every_command_has_its_own_file_and_examples() -> None:
+    for name, command in COMMANDS.items():
+        assert command.__module__ == f"gemmule.cli.{name}"
+        assert command.__doc__ is not None
+        assert f"gemmule {name} " in command.__doc__, "an example"
+
+
+def choices(settings: type[Settings], field: str) -> set[str]:
+    return set(settings.model_fields[field].annotation.__args__)  # type: ignore[union-attr]
+
+
+def test_recipes_can_choose_exactly_what_is_registered() -> None:
+    assert choices(OptimizerSettings, "name") == set(OPTIMIZERS)
+    assert choices(ScheduleSettings, "name") == set(SCHEDULES)
+    assert set(SamplingSettings.model_fields) == set(RULES)
+    sizes = Gemma3Config.model_fields["size"].annotation.__args__[0].__args__  # type: ignore[union-attr]
+    assert set(sizes) == set(SIZES)
+
+
+def subclasses(kind: type[Settings]) -> Iterator[type[Settings]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from subclasses(child)
+
+
+def test_every_group_of_settings_is_frozen_strict_and_typed() -> None:
+    for path in SOURCES:
+        parts = path.relative_to(ROOT / "src").with_suffix("").parts
+        if parts[-1] != "__main__":
+            importlib.import_module(".".join(parts).removesuffix(".__init__"))
+    groups = [group for group in subclasses(Settings) if group.__module__.startswith("gemmule.")]
+    assert {Recipe, Gemma3Config, SamplingSettings} <= set(groups)
+    for group in groups:
+        assert group.__doc__ or group.__name__.startswith("_"), group
+        assert group.model_config["frozen"], group
+        assert group.model_config["strict"], group
+        assert group.model_config["extra"] == "forbid", group
+        for name, field in group.model_fields.items():
+            assert field.annotation is not Any, (group, name)
+            assert "." not in name
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    lengths = {
+        f"{path.name}:{node.name}": node.end_lineno - node.lineno + 1
+        for path in SOURCES
+        for node in functions(path)
+        if node.end_lineno is not None
+    }
+    assert max(lengths.values()) <= 80, max(lengths, key=lengths.__getitem__)
+    assert sorted(lengths.values())[len(lengths) // 2] <= 12
+
+
+def test_no_module_is_longer_than_a_chapter() -> None:
+    assert {path.name for path in SOURCES if len(path.read_text(encoding="utf-8").splitlines()) > 450} == set()
+
+
+def test_nothing_is_left_for_later() -> None:
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        for mark in ("TO" + "DO", "FIX" + "ME", "X" * 3, "NotImplemented"):
+            assert mark not in text, (path, mark)
+
+
+def test_tests_have_unique_names_and_stand_in_no_package() -> None:
+    files = list((ROOT / "tests").rglob("*.py"))
+    names = [path.name for path in files if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
+    assert "__init__.py" not in names
