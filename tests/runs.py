@@ -39,7 +39,7 @@ attention_dropout = 0.1
 [train]
 steps = 12
 batch_size = 8
-micro_batch_size = 2
+micro_batch_size = 4
 context = 32
 log_every = 1
 validate_every = 6
