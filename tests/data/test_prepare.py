@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from gemmule.data import Dataset, DataSettings, open_dataset, prepare_dataset
 from gemmule.data.shards import verify_shard
@@ -15,6 +16,7 @@ from gemmule.tokenizer import TokenizerSettings
 
 VOCABULARY = TokenizerSettings(vocab_size=350)
 SEPARATOR = "<|endoftext|>"
+SYMBOLS = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "th", "<|endoftext|>"]
 WORDS = "the fox ran over hills and far away to find its little den warm dry under old oak trees by a stream"
 
 
@@ -128,6 +130,20 @@ def test_an_existing_tokenizer_is_taken_over(settings: DataSettings, tmp_path: P
     assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
     with pytest.raises(TokenizerError, match="no such file"):
         prepare_dataset(settings, TokenizerSettings(path=str(tmp_path / "nowhere")), tmp_path / "third")
+
+
+def test_bytes_that_nothing_predicts_are_not_counted(settings: DataSettings, tmp_path: Path) -> None:
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(dict(zip(SYMBOLS, range(258), strict=True)), [("t", "h")]))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.add_special_tokens(["<|endoftext|>"])
+    library.save(str(tmp_path / "tokenizer.json"))  # like GPT-2's, it puts nothing before a text
+    documents = ["then", "hen"]
+    settings = settings.replace(validation=write(tmp_path / "bytes.txt", documents))
+    dataset = prepare_dataset(settings, TokenizerSettings(path=str(tmp_path / "tokenizer.json")), tmp_path / "out")
+    assert [dataset.validation.text_bytes(number) for number in range(2)] == [2, 2]
+    assert dataset.validation.bytes == 4
+    assert dataset.report.validation.bytes == 7
 
 
 def test_the_floor_is_the_surprise_of_all_validation_stories(tmp_path: Path) -> None:

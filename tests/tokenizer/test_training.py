@@ -51,7 +51,7 @@ def test_rare_characters_are_spelt_in_bytes() -> None:
 
 def test_pieces_never_join_neighbours_of_a_dropped_character() -> None:
     documents = ["ab" + chr(0x4E00 + n) + "cd" for n in range(500)] * 2 + ["xy" * 20]
-    tokenizer = train_tokenizer(documents, 326)
+    tokenizer = train_tokenizer(documents, 340)
     assert "abcd" not in [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
 
 

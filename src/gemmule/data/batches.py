@@ -74,16 +74,15 @@ class PackedRows:
         length = count * self.context + 1
         stream = np.empty(length, dtype=np.int64)
         segment = np.empty(length, dtype=np.int32)
-        begins = np.zeros(length, dtype=bool)
         filled = 0
         for number, (document, start, stop) in enumerate(self._spans(first * self.context, length)):
             there = slice(filled, filled + stop - start)
             stream[there] = self.corpus.read(document, start, stop)
             segment[there] = number
-            begins[filled] = start == 0
             filled = there.stop
         shape = (count, self.context)
-        unpredictable = begins[1:] & (self.mask_documents | (stream[1:] == self.bos_id))
+        begins = segment[1:] != segment[:-1]
+        unpredictable = begins & (self.mask_documents | (stream[1:] == self.bos_id))
         targets = np.where(unpredictable, IGNORED, stream[1:]).reshape(shape)
         documents = torch.from_numpy(segment[:-1].reshape(shape)) if self.mask_documents else None
         return Batch(torch.from_numpy(stream[:-1].reshape(shape)), torch.from_numpy(targets), documents)
