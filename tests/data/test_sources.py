@@ -57,6 +57,17 @@ def test_splitting_a_stream_equals_splitting_the_text(parts: list[str], separato
     assert found == (whole if whole[-1].strip() else whole[:-1])
 
 
+@given(
+    text=st.lists(st.sampled_from(["a", "b", "\n", "<|>", "<|"]), max_size=100).map("".join),
+    longest=st.integers(4, 20),
+    block=st.integers(1, 40),
+)
+@example(text="aba<|>b", longest=4, block=1)  # a separator that begins within the limit and ends beyond it
+def test_documents_do_not_depend_on_how_a_stream_is_read(text: str, longest: int, block: int) -> None:
+    at_once, slowly = (list(split_stream(Slow(text.encode(), size), b"<|>", longest)) for size in (1000, block))
+    assert at_once == slowly
+
+
 @given(text=st.text("ab\n\u00e9\u4f60\U0001f984", max_size=200), longest=st.integers(4, 20), block=st.integers(1, 40))
 def test_long_documents_are_cut_between_characters(text: str, longest: int, block: int) -> None:
     pieces = list(split_stream(Slow(text.encode(), block), b"<|>", longest))
