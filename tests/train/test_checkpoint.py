@@ -157,11 +157,11 @@ def test_loading_checks_first(run: Path) -> None:
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
-    def left(keep: int, best: int | None) -> list[int]:
+    def left(keep: int, best: int | None, step: int = 500) -> list[int]:
         shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
-        for step in (100, 200, 300, 400, 500):
-            (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
-        prune_checkpoints(tmp_path, keep, best)
+        for saved in (100, 200, 300, 400, 500):
+            (tmp_path / "checkpoints" / f"step-{saved:08d}").mkdir(parents=True)
+        prune_checkpoints(tmp_path, keep, Position(step=step, best_step=best))
         return sorted(int(folder.name.removeprefix("step-")) for folder in checkpoints(tmp_path))
 
     assert left(keep=2, best=None) == [400, 500]
@@ -169,6 +169,9 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert left(keep=2, best=500) == [400, 500]
     assert left(keep=1, best=50) == [500]
     assert left(keep=9, best=200) == [100, 200, 300, 400, 500]
+    # 400 and 500 were damaged, so that the run went back to 200 and has come to 300 again.
+    assert left(keep=1, best=None, step=300) == [300, 400, 500]
+    assert left(keep=2, best=100, step=300) == [100, 200, 300, 400, 500]
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(

@@ -7,7 +7,6 @@ A checkpoint is a model folder with two more files: `optimizer.safetensors`, wha
 
 import hashlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -107,16 +106,15 @@ def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     return None, damage
 
 
-def prune_checkpoints(run: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one."""
-    for folder in _spare(run, keep, best_step):
-        shutil.rmtree(folder, ignore_errors=True)
+def prune_checkpoints(run: Path, keep: int, position: Position) -> None:
+    """Of a run's checkpoints up to a position, remove all but the newest `keep` and the best one.
 
-
-def _spare(run: Path, keep: int, best_step: int | None) -> Iterator[Path]:
-    for folder in checkpoints(run)[keep:]:
-        if best_step is None or folder != _folder(run, best_step):
-            yield folder
+    Those beyond it are damaged, or the run would stand there; counting them could cost the good ones.
+    """
+    past = [folder for folder in checkpoints(run) if folder <= _folder(run, position.step)]
+    for folder in past[keep:]:
+        if position.best_step is None or folder != _folder(run, position.best_step):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _folder(run: Path, step: int) -> Path:

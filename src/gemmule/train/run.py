@@ -87,6 +87,7 @@ def run_recipe(recipe: Recipe, out: Path, resume: bool, audience: Audience) -> O
         write_recipe(recipe, aside, "The recipe of this run, resolved: it repeats the run.")
     model, updater = build(recipe, device)
     position = _restore(out, model, updater, audience) if resume else Position()
+    prune_checkpoints(out, recipe.train.keep_checkpoints, position)  # a kill may have come before that
     measure = validation(dataset, recipe, model, precision)
     with (
         interruptible() as interrupt,
@@ -111,7 +112,7 @@ def run_recipe(recipe: Recipe, out: Path, resume: bool, audience: Audience) -> O
         def save(now: Position) -> None:
             now = now.replace(metrics_bytes=metrics.size, samples_bytes=samples.size)
             save_checkpoint(out, model, tokenizer, updater, now)
-            prune_checkpoints(out, recipe.train.keep_checkpoints, now.best_step)
+            prune_checkpoints(out, recipe.train.keep_checkpoints, now)
 
         hooks = Hooks(record, measure.score, sample, save, lambda: interrupt.requested)
         position = train(model, updater, rows, recipe.train, recipe.schedule, precision, position, hooks)
