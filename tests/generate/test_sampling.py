@@ -145,10 +145,10 @@ def test_rows_draw_different_lots() -> None:
     assert len(set(drawn.tolist())) > 50
 
 
-def test_low_precision_logits_still_give_rare_tokens_their_chance() -> None:
-    """Among 50,000 equal tokens a sum in bf16 stands still long before the end."""
+def test_low_precision_logits_still_give_each_token_its_chance() -> None:
+    """The running sum over 50,000 equal tokens has only a few hundred steps in bf16."""
     drawn = draw(torch.zeros(200, 50_000, dtype=torch.bfloat16), SamplingSettings(), generator())
-    assert drawn.max() > 45_000
+    assert len(set(drawn.tolist())) > 190
     assert drawn.double().mean().item() == pytest.approx(25_000, rel=0.2)
 
 

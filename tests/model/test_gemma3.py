@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from gemmule.model.attention import KERNELS
@@ -65,7 +65,7 @@ def test_kernels_agree_on_the_whole_model(length: int) -> None:
     with torch.no_grad():
         one, other = (lively_model(config, kernel)(tokens) for kernel in ("reference", "sdpa"))
     assert one.std() > 0.3
-    assert greatest_difference(one, other) < 1e-5
+    assert greatest_difference(one, other) < 1e-4
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -84,8 +84,7 @@ def test_every_parameter_gets_a_gradient(kernel: str, tied: bool) -> None:
 )
 def test_embedding_scale_is_rounded_to_bf16_and_leaves_the_head_alone(width: int, scale: float) -> None:
     config = tiny_config(hidden_size=width, num_hidden_layers=1, intermediate_size=1, vocab_size=3)
-    model = Gemma3(config).bfloat16()
-    torch.nn.init.ones_(model.embedding.weight)
+    model = lively_model(config).bfloat16()
     seen: list[Tensor] = []
     model.blocks[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
 
@@ -94,8 +93,10 @@ def test_embedding_scale_is_rounded_to_bf16_and_leaves_the_head_alone(width: int
         return hidden
 
     model(torch.tensor([[0, 2]]), readout=read)
-    assert seen[0].dtype == torch.bfloat16
-    assert set(seen[0].flatten().tolist()) == {scale}
+    rows = model.embedding.weight[[0, 2]].float()
+    assert torch.equal(seen[0][0], (rows * scale).bfloat16())
+    if scale**2 != width:
+        assert not torch.equal(seen[0][0], (rows * math.sqrt(width)).bfloat16())
     assert seen[1] is model.embedding.weight
 
 
@@ -212,7 +213,7 @@ def test_query_scalar_sets_the_sharpness_of_attention() -> None:
         for block in other.blocks:
             weight = block.get_parameter("attention.query_norm.weight")
             weight.copy_(2 * (1 + weight) - 1)
-        assert greatest_difference(one(tokens), other(tokens)) < 1e-5
+        assert greatest_difference(one(tokens), other(tokens)) < 1e-4
 
 
 def test_rows_of_a_batch_do_not_influence_each_other() -> None:
@@ -221,7 +222,7 @@ def test_rows_of_a_batch_do_not_influence_each_other() -> None:
     with torch.no_grad():
         together = model(tokens)
         for row in range(3):
-            assert greatest_difference(together[row : row + 1], model(tokens[row : row + 1])) < 1e-5
+            assert greatest_difference(together[row : row + 1], model(tokens[row : row + 1])) < 1e-4
 
 
 def test_positions_and_documents_by_default_are_one_text_from_the_start() -> None:
@@ -229,7 +230,7 @@ def test_positions_and_documents_by_default_are_one_text_from_the_start() -> Non
     tokens = some_tokens(model.config)
     with torch.no_grad():
         given = model(tokens, torch.arange(LENGTH)[None], torch.zeros_like(tokens))
-        assert greatest_difference(given, model(tokens)) < 1e-5
+        assert greatest_difference(given, model(tokens)) < 1e-4
 
 
 def test_readouts_are_the_logits_in_fp32() -> None:
@@ -252,7 +253,17 @@ def test_untied_head_is_the_one_that_reads_out() -> None:
     with torch.no_grad():
         before = model(tokens)
         model.head.weight.mul_(2)
-        assert greatest_difference(model(tokens), 2 * before) < 1e-5
+        assert greatest_difference(model(tokens), 2 * before) < 1e-4
+
+
+def test_dropout_acts_on_the_embedding_and_on_both_branches_of_every_layer() -> None:
+    model = lively_model(tiny_config(dropout=0.3))
+    places: list[torch.Size] = []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda _, __, x: places.append(x.shape))
+    model(some_tokens(model.config))
+    assert places == [(2, LENGTH, 24)] * (1 + 2 * 7)
 
 
 @pytest.mark.parametrize("setting", ["dropout", "attention_dropout"])
