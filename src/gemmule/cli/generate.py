@@ -40,8 +40,7 @@ def generate(
 
     network, tokenizer = gemmule.load(model, device)
     text, tokens, finish = "", 0, None
-    if not as_json:
-        sys.stdout.write(prompt)
+    ahead = prompt  # shown with the first token, when it has not been refused
     for event in gemmule.generate(
         network,
         tokenizer,
@@ -55,8 +54,9 @@ def generate(
     ):
         text, tokens, finish = text + event.text, tokens + 1, event.finish
         if not as_json:
-            sys.stdout.write(event.text)
+            sys.stdout.write(ahead + event.text)
             sys.stdout.flush()
+            ahead = ""
     if as_json:
         print_json(json.dumps({"prompt": prompt, "text": text, "tokens": tokens, "finish": finish}))
     else:

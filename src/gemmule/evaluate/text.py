@@ -36,6 +36,8 @@ def score_text(
     precision = "fp32" if device.type == "cpu" else choose_precision("auto", device)
     with TemporaryDirectory() as folder:
         corpus = _encode(_texts(settings, documents), tokenizer, Path(folder))
+        if corpus is None:
+            raise SourceError(f"{settings.train}: there is no text to predict")
         reach = context or min(int(corpus.lengths.max()) - 1, model.config.max_position_embeddings)
         batches = WholeDocuments(corpus, reach, batch_size, tokenizer.pad_id)
 
@@ -56,13 +58,11 @@ def _texts(settings: DataSettings, count: int | None) -> Iterator[str]:
             yield document.text.strip()
 
 
-def _encode(texts: Iterator[str], tokenizer: Tokenizer, folder: Path) -> Corpus:
-    """Write the texts to a corpus on disk, so that memory does not grow with them."""
+def _encode(texts: Iterator[str], tokenizer: Tokenizer, folder: Path) -> Corpus | None:
+    """Write the texts, if there are any, to a corpus on disk, so that memory does not grow with them."""
     first_bytes = tokenizer.token_bytes()
     with CorpusWriter(folder, "text", tokenizer.fingerprint, tokenizer.vocab_size) as writer:
         while portion := list(islice(texts, _AT_ONCE)):
             for text, ids in zip(portion, tokenizer.encode_documents(portion), strict=True):
                 writer.append(ids, len(text.encode()) - first_bytes[ids[0]])
-    if not writer.names:
-        raise SourceError("there is no text to predict")
-    return open_corpus(folder, writer.names, tokenizer.fingerprint)
+    return open_corpus(folder, writer.names, tokenizer.fingerprint) if writer.names else None

@@ -1,0 +1,81 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from runs import gemmule
+
+EOS = 1
+
+
+def generate(model: Path, *options: object) -> str:
+    ended = gemmule("generate", model, *options)
+    assert (ended.code, ended.err) == (0, "")
+    return ended.out
+
+
+def test_a_prompt_is_continued(tiny_run: Path) -> None:
+    text = generate(tiny_run, "--prompt", "Mia found", "--max-new-tokens", 20, "--seed", 1)
+    assert text.startswith("Mia found")
+    assert text.endswith("\n")
+    assert len(text) > len("Mia found\n")
+
+
+def test_a_seed_repeats_and_another_does_not(tiny_run: Path) -> None:
+    one, again, other = (generate(tiny_run, "--max-new-tokens", 20, "--seed", seed) for seed in (1, 1, 2))
+    assert one == again != other
+    assert generate(tiny_run, "--max-new-tokens", 20) != generate(tiny_run, "--max-new-tokens", 20)
+
+
+def test_a_run_folder_means_its_newest_checkpoint(tiny_run: Path) -> None:
+    options = ["--max-new-tokens", 20, "--seed", 1]
+    from_run = generate(tiny_run, *options)
+    assert from_run == generate(tiny_run / "model", *options)
+    assert from_run == generate(tiny_run / "checkpoints" / "step-00000012", *options)
+    assert from_run != generate(tiny_run / "checkpoints" / "step-00000009", *options)
+
+
+@pytest.mark.parametrize("narrow", [["--temperature", 0], ["--top-k", 1], ["--top-p", 0.000001], ["--min-p", 0.999999]])
+def test_every_rule_can_narrow_the_choice_to_the_likeliest(tiny_run: Path, narrow: list[object]) -> None:
+    texts = {generate(tiny_run, "--max-new-tokens", 12, "--seed", seed, *narrow) for seed in (1, 2)}
+    assert texts == {generate(tiny_run, "--max-new-tokens", 12, "--temperature", 0)}
+
+
+def test_json_tells_prompt_text_tokens_and_why_it_ended(tiny_run: Path) -> None:
+    options = ["--prompt", "Tom", "--max-new-tokens", 9, "--seed", 3]
+    reply = json.loads(generate(tiny_run, *options, "--json"))
+    assert set(reply) == {"prompt", "text", "tokens", "finish"}
+    assert (reply["prompt"], reply["tokens"], reply["finish"]) == ("Tom", 9, "length")
+    assert generate(tiny_run, *options) == f"Tom{reply['text']}\n"
+
+
+def test_generation_stops_at_the_end_token(tiny_run: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_run / "model", tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    # All tokens point the same way, and the end token furthest, so that it is always the likeliest.
+    embedding = torch.full_like(weights["model.embed_tokens.weight"], 0.1)
+    embedding[EOS] = 1.0
+    save_file(weights | {"model.embed_tokens.weight": embedding}, model / "model.safetensors")
+    reply = json.loads(generate(model, "--max-new-tokens", 5, "--temperature", 0, "--json"))
+    assert (reply["text"], reply["tokens"], reply["finish"]) == ("", 1, "stop")
+
+
+def test_an_empty_prompt_begins_a_text(tiny_run: Path) -> None:
+    assert generate(tiny_run, "--prompt", "", "--max-new-tokens", 20, "--seed", 1) != "\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure(tiny_run: Path) -> None:
+    command = [sys.executable, "-m", "gemmule", "generate", str(tiny_run), "--max-new-tokens", "2000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.read(9) == "Once upon"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+    process.stderr.close()
