@@ -1,18 +1,13 @@
-"""What tests of several packages share; torch is loaded only by the tests that need it."""
+"""What tests of several packages share; tiny models are in `tiny.py`, so that torch is loaded only where needed."""
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from gemmule.tokenizer import Tokenizer, train_tokenizer
 from sentences import SENTENCES
-
-if TYPE_CHECKING:
-    from gemmule.model.config import Gemma3Config
-    from gemmule.model.gemma3 import Gemma3
 
 # A busy machine is not a failure.
 settings.register_profile("gemmule", deadline=None)
@@ -26,22 +21,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def tiny_tokenizer() -> Tokenizer:
     """A vocabulary of 380 ids trained on a few sentences."""
     return train_tokenizer(SENTENCES, vocab_size=380)
-
-
-@pytest.fixture(scope="session")
-def tiny_config() -> "Gemma3Config":
-    """Seven layers of both kinds."""
-    import tiny
-
-    return tiny.tiny_config()
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tiny_config: "Gemma3Config") -> "Gemma3":
-    """A model of `tiny_config` with lively weights; shared, so leave it as it is."""
-    import tiny
-
-    return tiny.lively_model(tiny_config)
 
 
 @pytest.fixture(scope="session")

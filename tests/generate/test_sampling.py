@@ -11,7 +11,7 @@ from gemmule.generate.sampling import RULES, SamplingSettings, draw, probabiliti
 from gemmule.recipe import check_recipe
 
 # A setting for each rule that narrows the choice, far from neutral.
-NARROW = {
+NARROW: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.5},
     "top_k": {"top_k": 2},
     "top_p": {"top_p": 0.6},

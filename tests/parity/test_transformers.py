@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning"),
 ]
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "tied": {},
     "untied": {"tie_word_embeddings": False},
     "without scaling": {"rope_scaling_factor": 1.0},
