@@ -24,19 +24,16 @@ PEOPLE = {
         3 gives animal: hedgehog, duck, frog, otter, badger, beaver, kitten, mole, piglet, penguin
         """,
     "hero": """
-        4 if girl|animal as she: Mia, Lily, Anna, Rosie, Ella, Molly, Emma
-        3 if girl|animal as she: Sophie, Lucy, Nora, Ruby, Grace, Ivy, Clara, Maya, Alice, Stella, Penny
-        2 if girl|animal as she: Amina, Bella, Cora, Dora, Freya, Greta, Heidi, Ines, Jasmine, Kira, Leila, Matilda,
-          Yuki
-        4 if boy|animal as he: Tom, Ben, Max, Leo, Sam, Finn, Jack
-        3 if boy|animal as he: Oscar, Henry, Theo, Noah, Eli, Toby, Hugo, Milo, Felix, Jamie, Oliver
-        2 if boy|animal as he: Ali, Bruno, Caspar, David, Emil, Franz, Gus, Ivan, Jonas, Kofi, Luis, Mateo, Ravi
+        4 if girl|animal as she: Mia, Lily, Anna, Rosie, Ella, Molly
+        3 if girl|animal as she: Lucy, Ruby, Clara, Amina, Jasmine, Yuki
+        4 if boy|animal as he: Tom, Ben, Max, Leo, Sam, Finn
+        3 if boy|animal as he: Oscar, Henry, Noah, Milo, Kofi, Ravi
         """,
     "home": """
         4 if child: house, cottage, cabin
-        3 if child: farmhouse, tower, apartment, houseboat, mill, castle, palace
+        3 if child: farmhouse, tower, apartment, houseboat, mill, manor, palace
         4 if animal: den, nest, burrow
-        3 if animal: hut, cave, hollow tree, tree house, teapot, barrel
+        3 if animal: hut, cave, hollow tree, tree house, pumpkin, barrel
         """,
     "where": """
         4: by the river, near the woods, on a hill, by the sea
@@ -75,11 +72,9 @@ PEOPLE = {
         """,
     "friend": """
         4 if anyone|sister as she: Zoe, Amy, Hannah, Jane, Kate
-        3 if anyone|sister as she: Lola, Nina, Poppy, Sara, Tess, Wendy, Daisy, Emily, Holly
-        2 if anyone|sister as she: Maria, Olga, Priya, Rita, Tara, Una, Vera, Elsa, Flora, Mei
+        3 if anyone|sister as she: Nina, Poppy, Priya, Mei
         4 if anyone|brother as he: Jim, Dan, Adam, Peter, Charlie
-        3 if anyone|brother as he: Alex, Billy, George, Luke, Nick, Otto, Paul, Simon, Will
-        2 if anyone|brother as he: Andy, Carlos, Erik, Frank, Hans, Juan, Karim, Omar, Pablo, Victor
+        3 if anyone|brother as he: Billy, George, Omar, Carlos
         """,
     "nature": """
         4: funny, smart, strong, noisy, calm, tall
@@ -94,9 +89,9 @@ PEOPLE = {
         """,
     "helper": """
         3 as she: Willow, Hazel, Clover, Juniper, Pepper, Bluebell, Ginger, Marigold
-        2 as she: Petunia, Rosemary, Nutmeg, Winnie, Violet, Dottie, Henrietta, Fern
+        2 as she: Petunia, Nutmeg, Violet, Dottie
         3 as he: Barnaby, Bramble, Pickles, Rusty, Waddles, Basil, Thistle, Hector
-        2 as he: Biscuit, Chester, Dexter, Gilbert, Mortimer, Pip, Sprout, Truffle
+        2 as he: Biscuit, Chester, Gilbert, Sprout
         """,
     "creature": """
         3 if woods: owl, deer, woodpecker, chipmunk
@@ -116,7 +111,7 @@ PEOPLE = {
         """,
     "wise": """
         4: wise, old, young, fat
-        3: friendly, chubby, ancient, gentle, cheery, talkative, curious, pretty, polite, hurried, yawning, plump
+        3: friendly, chubby, ancient, gentle, cheery, talkative, chirpy, dignified, mighty, hurried, yawning, plump
         """,
     "climber": """
         3: squirrel, crow, monkey, giraffe
@@ -165,9 +160,9 @@ PEOPLE = {
 THINGS = {
     "look": """
         6 gives plain: red, blue, green, yellow
-        5 gives plain: purple, orange, pink, white, little
-        4 gives plain: golden, silver, brown, tiny, striped, spotted, shiny
-        3 gives plain: turquoise, crimson, violet, gray, checkered, rainbow, pretty, funny
+        5 gives plain: purple, orange, pink, white, speckled
+        4 gives plain: golden, silver, brown, lilac, striped, spotted, shiny
+        3 gives plain: turquoise, crimson, violet, gray, checkered, flowered, sparkly, dainty
         3 gives cloth: woolly, velvet, knitted, fluffy, patched, silk
         5 gives wood: wooden
         3 gives wood: carved, painted
@@ -231,12 +226,12 @@ THINGS = {
           dirty
         """,
     "sight": """
-        4: rainbow, swan, parade, ship, castle, train
+        4: rainbow, swan, parade, ship, pyramid, tram
         3: horse, cloud, dragon, bear, carpet, giant, bird, mermaid, ghost, elephant, garden, sailboat, camel,
           whale, juggler, wolf, fish, snake, snowman, unicorn, lion, rocket, waterfall, tiger, ladder, zebra, robot
         """,
     "strange": """
-        4: golden, silver, black, gigantic
+        4: starry, moonlit, black, gigantic
         3: strange, flying, dancing, singing, magic, friendly, glowing, lovely, tame, blue-eyed, upside-down,
           invisible, sparkling, floating, marching, dotted, royal
         """,
@@ -294,7 +289,7 @@ PLACES = {
     "weather": """
         5: sunny, warm, bright
         4: windy, cool, cloudy, fine
-        3: chilly, misty, breezy, golden, frosty, lovely, hazy, mild
+        3: chilly, misty, breezy, dewy, frosty, lovely, hazy, mild
         """,
     "time": """
         5: day, morning, afternoon
