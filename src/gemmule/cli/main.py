@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import os
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -85,4 +86,7 @@ def build_app() -> typer.Typer:
 
 def main() -> None:
     """Run the command line."""
+    # Torch's threads spin while they wait for each other; on a machine that does something else too, a step then takes
+    # ten times as long. It has to be said before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     build_app()()

@@ -1,5 +1,6 @@
 """A whole run, from recipe to model folder; what it writes lies in one run folder."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -220,12 +221,13 @@ def _settle_steps(
     model, updater = build(recipe, device)
     model.train()
     times: list[float] = []
-    while len(times) < 3 or (sum(times) < 5 and len(times) < 20):
+    # The first steps also compile and fill caches.
+    while len(times) < 8 or (sum(times[3:]) < 4 and len(times) < 30):
         began = time.perf_counter()
         accumulate_gradients(model, rows.rows(0, settings.batch_size), settings, precision)
         updater.update(1e-3)
         times.append(time.perf_counter() - began)
-    seconds = sorted(times[1:])[len(times[1:]) // 2]
+    seconds = statistics.median(times[3:])
     steps = max(1, min(settings.steps, int(60 * minutes / seconds)))
     audience.say(f"one step takes {seconds:.3f} s here: {steps:,} steps in {minutes:g} minutes")
     return recipe.replace(train=settings.replace(steps=steps, minutes=None))
