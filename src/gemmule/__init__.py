@@ -1,9 +1,9 @@
 """Grow your own Gemma 3: from raw text to a trained, measured language model.
 
-    import gemmule
-    model, tokenizer = gemmule.load("runs/story/model")
-    for event in gemmule.generate(model, tokenizer, "Once upon a time", max_new_tokens=64):
-        print(event.text, end="")
+import gemmule
+model, tokenizer = gemmule.load("runs/story/model")
+for event in gemmule.generate(model, tokenizer, "Once upon a time", max_new_tokens=64):
+    print(event.text, end="")
 """
 
 import importlib
