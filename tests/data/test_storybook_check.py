@@ -194,6 +194,12 @@ def test_a_verdict_tells_what_is_missing() -> None:
     assert foreign.problems == ("not from the book: <It rained cats and dogs.>",)
 
 
+def test_what_follows_the_end_is_not_part_of_the_story() -> None:
+    more = check_story(TOM + "The end.")
+    assert (more.parses, more.consistent, more.ends) == (False, False, True)
+    assert more.problems == ("the story goes on after its end: <The end.>",)
+
+
 def test_white_space_does_not_matter() -> None:
     assert check_story(TOM.replace(" ", "\n\t ")).good
 

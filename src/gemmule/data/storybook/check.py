@@ -87,15 +87,21 @@ def _replay(text: str, tokens: Sequence[Token]) -> _World:
     if world.moment != END:
         world.problems.append("the story does not end")
     elif at < len(tokens):
+        world.unread += 1
         world.problems.append(f"the story goes on after its end: {_quote(text[tokens[at].start :])}")
     return world
 
 
 def _find_line(world: _World, words: Sequence[str], at: int) -> Match | None:
-    """Find the line at word `at`: one of this moment if possible, else the longest of the book."""
+    """Find the line at word `at`: of this moment the one that contradicts least, else the longest of the book."""
+
+    def count_contradictions(match: Match) -> int:
+        return len(list(_contradictions(world, match)))
+
     here = match_lines(words, at, world.moment) if world.moment else []
-    found = here or match_lines(words, at)
-    return min(found, key=lambda match: (-match.stop, len(list(_contradictions(world, match)))), default=None)
+    if here:
+        return min(here, key=count_contradictions)
+    return min(match_lines(words, at), key=lambda match: (-match.stop, count_contradictions(match)), default=None)
 
 
 def _follow_line(world: _World, match: Match, quote: str) -> None:
@@ -115,8 +121,7 @@ def _follow_line(world: _World, match: Match, quote: str) -> None:
     shown = {blank.variable: option for blank, option in blanks if not blank.pronoun}
     for act in line.acts:
         _perform(world, act, world.chosen | shown)
-    text = match.render()
-    world.told.append(("\n" if line.paragraph else " ") + text)
+    world.told.append(("\n" if line.paragraph else " ") + match.render())
     world.moment = line.following
 
 
