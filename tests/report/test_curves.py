@@ -1,0 +1,77 @@
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemmule.report.curves import draw_curves, loss_figure
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+
+def lines_of(steps: int, floor: float | None = None) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = [{"step": step, "loss": 6.0 / step} for step in range(1, steps + 1)]
+    for line in lines[9::10]:
+        line |= {"val_loss": line["loss"] + 0.1, "val_bits_per_byte": line["loss"] / 3}
+        if floor is not None:
+            line["val_floor"] = floor
+    return lines
+
+
+def curves_of(figure: Any) -> dict[str, Any]:
+    """The labelled curves, and under "" the faint one of every single loss."""
+    return {line.get_label() if line.get_label()[0] != "_" else "": line for line in figure.axes[0].lines}
+
+
+def test_picture_shows_training_validation_and_floor() -> None:
+    lines = lines_of(30, floor=0.15)
+    curves = curves_of(loss_figure(lines, "tiny"))
+    assert set(curves) == {"", "training", "validation", "entropy floor 0.150"}
+    assert list(curves[""].get_xdata()) == list(range(1, 31))
+    assert list(curves[""].get_ydata()) == [line["loss"] for line in lines]
+    assert list(curves["validation"].get_xdata()) == [10, 20, 30]
+    assert list(curves["validation"].get_ydata()) == [lines[step - 1]["val_loss"] for step in (10, 20, 30)]
+    assert set(curves["entropy floor 0.150"].get_ydata()) == {0.15}
+
+
+def test_validation_and_floor_are_inside_the_picture() -> None:
+    lines = lines_of(30, floor=0.15)
+    bottom, top = loss_figure(lines, "tiny").axes[0].get_ylim()
+    assert bottom < 0.15
+    assert top > max(line["val_loss"] for line in lines if "val_loss" in line)
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    lines = [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
+    return list(curves_of(loss_figure(lines, "tiny"))["training"].get_ydata())
+
+
+def test_smoothing_begins_at_the_first_loss_and_keeps_a_constant() -> None:
+    # Over 60 steps each older loss counts half the next.
+    expected = [4.0, (2.0 + 4.0 / 2) / 1.5, (2.0 + 2.0 / 2 + 4.0 / 4) / 1.75]
+    assert smoothed([4.0] + [2.0] * 59)[:3] == pytest.approx(expected)
+    assert smoothed([3.0] * 60) == pytest.approx([3.0] * 60)
+
+
+@pytest.mark.parametrize("steps", [1, 9, 10])
+def test_runs_that_have_just_begun_are_drawn(steps: int, tmp_path: Path) -> None:
+    text = "".join(json.dumps(line) + "\n" for line in lines_of(steps))
+    (tmp_path / "metrics.jsonl").write_text(text)
+    draw_curves(tmp_path, pytest.fail)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert {file.name for file in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}
+
+
+def test_without_matplotlib_it_is_said_once_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    said: list[str] = []
+    for steps in (10, 20, 30):
+        text = "".join(json.dumps(line) + "\n" for line in lines_of(steps))
+        (tmp_path / "metrics.jsonl").write_text(text)
+        draw_curves(tmp_path, said.append)
+    assert said == [
+        "no loss.png: drawing loss.png needs the library matplotlib, which is not installed: "
+        "pip install 'gemmule[plots]'"
+    ]
+    assert not (tmp_path / "loss.png").exists()
