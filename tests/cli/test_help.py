@@ -7,24 +7,6 @@ import gemmule as package
 from gemmule.cli.main import COMMANDS
 from runs import gemmule
 
-# Runs each command line given, then says which heavy libraries were loaded on the way.
-LOADED = """
-import sys
-from gemmule.cli.main import build_app
-for line in sys.argv[1:]:
-    try:
-        build_app()(line.split())
-    except SystemExit as ended:
-        assert not ended.code, line
-print("loaded:", *[name for name in ("torch", "numpy", "matplotlib", "datasets", "tokenizers") if name in sys.modules])
-"""
-
-
-def test_help_loads_no_heavy_library() -> None:
-    lines = ["--help", "--version", *(f"{name} --help" for name in COMMANDS)]
-    ended = subprocess.run([sys.executable, "-c", LOADED, *lines], capture_output=True, text=True, check=True)
-    assert ended.stdout.splitlines()[-1].split() == ["loaded:"]
-
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_every_command_says_what_it_does_with_examples(name: str) -> None:
