@@ -3,8 +3,8 @@
     python benchmarks/memory.py --megabytes 1000
 
 Writes a synthetic corpus to a temporary folder, runs `gemmule prepare` and `gemmule train` on it in processes of their
-own, and prints one JSON object with the peak resident memory of each, beside the same for a corpus of one megabyte: what
-Python, torch and the model take.
+own, and prints one JSON object with the peak resident memory of each, beside the same for a corpus of one megabyte,
+which is what Python, torch and the model take.
 """
 
 import argparse

@@ -15,6 +15,7 @@ settings.load_profile("gemmule")
 
 # To models this small a second thread is no help, and on a busy machine the two wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")
