@@ -98,6 +98,18 @@ def test_muon_moves_matrices_in_directions_of_equal_length_and_adamw_the_rest() 
             torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.003 * 0.5), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(8, 200), (200, 8), (60, 60)])
+def test_muon_moves_a_matrix_of_any_shape_as_far_as_adamw_would(shape: tuple[int, int]) -> None:
+    matrix = nn.Parameter(torch.zeros(shape))
+    (optimizer,) = OPTIMIZERS["muon"](
+        [("blocks.0.weight", matrix), ("norm.weight", nn.Parameter(torch.zeros(1)))], settings_of("muon")
+    )[:1]
+    matrix.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    # AdamW's updates are about 0.2 of the rate, root mean square (arXiv 2502.16982).
+    assert matrix.detach().square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.2)
+
+
 @every_optimizer
 def test_rate_follows_the_factor(name: str) -> None:
     updater = Updater(model := untied_model(), settings_of(name))
