@@ -79,7 +79,8 @@ def check_recipe(table: Mapping[str, Any], schema: type[S], origin: str) -> S:
             progress = False
             for item in error.errors():
                 location = _field_location(schema, item["loc"])
-                found.append(_explain(schema, item, location))
+                if all(problem.key != ".".join(location) for problem in found):  # what was taken out is missing now
+                    found.append(_explain(schema, item, location))
                 progress |= _remove(table, location)
             if not progress:
                 raise RecipeError(_report(origin, found)) from None

@@ -83,7 +83,12 @@ def test_a_vocabulary_larger_than_the_corpus_allows(tiny_recipe: Path, tmp_path:
 
 
 def test_every_mistake_in_a_recipe_is_reported_at_once(tiny_recipe: Path, tmp_path: Path) -> None:
-    wrong = ["tokenizer.vocab_sise=300", "train.batch_size=many", "model.num_key_value_heads=3", "train.context=99999"]
+    wrong = [
+        "tokenizer.vocab_sise=300",
+        "train.batch_size=many",
+        "model.num_key_value_heads=3",
+        "train.context=99999",
+    ]
     lines = complaint(train(tiny_recipe, tmp_path / "run", *wrong)).splitlines()
     assert lines == [
         f"recipe {tiny_recipe}: 4 problems",
@@ -93,6 +98,12 @@ def test_every_mistake_in_a_recipe_is_reported_at_once(tiny_recipe: Path, tmp_pa
         "  model.num_key_value_heads = 3: must divide num_attention_heads: [1, 2, 4]",
     ]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_required_setting_of_the_wrong_type_is_reported_once(tiny_recipe: Path, tmp_path: Path) -> None:
+    assert complaint(train(tiny_recipe, tmp_path / "run", "train.steps=many")) == (
+        f'recipe {tiny_recipe}\n  train.steps = "many": value should be a valid integer'
+    )
 
 
 @pytest.mark.parametrize(
