@@ -1,5 +1,6 @@
 """Checking stories: faults planted in good stories are found and named, and no text makes the checker fail."""
 
+import math
 import random
 import re
 import time
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemmule.data.storybook import Verdict, check_story, stories, tell_story
+from gemmule.data.storybook import Verdict, check_story, log_probability, stories, tell_story
 from gemmule.data.storybook.grammar import book
 
 Fault = Callable[[str, random.Random], str | None]
@@ -131,15 +132,15 @@ def plant(fault: Fault, count: int) -> Iterator[tuple[str, Verdict]]:
 def test_planted_faults_are_found_and_named(fault: Fault) -> None:
     words, least_found, least_named = FAULTS[fault]
     verdicts = [verdict for _, verdict in plant(fault, 300)]
-    assert len(verdicts) > 30
+    assert len(verdicts) > 20
     found = [verdict for verdict in verdicts if not verdict.consistent]
     assert len(found) >= least_found * len(verdicts)
     assert sum(any(words in problem for problem in verdict.problems) for verdict in found) >= least_named * len(found)
 
 
 TOM = """\
-Once upon a time, a kind boy named Tom lived in a small house on a hill. His best friend was the funny Kate. \
-Tom had a red kite and took it everywhere.
+Once upon a time, a kind boy named Tom lived in a small house on a hill. His best friend Kate was very funny. \
+Tom and Kate did everything together. Tom had a red kite and took it everywhere.
 One sunny day in May, Tom took the red kite to the park.
 "May I hold the red kite now?" asked Kate. "No, it is mine!" cried Tom. Kate tugged, and Tom pulled too. \
 Tom looked at the kite. It was no fun without Kate.
@@ -162,7 +163,7 @@ From then on, they always took turns with the kite.
         ("he was sorry", "she was sorry", "she used for Tom"),
         ("gave the red kite", "gave the blue kite", "things change: red became blue"),
         ("looked at the kite", "looked at the drum", "things change: kite became drum"),
-        ("a kind boy named Tom", "a kind girl named Tom", '"Tom" does not suit the story'),
+        ("a kind boy named Tom", "a kind girl named Tom", "Tom is no name for this one: <Once upon a time,"),
         ("at the kite", "at teh kite", "not from the book: <Tom looked at teh kite.>"),
         (
             " Kate tugged, and Tom pulled too.",
@@ -171,8 +172,12 @@ From then on, they always took turns with the kite.
         ),
         ("Kate tugged, and Tom pulled too.", "The end.", "the story goes on after its end: <Tom looked at the kite."),
         ("\nFrom then on, they always took turns with the kite.", "", "the story does not end"),
-        (" His best friend was the funny Kate.", "", "Kate comes from nowhere"),
-        ("Tom had a red kite", "Tom had a glass kite", '"kite" does not suit the story'),
+        (" His best friend Kate was very funny. Tom and Kate did everything together.", "", "Kate comes from nowhere"),
+        (
+            "From then on, they always took turns with the kite.",
+            "Tom learned that it feels good to be honest.",
+            "belongs to another story: <Tom learned that it feels good to be honest.>",
+        ),
     ],
 )
 def test_each_kind_of_problem_has_its_words(before: str, after: str, problem: str) -> None:
@@ -198,6 +203,13 @@ def test_what_follows_the_end_is_not_part_of_the_story() -> None:
     more = check_story(TOM + "The end.")
     assert (more.parses, more.consistent, more.ends) == (False, False, True)
     assert more.problems == ("the story goes on after its end: <The end.>",)
+
+
+def test_what_is_odd_contradicts_nothing_but_is_never_told() -> None:
+    odd = TOM.replace("red", "glass").strip()
+    assert "glass kite" in odd
+    assert check_story(odd).good
+    assert log_probability(TOM.strip()) > log_probability(odd) == -math.inf
 
 
 def test_white_space_does_not_matter() -> None:

@@ -28,26 +28,26 @@ WHO = """
 2 When the (stars|clouds|birds) came out, {he} loved to {+hobby}. [+hobby]
 
 == companion > treasure
-5 {He} had {a +nature} {+bond} named {+friend}, who could {+skill}.
-4 {His} {+bond} was the {+nature} {+friend}.
-5 if animal: {His} (best|closest) friend was {a +nature} {+pal} named {+friend}.
-3 if animal: Next door lived {a +nature} {+pal} named {+friend}, who could {+skill}.
-3 {hero} and {his} {+bond}, {+friend}, did everything together.
-3 {He} often played {+game} with {his} {+nature} {+bond}, {+friend}.
-2 {His} {+bond} {+friend} always (knew|had) a new (game|joke|song|trick|plan).
-2 On most days {he} was with {his} {+bond} {+friend}, who was {+very} {+nature}.
+5 {He} had {a +nature} {+bond} named {+friend}. {friend} could {+skill}.
+4 {His} {+bond} {+friend} was {+very} {+nature}. {hero} and {friend} did everything together.
+4 if animal: {His} (best|closest) friend was {a +nature} {+pal} named {+friend}.
+4 if animal: Next door lived {a +nature} {+pal} named {+friend}. {friend} could {+skill}.
+3 {hero} and {his} {+nature} {+bond} {+friend} did everything together.
+3 {He} often played {+game} with {his} {+nature} {+bond} {+friend}.
+3 {His} {+bond} was named {+friend}. {friend} always (knew|had) a new (game|joke|song|trick|plan).
+2 On most days {he} was with {his} {+bond} {+friend}. {friend} was {+very} {+nature}.
 """
 
 OWNED = """
 == treasure > day
 5 {hero} had {a +look} {+noun} and took it everywhere. [+own, hero gets]
-4 {His} favorite thing was {a +look} {+noun}. [+own, hero gets]
-3 {He} owned one (special|great|secret) treasure, {a +look} {+noun}. [+own, hero gets]
+4 {hero}'s favorite thing was {a +look} {+noun}. [+own, hero gets]
+3 {hero} owned one (special|great|secret) treasure, {a +look} {+noun}. [+own, hero gets]
 3 {hero} never (left home|went out|went anywhere) without {his} {+look} {+noun}. [+own, hero gets]
-3 {He} kept {a +look} {+noun} (beside|under|near) {his} bed. [+own, hero gets]
-4 One {+time}, {his} {+elder} gave {him} {a +look} {+noun}. [+own, +elder, hero gets]
+3 {hero} kept {a +look} {+noun} (beside|under|near) {his} bed. [+own, hero gets]
+4 One {+time}, {hero}'s {+elder} gave {him} {a +look} {+noun}. [+own, +elder, hero gets]
 4 For {his} birthday, {hero} got {a +look} {+noun} from {his} {+elder}. [+own, +elder, hero gets]
-3 {His} {+elder} came to visit and brought {him} {a +look} {+noun}. [+own, +elder, hero gets]
+3 {hero}'s {+elder} came to visit and brought {him} {a +look} {+noun}. [+own, +elder, hero gets]
 3 In {+season}, {hero} got {a +look} {+noun} from {his} {+elder}. [+own, +elder, hero gets] > thanks
 2 One (snowy|rainy|stormy) night, {hero} found {a +look} {+noun} on (the doorstep|the mat|the stairs). [+own, hero gets]
 7 ¶ One {+weather} {+time} in {+season}, {hero} and {friend} {+went} to {+place}. [+out, +found] > found

@@ -1,16 +1,30 @@
 """Checking stories: is a text from the book, and does everything in it hold together from beginning to end?
 
 A text is read line by line with its blanks free, and replayed in a small world: who is who, which thing it is, who
-has it. Apart from white space, a text is consistent exactly when the book could have told it, that is, when its
-probability is not 0.
+has it. What the book can tell is consistent. What is odd but contradicts nothing, a pelican in the forest, a drum that
+is torn, is consistent too, though the book never tells it and its probability is 0.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from textwrap import shorten
 
-from gemmule.data.storybook.grammar import END, START, Act, Blank, Option, Tags, book, line_table, meets, word_table
+from gemmule.data.storybook.grammar import (
+    END,
+    START,
+    Act,
+    Blank,
+    Choice,
+    Option,
+    Table,
+    Tags,
+    book,
+    line_table,
+    meets,
+    word_table,
+)
 from gemmule.data.storybook.reading import NAMED, Match, Token, match_lines, split
 
 _MOST_CHARACTERS = 6000  # six times as many as in the longest story
@@ -63,7 +77,7 @@ class _World:
     moment: str | None = START  # None: not known, after an unread sentence
     chosen: dict[str, Option] = field(default_factory=dict)
     tags: Tags = frozenset()
-    holder: str = "nobody"  # empty: not known, after an unread sentence
+    holder: str = "nobody"  # empty: not known
     told: list[str] = field(default_factory=list)
     log_probability: float = 0.0
     unread: int = 0
@@ -108,11 +122,9 @@ def _follow_line(world: _World, match: Match, quote: str) -> None:
     line, blanks = match.line, match.blanks
     if world.moment is not None and line.moment != world.moment:
         world.problems.append(f"out of order: {quote}")
-    elif not meets(world.tags, line.needs):
-        world.problems.append(f"does not suit the story: {quote}")
-    else:
-        lines = line_table(line.moment, world.tags & book().asks[line.moment])
-        world.log_probability += lines.log_probabilities[lines.options.index(line)]
+    elif not meets(world.tags | _word_tags(), line.needs):
+        world.problems.append(f"belongs to another story: {quote}")
+    _weigh(world, line_table(line.moment, world.tags & book().asks[line.moment]), line)
     world.problems += _contradictions(world, match)
     world.tags |= line.gives
     for blank, option in blanks:
@@ -126,13 +138,23 @@ def _follow_line(world: _World, match: Match, quote: str) -> None:
 
 
 def _introduce(world: _World, variable: str, option: Option, quote: str) -> None:
-    if meets(world.tags, option.needs):
-        words = word_table(variable, world.tags & book().asks[variable])
-        world.log_probability += words.log_probabilities[words.options.index(option)]
-    else:
-        world.problems.append(f'"{option.text}" does not suit the story: {quote}')
+    if variable in NAMED and not meets(world.tags, option.needs):
+        world.problems.append(f"{option.text} is no name for this one: {quote}")
+    _weigh(world, word_table(variable, world.tags & book().asks[variable]), option)
     world.chosen[variable] = option
     world.tags |= option.gives
+
+
+def _weigh(world: _World, table: Table[Choice], option: Choice) -> None:
+    """Count in the probability of a choice, which is 0 if it was not open."""
+    open_here = option in table.options
+    world.log_probability += table.log_probabilities[table.options.index(option)] if open_here else -math.inf
+
+
+@functools.cache
+def _word_tags() -> Tags:
+    """Return the tags that words give: what a thing is like, what grows at a place."""
+    return frozenset().union(*(option.gives for options in book().lexicons.values() for option in options))
 
 
 def _contradictions(world: _World, match: Match) -> Iterator[str]:
@@ -161,7 +183,10 @@ def _describe_change(blank: Blank, chosen: Mapping[str, Option], option: Option)
 
 def _perform(world: _World, act: Act, people: Mapping[str, Option]) -> None:
     """Let `act` change who has the thing, and note when it could not happen."""
-    who, whom = (_call(variable, people) for variable in (act.who, act.whom))
+    if not people.keys() >= {act.who, act.whom or act.who}:
+        world.holder = ""
+        return
+    who, whom = (_call(variable, people) for variable in (act.who, act.whom or act.who))
     expected, after = {
         "has": (who, who),
         "gets": ("nobody", who),
@@ -178,8 +203,6 @@ def _perform(world: _World, act: Act, people: Mapping[str, Option]) -> None:
 
 
 def _call(variable: str, people: Mapping[str, Option]) -> str:
-    if variable not in people:
-        return "somebody"
     return people[variable].text if variable in NAMED else f"the {people[variable].text}"
 
 

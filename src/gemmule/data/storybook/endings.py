@@ -9,9 +9,9 @@ ENDING = """
 4 That evening, {hero} and {friend} ate {+tasty} {+treat} (by the fire|on the porch|under the moon|in bed).
 4 That night, {hero} dreamed of {a +strange} {+sight}.
 3 if elder: At home, {hero} told {his} {elder} (everything|the whole story|about it).
-3 if out: Then they {+went} home from {place} (hand in hand|side by side|in the dusk).
+2 if out: Then they {+went} home from {place} (hand in hand|side by side|in the dusk).
 3 if own: That night, {hero} fell asleep with the {look} {noun} beside {his} bed. [hero has]
-3 if hobby: Now there was (still|even) time to {hobby}.
+2 if hobby: Now there was (still|even) time to {hobby}.
 2 "What a {+weather} day!" said {friend}, and {hero} {+laughed}.
 4 if lost: From that day on, {hero} always kept the {noun} in a (safe|secret|special) place. [hero has] > end
 3 if lost: {hero} learned to (take better care of|look after) {his} things. > end
@@ -35,10 +35,9 @@ ENDING = """
 == closing > end
 8 The end.
 4 And they all lived happily ever after.
-3 What {a trait} {kind} {hero} was!
+1 What {a trait} {kind} {hero} was!
 3 And that is the end.
 2 Sleep (well|tight), little {kind}!
 3 Good night, {hero} and {friend}.
-2 if out: If you go to {place}, you may (meet them|hear them laugh).
 2 And perhaps they are (laughing|dancing|dreaming) still.
 """

@@ -31,9 +31,11 @@ LOST = """
 3 "Over here!" {+cried} {friend}, who had found the {look} {noun} {+nook}. [friend finds] > friend.gives
 4 {+Then} {hero} found the {look} {noun} {+nook}. [hero finds]
 3 {hero} looked up and saw something {+nook}. It was the {look} {noun}! [hero finds]
-5 {+Then} {a +wise} {+creature} named {+helper} came along with the {look} {noun}. [helper finds] > helper.gives
-4 They met {a +wise} {+creature} named {+helper}, who had found the {noun} {+nook}. [helper finds] > helper.gives
-3 "Is this your {look} {noun}?" asked {a +wise} {+creature} named {+helper}. [helper finds] > helper.gives
+5 {+Then} {a +wise} {+creature} named {+helper} came along with the {look} {noun}.
+  [+near, creature finds] > creature.gives
+4 They met {a +wise} {+creature} named {+helper}, who had found the {noun} {+nook}.
+  [+near, creature finds] > creature.gives
+3 "Is this your {look} {noun}?" asked {a +wise} {+creature}. [+near, creature finds] > creature.gives
 
 == friend.gives > joy [friend gives hero]
 4 {friend} {+softly} gave the {noun} back to {hero}.
@@ -41,12 +43,12 @@ LOST = """
 2 {friend} (wiped|brushed) off the (dust|mud) and gave the {noun} to {hero}.
 2 {friend} {+went} over and put the {noun} in {hero}'s (arms|lap).
 
-== helper.gives > joy [helper gives hero]
-4 {helper} {+softly} gave the {noun} back to {hero}.
-3 "That is my {noun}!" {+cried} {hero}, and {helper} gave it to {him}.
-3 "Here you are," {+said} {helper} and gave {hero} the {noun}.
-2 if lost: "I kept it (safe|dry|warm)," {+said} {helper} and gave {hero} the {noun}.
-2 if stuck: "That was (easy|fun)," (laughed|panted) {helper} and gave {hero} the {noun}.
+== creature.gives > joy [creature gives hero]
+4 The {creature} {+softly} gave the {noun} back to {hero}.
+3 "That is my {noun}!" {+cried} {hero}, and the {creature} gave it to {him}.
+3 "Here you are," {+said} the {creature} and gave {hero} the {noun}.
+2 if lost: "I kept it (safe|dry|warm)," {+said} the {creature} and gave {hero} the {noun}.
+2 if stuck: "That was (easy|fun)," (laughed|panted) the {creature} and gave {hero} the {noun}.
 
 == joy > finish [hero has]
 4 {hero} {+hugged} the {noun}. {He} was {+very} {+glad}.
@@ -73,13 +75,10 @@ STUCK = """
 3 if deep: They lowered a hook on a (rope|thread), but it brought up {a +shabby} {+junk}.
 2 "We should ask somebody for help," {friend} said {+softly}.
 
-== stuck.help > helper.gives ¶
-4 if high: {+Then} {a +wise} {+climber} named {+helper} came by and got the {look} {noun}. [helper finds]
-3 if high: "I can help," {+said} {a +wise} {+climber} named {+helper}, who got the {look} {noun}. [helper finds]
-2 if high: They asked {a +wise} {+climber} named {+helper}, who {+softly} got the {look} {noun}. [helper finds]
-4 if deep: {+Then} {a +wise} {+digger} named {+helper} came by and got the {look} {noun}. [helper finds]
-3 if deep: "I can help," {+said} {a +wise} {+digger} named {+helper}, who got the {look} {noun}. [helper finds]
-2 if deep: They asked {a +wise} {+digger} named {+helper}, who {+softly} got the {look} {noun}. [helper finds]
+== stuck.help > creature.gives ¶
+4 {+Then} {a +wise} {+creature} named {+helper} came by and got the {look} {noun}. [creature finds]
+3 "I can help," {+said} {a +wise} {+creature}. Soon the {creature} had the {look} {noun}. [creature finds]
+2 They asked {a +wise} {+creature} named {+helper}, who {+softly} got the {look} {noun}. [creature finds]
 4 {friend} made a (ladder|long hook) out of (branches|old boards|rope) and got the {look} {noun}. [friend finds]
   > friend.gives
 2 if high: After {+number} minutes, the {look} {noun} (fell|dropped) right into {hero}'s arms. [hero finds] > joy
@@ -127,8 +126,8 @@ BROKEN = """
 TAKEN = """
 == taken > taken.chase [thief has]
 4 "(Stop|Come back|Wait)!" {+cried} {hero}, but the {thief} ran away.
-3 {hero} felt {+very} {+sad}. "That {thief} has my {noun}!" {he} {+sobbed}.
-3 "Stop, thief!" {+cried} {friend}, but the {thief} did not (stop|listen|turn around).
+3 {hero} felt {+very} {+sad}. "That {thief} has my {noun}!" {he} {+sobbed}. > taken.found
+3 "Stop, thief!" {+cried} {friend}, but the {thief} did not (stop|listen|turn around). > taken.found
 2 The {thief} was gone before {hero} could (blink|move|say a word).
 
 == taken.chase > taken.found
@@ -176,8 +175,8 @@ QUARREL = """
 == quarrel.think > quarrel.sorry [hero has]
 4 {hero} sat {+nook} and felt {+very} {+sad}.
 3 {hero} looked at the {noun}. It was no fun without {friend}.
-3 {A +wise} {+creature} named {+helper} said {+softly}, "Two have more fun than one."
-2 {+Suddenly} {place} felt {+very} (quiet|empty|cold|dark).
+3 {A +wise} {+creature} named {+helper} said {+softly}, "Two have more fun than one." [+near]
+2 {+Suddenly} everything felt {+very} (quiet|empty|cold|dark).
 
 == quarrel.sorry > quarrel.share ¶
 4 "I am sorry, {friend}," {+said} {hero}. "You are more important than {a noun}."
@@ -213,8 +212,8 @@ FOUND = """
 2 "Finders keepers," {+said} {friend}, but {hero} did not think so. > found.ask
 
 == found.ask > found.owner
-4 They asked {a +wise} {+creature} named {+helper}. "It is not mine," {helper.he} {+said}.
-3 They asked {+number} people at {place}, but nobody (knew|could say).
+4 They asked {a +wise} {+creature} named {+helper}. "It is not mine," {+said} the {creature}. [+near]
+3 They asked {+number} people, but nobody (knew|could say).
 2 They put up a (sign|notice|flag) and waited for {+number} hours.
 3 They {+looked} {+spot}, but they saw only {a +shabby} {+junk}.
 
@@ -258,7 +257,7 @@ BABY = """
 
 == baby.search > baby.mother
 4 They looked for its mother {+spot}, but they saw only {a +shabby} {+junk}.
-4 They asked {a +wise} {+creature} named {+helper}. "Go (left|north|uphill|straight on)," {helper.he} {+said}.
+4 They asked {a +wise} {+creature} named {+helper}. "Go (left|north|uphill)," {+said} the {creature}. [+near]
 2 {hero} carried the {baby} for {+number} miles until {his} arms (ached|hurt).
 2 {friend} found {+number} (tiny|fresh) footprints, and they followed them.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from gemmule.data.storybook.grammar import PRONOUNS, Blank, Line, Option, book
 
-NAMED = ("hero", "friend", "helper")
+NAMED = ("hero", "friend")
 
 _TOKEN = re.compile(r"[A-Za-z]+(?:-[A-Za-z]+)*|[^\sA-Za-z]")
 

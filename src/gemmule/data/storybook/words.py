@@ -88,38 +88,33 @@ PEOPLE = {
           spoon, make anyone smile, do magic tricks
         """,
     "helper": """
-        3 as she: Willow, Hazel, Clover, Juniper, Pepper, Bluebell, Ginger, Marigold
-        2 as she: Petunia, Nutmeg, Violet, Dottie
-        3 as he: Barnaby, Bramble, Pickles, Rusty, Waddles, Basil, Thistle, Hector
-        2 as he: Biscuit, Chester, Gilbert, Sprout
+        3: Willow, Hazel, Clover, Juniper, Pepper, Bluebell, Ginger, Marigold, Barnaby, Bramble, Pickles, Rusty,
+          Waddles, Basil
+        2: Petunia, Nutmeg, Violet, Dottie, Thistle, Hector, Biscuit, Chester, Gilbert, Sprout
         """,
     "creature": """
-        3 if woods: owl, deer, woodpecker, chipmunk
-        2 if woods: moose, weasel, squirrel, porcupine
-        3 if field: hare, lark, pony, cricket
-        2 if field: ladybug, sheep, mole, grasshopper
-        3 if water: heron, swan, turtle, beaver
-        2 if water: dragonfly, salmon, water rat, newt
-        3 if shore: crab, seal, pelican, seagull
-        2 if shore: starfish, lobster, puffin, dolphin
-        3 if farm: hen, donkey, goose, cow
-        2 if farm: rooster, turkey, ram, barn cat
-        3 if garden: robin, snail, toad, bumblebee
-        2 if garden: butterfly, worm, peacock, spider
-        3 if town: cat, pigeon, old dog, parrot
-        2 if town: sparrow, poodle, mouse, hamster
+        3 if near&woods: owl, deer, woodpecker, chipmunk
+        2 if near&woods: moose, lynx, skunk, porcupine
+        3 if near&field: hare, lark, pony, cricket
+        2 if near&field: ladybug, sheep, partridge, grasshopper
+        3 if near&water: heron, swan, turtle, beaver
+        2 if near&water: dragonfly, salmon, water rat, newt
+        3 if near&shore: crab, seal, pelican, seagull
+        2 if near&shore: starfish, lobster, puffin, dolphin
+        3 if near&farm: hen, donkey, goose, cow
+        2 if near&farm: rooster, turkey, ram, barn cat
+        3 if near&garden: robin, snail, toad, bumblebee
+        2 if near&garden: butterfly, worm, peacock, spider
+        3 if near&town: cat, pigeon, old dog, parrot
+        2 if near&town: sparrow, poodle, mouse, hamster
+        3 if high: squirrel, crow, monkey, giraffe
+        2 if high: blackbird, eagle, marten, raven, lizard, fire fighter, acrobat
+        3 if deep: mole, badger, rabbit, fox
+        2 if deep: gopher, terrier, armadillo, weasel, ferret, gardener, miner
         """,
     "wise": """
         4: wise, old, young, fat
         3: friendly, chubby, ancient, gentle, cheery, talkative, chirpy, dignified, mighty, hurried, yawning, plump
-        """,
-    "climber": """
-        3: squirrel, crow, monkey, giraffe
-        2: woodpecker, eagle, marten, raven, lizard, fire fighter, acrobat
-        """,
-    "digger": """
-        3: mole, badger, rabbit, fox
-        2: gopher, terrier, armadillo, weasel, ferret, gardener, miner
         """,
     "thief": """
         4 if small|round: magpie, crow, raccoon, squirrel
@@ -256,35 +251,33 @@ PLACES = {
         """,
     "spot": """
         3 if woods: under the ferns, behind a hollow log, among the mushrooms, between the roots, under a pile of
-          leaves, around the tallest pine, inside an empty nest, in the thick bushes
+          leaves, around the tallest pine
         3 if field: in the tall grass, among the daisies, behind a hay bale, under a thorn bush, along the fence, in
-          a rabbit hole, around the windmill, between the thistles
+          a rabbit hole
         3 if water: among the reeds, under the little bridge, behind the willow, between the lily pads, along the
-          muddy bank, in the rowboat, among the cattails, under the ferry
+          muddy bank, in the rowboat
         3 if shore: behind the dunes, under a fishing net, among the seaweed, between the rocks, in the sand castle,
-          around the old anchor, under the umbrellas, inside a cave
+          around the old anchor
         3 if farm: in the hay, behind the tractor, under the milk buckets, among the cabbages, in the chicken coop,
-          around the scarecrow, between the apple crates, under the saddle
+          around the scarecrow
         3 if garden: under the slide, behind the fountain, among the tulips, under every bench, around the sandbox,
-          in the flower beds, between the hedges, under the swing
+          in the flower beds
         3 if town: under the fruit stall, behind a barrel, in the phone booth, along the pavement, around the
-          statue, under a parked car, inside the clock tower, between the bicycles
+          statue, under a parked car
         """,
     "nook": """
         3 if woods: beside a mossy stump, under a huge toadstool, in a patch of ivy, behind a bramble, at the foot
-          of a birch, on a low branch, beside a fallen trunk
-        3 if field: beside a molehill, in a ring of clover, under a poppy, on a flat boulder, behind the wooden
-          gate, at the top of a slope, beside a picnic cloth
-        3 if water: on a floating leaf, beside a frog, under the jetty, in a shallow puddle, on top of a beaver dam,
-          behind a paddle, at the water's edge
+          of a birch
+        3 if field: beside a molehill, in a ring of clover, under a poppy, on a flat boulder, behind the wooden gate
+        3 if water: on a floating leaf, beside a frog, under the jetty, in a shallow puddle, on top of a beaver dam
         3 if shore: inside a bucket, beside a tide pool, under a beach towel, on a piece of driftwood, in a coil of
-          rope, behind a deck chair, at the ice cream cart
+          rope
         3 if farm: beside the water trough, in the wheat, on top of a sack of potatoes, under a horse blanket,
-          behind the plow, at the pig pen, beside a ladder
+          behind the plow
         3 if garden: beside the watering can, under a rose bush, in the bird bath, on the seesaw, behind the garden
-          shed, at the lily pond, beside a gnome
+          shed
         3 if town: beside the bakery door, on the church steps, under a lamppost, in a basket of lemons, behind the
-          ticket booth, at the bus stop, beside a mailbox
+          ticket booth
         """,
     "weather": """
         5: sunny, warm, bright
@@ -394,9 +387,8 @@ DEEDS = {
         2: wisely, brightly, seriously, patiently, slowly, proudly, loudly
         """,
     "very": """
-        5: very, so
-        3: really, quite, rather, truly
-        2: a bit, ever so
+        5: very, so, really
+        3: truly, quite, ever so
         """,
 }
 
