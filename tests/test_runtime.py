@@ -123,6 +123,7 @@ def test_the_first_signal_is_noted_and_the_second_ends(number: signal.Signals) -
     before = signal.getsignal(number)
     with interruptible() as interrupt:
         assert not interrupt.requested
+        assert signal.getsignal(number) == interrupt.note, "or this would be the end of the tests"
         os.kill(os.getpid(), number)
         assert interrupt.requested
         with pytest.raises(KeyboardInterrupt):
