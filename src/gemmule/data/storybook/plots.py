@@ -225,7 +225,7 @@ FOUND = """
 == found.back > found.thanks [hero gives owner]
 4 {hero} {+softly} gave the {owner} the {look} {noun}.
 3 "Is this it?" asked {hero} and gave the {owner} the {look} {noun}.
-2 "We found it {nook}," {+said} {hero} and gave the {owner} the {noun}.
+2 "We found it (here|nearby|on our way)," {+said} {hero} and gave the {owner} the {noun}.
 
 == found.thanks > found.end [owner has]
 4 "{+Hooray}!" {+cried} the {owner}, and {owner.he} gave {hero} {a +ripe} {+snack}.
