@@ -1,3 +1,6 @@
+import errno
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from gemmule.errors import OutputError, RecipeError
 from gemmule.model.gemma3 import Gemma3
 from gemmule.recipe import check_recipe, read_recipe
 from gemmule.tokenizer import Tokenizer
+from gemmule.train import run as run_module
 from gemmule.train.metrics import read_json_lines
 from gemmule.train.run import Audience, Recipe, build, claim_folder, describe, run_recipe, validation
 
@@ -157,6 +161,20 @@ def test_a_run_of_another_recipe_is_told_apart_by_its_settings(begun: Path, tiny
     changed = recipe_of(tiny_recipe, "train.seed=5", "optimizer.name=adamw")
     with pytest.raises(OutputError, match=r"train\.seed is 5, was 0; optimizer\.name is 'adamw', was 'muon'"):
         claim_folder(changed, begun, True)
+
+
+def test_a_resumed_run_that_cannot_write_its_recipe_keeps_it(
+    tiny_run: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_the_disk(_recipe: Recipe, path: Path, *_: object) -> None:
+        path.write_text("# The recipe of")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    monkeypatch.setattr(run_module, "write_recipe", fill_the_disk)
+    with pytest.raises(OutputError, match=r"recipe\.toml: no space left on the device"):
+        run_recipe(recipe_of(tiny_recipe), run, True, Listener().audience)
+    assert (run / "recipe.toml").read_text() == (tiny_run / "recipe.toml").read_text()
 
 
 def test_what_a_run_settles_for_itself_is_no_difference(begun: Path, tiny_recipe: Path) -> None:
