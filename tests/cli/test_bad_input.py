@@ -148,6 +148,21 @@ def test_a_shard_made_with_another_tokenizer(tiny_recipe: Path, prepared: Path, 
     assert sentence.startswith(f"shard {prepared / 'train-00000.tokens'}: made with another tokenizer (fingerprint ")
 
 
+def test_a_vocabulary_that_the_dataset_was_not_prepared_with(tiny_recipe: Path, prepared: Path, tmp_path: Path) -> None:
+    ended = train(tiny_recipe, tmp_path / "run", f"data.train={prepared}", "tokenizer.vocab_size=512")
+    assert complaint(ended) == (
+        f"tokenizer.vocab_size = 512: the dataset {prepared} was prepared with 320; leave it out to follow that"
+    )
+
+
+def test_a_model_with_fewer_rows_than_the_tokenizer_has_ids(
+    tiny_recipe: Path, tiny_run: Path, prepared: Path, tmp_path: Path
+) -> None:
+    changes = [f"data.train={prepared}", f"tokenizer.path={tiny_run / 'model'}", "model.vocab_size=300"]
+    sentence = complaint(train(tiny_recipe, tmp_path / "run", *changes))
+    assert sentence == "model.vocab_size = 300: the tokenizer has 320 ids; use 320, or leave it out"
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "report.json", "train-00000.tokens"])
 def test_a_dataset_that_lacks_a_file(tiny_recipe: Path, prepared: Path, tmp_path: Path, name: str) -> None:
     (prepared / name).unlink()

@@ -69,6 +69,23 @@ def test_without_a_context_the_model_is_not_asked_beyond_its_reach(
     assert score_text(short, tiny_tokenizer, text) == pytest.approx(score_text(short, tiny_tokenizer, text, context=16))
 
 
+def test_a_whole_book_is_cut_before_it_takes_all_memory(
+    tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "book.txt").write_text("\n".join(SENTENCES * 2))
+    book = DataSettings(train=str(tmp_path / "book.txt"))
+    model = lively_model(tiny_config(vocab_size=380, max_position_embeddings=100_000))
+    lengths: set[int] = set()
+
+    def watch(_module: Gemma3, arguments: tuple[torch.Tensor, ...]) -> None:
+        lengths.add(arguments[0].shape[1])
+
+    model.register_forward_pre_hook(watch)
+    tokens = len(tiny_tokenizer.encode_documents([(tmp_path / "book.txt").read_text()])[0])
+    assert score_text(model, tiny_tokenizer, book)["tokens"] == tokens - 1 > 2048
+    assert lengths == {2048}
+
+
 def test_the_first_documents_are_taken(model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings) -> None:
     figures = score_text(model, tiny_tokenizer, text, documents=2)
     assert figures["documents"] == 2

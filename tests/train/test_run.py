@@ -11,7 +11,7 @@ import torch
 from gemmule.data import open_dataset
 from gemmule.errors import OutputError, RecipeError
 from gemmule.model.gemma3 import Gemma3
-from gemmule.recipe import check_recipe, read_recipe
+from gemmule.recipe import check_recipe, read_recipe, write_recipe
 from gemmule.tokenizer import Tokenizer
 from gemmule.train import run as run_module
 from gemmule.train.metrics import read_json_lines
@@ -180,6 +180,18 @@ def test_a_resumed_run_that_cannot_write_its_recipe_keeps_it(
 def test_what_a_run_settles_for_itself_is_no_difference(begun: Path, tiny_recipe: Path) -> None:
     given = recipe_of(tiny_recipe, "train.minutes=2", "train.steps=500")
     assert claim_folder(given, begun, True).train.steps == 12
+
+
+@pytest.mark.parametrize("name", ["model", "tokenizer"])
+def test_a_vocabulary_left_open_follows_the_run_and_another_is_a_difference(
+    begun: Path, tiny_recipe: Path, name: str
+) -> None:
+    assert "vocab_size" not in recipe_of(tiny_recipe).model.model_fields_set
+    settled = recipe_of(tiny_recipe, "model.vocab_size=320")
+    write_recipe(settled, begun / "recipe.toml", "resolved")
+    assert claim_folder(recipe_of(tiny_recipe), begun, True) == settled
+    with pytest.raises(OutputError, match=rf"{name}\.vocab_size is 330, was 320"):
+        claim_folder(recipe_of(tiny_recipe, "model.vocab_size=330", "tokenizer.vocab_size=330"), begun, True)
 
 
 def test_other_files_are_left_alone(tiny_recipe: Path, tmp_path: Path) -> None:

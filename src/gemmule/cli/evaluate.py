@@ -16,7 +16,7 @@ def evaluate(
     separator: Annotated[str, typer.Option(help="What stands between documents of a .txt file.")] = "<|endoftext|>",
     column: Annotated[str, typer.Option(help="Where the text of JSONL, Parquet and hf: rows is.")] = "text",
     context: Annotated[
-        int | None, typer.Option(min=1, help="Cut longer documents.  [default: longest document]")
+        int | None, typer.Option(min=1, help="Cut longer documents.  [default: longest document, up to 2048]")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are predicted at once.")] = 16,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",

@@ -16,6 +16,7 @@ from gemmule.tokenizer import Tokenizer
 from gemmule.train.validation import score
 
 _AT_ONCE = 256  # documents that are encoded together
+_LONGEST_ROW = 2048  # tokens, where nobody says otherwise: attention takes memory with the square
 
 
 def score_text(
@@ -29,7 +30,7 @@ def score_text(
 ) -> dict[str, float | int]:
     """Score the documents of `settings.train` (all, or the first so many), each one on its own; in fp32 on a CPU.
 
-    Documents longer than `context` (by default the longest one, as far as the model reaches) are cut into pieces.
+    Documents longer than `context` (by default the longest one, up to 2048) are cut into pieces.
     Returns loss in nats per token, bits_per_byte, perplexity, and the tokens, bytes and documents they are means of.
     """
     device = model.embedding.weight.device
@@ -38,7 +39,7 @@ def score_text(
         corpus = _encode(_texts(settings, documents), tokenizer, Path(folder))
         if corpus is None:
             raise SourceError(f"{settings.train}: there is no text to predict")
-        reach = context or min(int(corpus.lengths.max()) - 1, model.config.max_position_embeddings)
+        reach = context or min(int(corpus.lengths.max()) - 1, model.config.max_position_embeddings, _LONGEST_ROW)
         batches = WholeDocuments(corpus, reach, batch_size, tokenizer.pad_id)
 
         def watched() -> Iterator[Batch]:

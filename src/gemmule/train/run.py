@@ -10,7 +10,7 @@ import torch
 
 from gemmule.data import Dataset, DataSettings, open_dataset, prepare_dataset
 from gemmule.data.batches import PackedRows, WholeDocuments
-from gemmule.errors import OutputError
+from gemmule.errors import OutputError, RecipeError
 from gemmule.files import folder_written_aside, written_aside
 from gemmule.formats.folder import save_folder
 from gemmule.model.config import Gemma3Config
@@ -39,7 +39,7 @@ class Recipe(Settings):
 
     def problems(self) -> Iterator[Problem]:
         """Yield sections that do not fit each other."""
-        own = self.model.vocab_size if "vocab_size" in self.model.model_fields_set else None
+        own = self.model.vocab_size if _gives_vocabulary(self.model) else None
         if own is not None and self.tokenizer.path is None and own < self.tokenizer.vocab_size:
             advice = f"must be at least tokenizer.vocab_size ({self.tokenizer.vocab_size}); leave it out to follow that"
             yield Problem("model.vocab_size", own, advice)
@@ -79,7 +79,7 @@ def run_recipe(recipe: Recipe, out: Path, resume: bool, audience: Audience) -> O
     precision = choose_precision(recipe.train.precision, device)
     dataset = _dataset(recipe, out, audience)
     tokenizer, context = dataset.tokenizer, recipe.train.context
-    recipe = recipe.replace(model=recipe.model.replace(vocab_size=_vocabulary(recipe, tokenizer)))
+    recipe = _settle_vocabulary(recipe, tokenizer)
     rows = PackedRows(dataset.train, context, recipe.train.seed, recipe.data.mask_documents, tokenizer.bos_id)
     audience.say(describe(recipe, dataset, device, precision))
     recipe = _settle_compile(recipe, device, audience)
@@ -146,7 +146,8 @@ def claim_folder(recipe: Recipe, out: Path, resume: bool) -> Recipe:
 
 def _differences(given: Recipe, stored: Recipe) -> list[str]:
     """List the settings that differ, apart from those that a run resolves for itself."""
-    resolved = {"model.vocab_size", "train.compile"}
+    resolved = {"train.compile"}
+    resolved |= {f"{name}.vocab_size" for name in ("model", "tokenizer") if not _gives_vocabulary(getattr(given, name))}
     if given.train.minutes is not None:
         resolved |= {"train.minutes", "train.steps"}
     new, old = (
@@ -167,10 +168,23 @@ def _dataset(recipe: Recipe, out: Path, audience: Audience) -> Dataset:
     return dataset
 
 
-def _vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> int:
-    """Return the rows of the embedding: the recipe's, or as many as the tokenizer has ids."""
-    chosen = recipe.model.vocab_size if "vocab_size" in recipe.model.model_fields_set else 0
-    return max(chosen, tokenizer.vocab_size)
+def _settle_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
+    """Follow the tokenizer where the recipe leaves sizes open; RecipeError where it asks for others."""
+    ids, chosen, model = tokenizer.vocab_size, recipe.tokenizer, recipe.model
+    if chosen.path is None and _gives_vocabulary(chosen) and chosen.vocab_size != ids:
+        raise RecipeError(
+            f"tokenizer.vocab_size = {chosen.vocab_size}: the dataset {recipe.data.train} was prepared with {ids}; "
+            "leave it out to follow that"
+        )
+    rows = model.vocab_size if _gives_vocabulary(model) else ids
+    if rows < ids:
+        raise RecipeError(f"model.vocab_size = {rows}: the tokenizer has {ids} ids; use {ids}, or leave it out")
+    settled = chosen if chosen.path else chosen.replace(vocab_size=ids)
+    return recipe.replace(model=model.replace(vocab_size=rows), tokenizer=settled)
+
+
+def _gives_vocabulary(settings: Gemma3Config | TokenizerSettings) -> bool:
+    return "vocab_size" in settings.model_fields_set
 
 
 def describe(recipe: Recipe, dataset: Dataset, device: torch.device, precision: str) -> str:
