@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gemmule.generate.sampling import STORYTELLING
 from runs import gemmule
 
 EOS = 1
@@ -44,6 +45,13 @@ def test_a_run_folder_means_its_newest_checkpoint(tiny_run: Path) -> None:
 def test_every_rule_can_narrow_the_choice_to_the_likeliest(tiny_run: Path, narrow: list[object]) -> None:
     texts = {generate(tiny_run, "--max-new-tokens", 12, "--seed", seed, *narrow) for seed in (1, 2)}
     assert texts == {generate(tiny_run, "--max-new-tokens", 12, "--temperature", 0)}
+
+
+def test_stories_are_told_the_same_way_everywhere(tiny_run: Path) -> None:
+    named = ["--temperature", STORYTELLING.temperature, "--min-p", STORYTELLING.min_p]
+    options = ["--max-new-tokens", 20, "--seed", 1]
+    assert generate(tiny_run, *options, *named) == generate(tiny_run, *options)
+    assert generate(tiny_run, *options, "--temperature", 1.0, "--min-p", 0) != generate(tiny_run, *options)
 
 
 def test_json_tells_prompt_text_tokens_and_why_it_ended(tiny_run: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from gemmule.data import open_dataset
 from gemmule.generate.engine import complete
-from gemmule.generate.sampling import SamplingSettings
+from gemmule.generate.sampling import STORYTELLING
 from gemmule.recipe import read_recipe
 from gemmule.runtime import derive_seed
 from gemmule.train.checkpoint import checkpoints, verify_checkpoint
@@ -58,7 +58,7 @@ def test_samples_are_what_the_trained_model_tells(tiny_run: Path) -> None:
     samples = read_json_lines(tiny_run / "samples.jsonl")
     prompts = ["Mia", "The owl saw"]
     assert [(line["step"], line["prompt"]) for line in samples] == [(step, p) for step in (6, 12) for p in prompts]
-    told = complete(*package.load(tiny_run), prompts, 12, SamplingSettings(temperature=0.8), derive_seed(0, "sample"))
+    told = complete(*package.load(tiny_run), prompts, 12, STORYTELLING, derive_seed(0, "sample"))
     assert [line["text"] for line in samples[2:]] == told
 
 
@@ -149,7 +149,7 @@ def test_the_storybook_shows_the_floor_and_judges_the_models_stories(tmp_path: P
     assert f"above the floor of {last['val_floor']:.3f}" in ended.err
     assert ended.err.count("checker:") == 3
     summary = json.loads(ended.out)
-    assert 0 <= summary["good_stories"] <= summary["stories"] == 20
+    assert 0 <= summary["possible_stories"] <= summary["good_stories"] <= summary["stories"] == 100
 
 
 def test_a_gpu_trains_in_bf16_if_there_is_one(tiny_recipe: Path, tmp_path: Path) -> None:

@@ -16,14 +16,14 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest continuation.")] = 256,
     temperature: Annotated[
         float, typer.Option(min=0, help="Above 1 bolder, below 1 safer, 0 always the likeliest.")
-    ] = 0.8,
+    ] = 0.7,
     top_k: Annotated[int, typer.Option(min=0, help="Choose among the k likeliest tokens; 0 among all.")] = 0,
     top_p: Annotated[
         float, typer.Option(min=0.000001, max=1, help="Choose among the likeliest that reach probability p.")
     ] = 1.0,
     min_p: Annotated[
         float, typer.Option(min=0, max=0.999999, help="Leave out tokens below p times the likeliest's.")
-    ] = 0.0,
+    ] = 0.1,
     seed: Annotated[int | None, typer.Option(help="Repeats a continuation; without it each one is new.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of streaming text.")] = False,

@@ -54,7 +54,7 @@ def train(
 def _audience(screen: Screen, run: Path) -> "Audience":
     """Tell the screen, the picture and TensorBoard of the run."""
     from gemmule.generate.engine import complete
-    from gemmule.generate.sampling import SamplingSettings
+    from gemmule.generate.sampling import STORYTELLING
     from gemmule.report.curves import draw_curves
     from gemmule.report.tensorboard import open_tensorboard
     from gemmule.train.run import Audience
@@ -68,7 +68,7 @@ def _audience(screen: Screen, run: Path) -> "Audience":
             draw_curves(run, screen.say)
 
     def tell(model: Any, tokenizer: Any, prompts: Any, tokens: int, seed: int) -> list[str]:
-        texts = complete(model, tokenizer, prompts, tokens, SamplingSettings(temperature=0.8), seed)
+        texts = complete(model, tokenizer, prompts, tokens, STORYTELLING, seed)
         for text in texts:
             screen.say("  | " + text.strip().replace("\n", "\n  | "))
         return texts
@@ -84,13 +84,18 @@ def _conclude(screen: Screen, outcome: "Outcome", run: Path) -> dict[str, Any]:
     summary = {"run": str(run), "model": str(run / "model"), **last}
     if is_storybook(outcome.recipe):
         from gemmule.evaluate.stories import judge_stories
+        from gemmule.generate.sampling import STORYTELLING as SAMPLING
 
-        judged = judge_stories(outcome.model, outcome.dataset.tokenizer, "Once upon a time", count=20, seed=1)
-        for number, (text, verdict) in enumerate(judged[:3], start=1):
-            screen.say(f"\nStory {number}\n\n{text}\n\n  checker: {verdict}")
-        good = sum(verdict.good for _, verdict in judged)
-        screen.say(f"\n{good} of {len(judged)} stories told by the model are whole and consistent.")
-        summary |= {"stories": len(judged), "good_stories": good}
+        prompt, tokenizer = "Once upon a time", outcome.dataset.tokenizer
+        judged = judge_stories(outcome.model, tokenizer, prompt, count=100, sampling=SAMPLING, seed=1)
+        for number, story in enumerate(judged[:3], start=1):
+            screen.say(f"\nStory {number}\n\n{story.text}\n\n  checker: {story.verdict}")
+        good, possible = sum(story.verdict.good for story in judged), sum(story.possible for story in judged)
+        screen.say(
+            f"\nOf {len(judged)} stories told at temperature {SAMPLING.temperature} and min-p {SAMPLING.min_p}, "
+            f"{good} are whole and consistent; {possible} the storybook itself could have told."
+        )
+        summary |= {"stories": len(judged), "good_stories": good, "possible_stories": possible}
     screen.say(f"the model is in {run / 'model'}, its curves are in {run / 'loss.png'}; let it speak:")
     screen.say(f"  gemmule generate {run / 'model'}")
     return summary

@@ -1,16 +1,32 @@
 """Stories told by a model, judged by the storybook's checker."""
 
-from gemmule.data.storybook import Verdict, check_story
+import math
+from typing import NamedTuple
+
+from gemmule.data.storybook import Verdict, check_story, log_probability
 from gemmule.generate.engine import complete
 from gemmule.generate.sampling import SamplingSettings
 from gemmule.model.gemma3 import Gemma3
 from gemmule.tokenizer import Tokenizer
 
 
+class JudgedStory(NamedTuple):
+    """A model's story and what the storybook thinks of it."""
+
+    text: str
+    verdict: Verdict
+    possible: bool  # whether the storybook itself could have told it, word for word: stricter than the verdict
+
+
 def judge_stories(
-    model: Gemma3, tokenizer: Tokenizer, prompt: str, count: int, seed: int, max_new_tokens: int = 250
-) -> list[tuple[str, Verdict]]:
-    """Let the model tell `count` stories at temperature 1, its own distribution, and check each one."""
-    prompts = [prompt] * count
-    texts = complete(model, tokenizer, prompts, max_new_tokens, SamplingSettings(), seed)
-    return [(text, check_story(text)) for text in texts]
+    model: Gemma3,
+    tokenizer: Tokenizer,
+    prompt: str,
+    count: int,
+    sampling: SamplingSettings,
+    seed: int,
+    max_new_tokens: int = 250,
+) -> list[JudgedStory]:
+    """Let the model tell `count` stories that begin with `prompt`, and check each one."""
+    texts = complete(model, tokenizer, [prompt] * count, max_new_tokens, sampling, seed)
+    return [JudgedStory(text, check_story(text), log_probability(text) > -math.inf) for text in texts]

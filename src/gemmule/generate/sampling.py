@@ -25,6 +25,9 @@ class SamplingSettings(Settings):
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
+# What the commands tell stories with: each one different, without words that are far less likely than others.
+STORYTELLING = SamplingSettings(temperature=0.7, min_p=0.1)
+
 Rule = Callable[[Tensor, SamplingSettings], Tensor]
 
 
