@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from gemmule.recipe import Settings
+from gemmule.train.muon import Muon
 
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -57,13 +58,7 @@ def adamw(parameters: Named, settings: OptimizerSettings) -> list[Optimizer]:
 def muon(parameters: Named, settings: OptimizerSettings) -> list[Optimizer]:
     """Muon for the blocks' matrices, AdamW for the rest (Jordan et al. 2024; update size as in arXiv 2502.16982)."""
     matrices, others = _split(parameters)
-    orthogonal = Muon(
-        matrices,
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        momentum=settings.momentum,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    orthogonal = Muon(matrices, settings.learning_rate, settings.weight_decay, settings.momentum)
     groups = [{"params": others, "weight_decay": 0.0}]
     return [orthogonal, _adamw(groups, settings.adamw_learning_rate, settings)]
 
