@@ -8,7 +8,7 @@ import pytest
 from safetensors import SafetensorError
 
 from gemmule.errors import OutputError
-from gemmule.files import explained, folder_written_aside, written_aside
+from gemmule.files import explained, folder_written_aside, held, written_aside
 
 FULL = Path("/dev/full")
 needs_full_device = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
@@ -164,3 +164,21 @@ def test_full_device_is_recognised_in_the_tensor_library(tmp_path: Path) -> None
 def test_other_failures_of_the_tensor_library_pass(tmp_path: Path) -> None:
     with pytest.raises(SafetensorError, match="nonsense"), explained(tmp_path):
         raise SafetensorError("nonsense")
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    with held(tmp_path):
+        with pytest.raises(OutputError, match="another process is writing there"), held(tmp_path):
+            pass
+        with pytest.raises(OutputError, match="another process"), held(tmp_path):
+            pass  # being refused does not free it
+    with held(tmp_path):
+        pass
+
+
+def test_two_writers_of_one_folder_do_not_mix(tmp_path: Path) -> None:
+    with folder_written_aside(tmp_path / "folder") as aside:
+        (aside / "file").write_text("first")
+        with pytest.raises(OutputError, match="another process is writing there"):
+            write_folder(tmp_path / "folder", "second")
+    assert contents(tmp_path) == {"folder/file": "first"}

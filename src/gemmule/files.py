@@ -1,6 +1,7 @@
-"""Files and folders that are whole or absent: written aside, synced, renamed."""
+"""Files and folders that are whole or absent: written aside, synced, renamed; and held by one process at a time."""
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,15 +20,13 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise OutputError(
-                f"{path}: no space left on the device; free some, what was written before is kept"
-            ) from error
+            raise OutputError(f"{path}: no space left on the device; free some and try again") from error
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
     except SafetensorError as error:
         # The library reports the system's error as text.
         if f"os error {errno.ENOSPC}" not in str(error):
             raise
-        raise OutputError(f"{path}: no space left on the device; free some, what was written before is kept") from error
+        raise OutputError(f"{path}: no space left on the device; free some and try again") from error
 
 
 @contextmanager
@@ -53,18 +52,35 @@ def written_aside(path: Path) -> Iterator[Path]:
 def folder_written_aside(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill; when the block ends well it is synced and takes the name `folder`."""
     aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    with explained(folder):
+        aside.mkdir(parents=True, exist_ok=True)  # a process that was killed may have left one
+        with held(aside):
+            try:
+                for leftover in aside.iterdir():
+                    _remove(leftover)
+                yield aside
+                for file in sorted(aside.rglob("*"), reverse=True):
+                    _sync(file)
+                _sync(aside)
+                _put_in_place(aside, folder)
+                _sync(folder.parent)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder until the block ends or the process dies; OutputError where another process holds it."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        with explained(folder):
-            aside.mkdir(parents=True)
-            yield aside
-            for file in sorted(aside.rglob("*"), reverse=True):
-                _sync(file)
-            _sync(aside)
-            _put_in_place(aside, folder)
-            _sync(folder.parent)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sentence = "another process is writing there; let it end, or name another folder"
+            raise OutputError(f"{folder}: {sentence}") from None
+        yield
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        os.close(handle)
 
 
 def _put_in_place(aside: Path, folder: Path) -> None:
@@ -77,6 +93,13 @@ def _put_in_place(aside: Path, folder: Path) -> None:
     folder.rename(old)
     aside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gemmule.files import held
 from gemmule.train.checkpoint import checkpoints
 from runs import Ended, final_weights, gemmule, timeless_metrics, write_text
 
@@ -307,6 +308,14 @@ def test_a_disk_that_fills_up_keeps_the_checkpoints_and_the_run_goes_on(
     assert gemmule("train", tiny_recipe, "--out", run, "--resume").code == 0
     assert final_weights(run) == final_weights(tiny_run)
     assert timeless_metrics(run) == timeless_metrics(tiny_run)
+
+
+def test_a_run_that_another_process_is_writing(tiny_recipe: Path, tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    with held(run):
+        sentence = complaint(gemmule("train", tiny_recipe, "--out", run, "--resume"))
+    assert sentence == f"{run}: another process is writing there; let it end, or name another folder"
 
 
 def test_a_dataset_that_does_not_fit_leaves_nothing(small_disk: Callable[[int], Path], tmp_path: Path) -> None:

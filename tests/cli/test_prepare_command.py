@@ -24,6 +24,15 @@ def test_a_dataset_folder_is_made_and_reported(tmp_path: Path) -> None:
     assert report["train"]["tokens"] == dataset.train.tokens
 
 
+def test_several_sources_make_one_dataset(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", 300)
+    write_text(tmp_path / "b.txt", 200, seed=1)
+    sources = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    ended = gemmule("prepare", *sources, "--validation", "storybook:5", "--vocab-size", 300, "--out", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    assert open_dataset(tmp_path / "out").train.documents == 500
+
+
 def test_an_existing_vocabulary_is_used(tiny_run: Path, tmp_path: Path) -> None:
     write_text(tmp_path / "train.txt", 300)
     options = ["--tokenizer", tiny_run / "model", "--out", tmp_path / "dataset"]

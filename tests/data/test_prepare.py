@@ -66,7 +66,7 @@ def test_the_folder_holds_what_the_formats_page_says(settings: DataSettings, tmp
         "train-00000.tokens",
         "validation-00000.tokens",
     ]
-    assert json.loads((out / "dataset.json").read_text())["settings"]["train"] == settings.train
+    assert json.loads((out / "dataset.json").read_text())["settings"]["train"] == list(settings.train)
     for corpus in (open_dataset(out).train, open_dataset(out).validation):
         verify_shard(corpus.shards[0])
 
@@ -116,11 +116,23 @@ def test_documents_are_held_out_by_their_text(tmp_path: Path) -> None:
     assert decoded(again, "validation") == validation[::-1], "the choice must not depend on the order"
 
 
-def test_a_prepared_folder_is_used_as_it_is(settings: DataSettings, tmp_path: Path) -> None:
+def test_a_prepared_folder_is_not_prepared_again(settings: DataSettings, tmp_path: Path) -> None:
     prepare_dataset(settings, VOCABULARY, tmp_path / "made")
-    dataset = prepare_dataset(DataSettings(train=str(tmp_path / "made")), VOCABULARY, tmp_path / "unused")
+    with pytest.raises(SourceError, match="made: is prepared already"):
+        prepare_dataset(DataSettings(train=str(tmp_path / "made")), VOCABULARY, tmp_path / "unused")
     assert not (tmp_path / "unused").exists()
-    assert decoded(dataset, "train") == stories(200)
+
+
+def test_several_sources_are_read_one_after_the_other_and_cleaned_as_one(tmp_path: Path) -> None:
+    texts = stories(60)
+    first = write(tmp_path / "first.txt", texts[:40])
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts[30:])  # ten of them again
+    (tmp_path / "second.jsonl").write_text(rows, encoding="utf-8")
+    both = DataSettings(train=(first, str(tmp_path / "second.jsonl")), validation=write(tmp_path / "v.txt", ["A day."]))
+    dataset = prepare_dataset(both, VOCABULARY, tmp_path / "out")
+    assert decoded(dataset, "train") == texts
+    assert dataset.report.train.duplicate == 10
+    assert dataset.report.train.source == f"{first}, {tmp_path / 'second.jsonl'}"
 
 
 def test_an_existing_tokenizer_is_taken_over(settings: DataSettings, tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from gemmule.cli.screen import Screen, print_json
 
 def prepare(
     source: Annotated[
-        str, typer.Argument(help="A file, folder, glob, hf:owner/name[:split[:column]] or storybook[:count].")
+        list[str],
+        typer.Argument(help="Each a file, folder, glob, hf:owner/name[:split[:column]] or storybook[:count]."),
     ],
     out: Annotated[Path, typer.Option(help="The dataset folder to make.")],
     validation: Annotated[
-        str | None, typer.Option(help="The SOURCE to validate on; without it, a part is held out.")
+        list[str] | None, typer.Option(help="A SOURCE to validate on; without it, a part is held out.")
     ] = None,
     vocab_size: Annotated[int, typer.Option(min=1, help="Tokens of the vocabulary to train.")] = 4096,
     tokenizer: Annotated[
@@ -29,6 +30,8 @@ def prepare(
     A recipe uses them by data.train = "FOLDER".
 
     Examples:
+
+        gemmule prepare letters/ diary.txt old.jsonl.gz --out data/mine
 
         gemmule prepare train.txt --validation valid.txt --out data/stories --vocab-size 8192
 

@@ -103,4 +103,4 @@ def _conclude(screen: Screen, outcome: "Outcome", run: Path) -> dict[str, Any]:
 
 def is_storybook(recipe: "Recipe") -> bool:
     """Whether the run learned from the embedded corpus, whose stories can be checked."""
-    return recipe.data.train.split(":")[0] == "storybook"
+    return all(source.split(":")[0] == "storybook" for source in recipe.data.train)

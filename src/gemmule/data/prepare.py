@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +13,7 @@ from gemmule.data.corpus import Corpus, CorpusWriter, open_corpus
 from gemmule.data.readers import Document
 from gemmule.data.report import CorpusReport, SplitReport
 from gemmule.data.settings import DataSettings
-from gemmule.data.sources import Split, read_source, text_size
+from gemmule.data.sources import Split, read_sources, text_size
 from gemmule.data.spool import Spool, Spooled
 from gemmule.errors import DatasetError, OutputError, SourceError
 from gemmule.files import folder_written_aside
@@ -55,7 +55,7 @@ class Manifest(BaseModel):
 class _Gathered(NamedTuple):
     """The cleaned documents of one split and the count of the cleaning."""
 
-    source: str
+    source: str  # as the report names it
     spool: Spool
     tally: Counter[str]
 
@@ -65,11 +65,11 @@ def prepare_dataset(
 ) -> Dataset:
     """Read, clean, tokenize and write; the folder `out` appears when all of it is done.
 
-    Memory holds a portion of the text, the sample that the tokenizer is trained on, and some 50 bytes a document. A
-    `settings.train` that is a prepared folder is opened as it is. Raises SourceError, TokenizerError or OutputError.
+    Memory holds a portion of the text, the sample that the tokenizer is trained on, and some 50 bytes a document.
+    Raises SourceError, TokenizerError or OutputError.
     """
-    if (Path(settings.train) / DATASET_FILE).is_file():
-        return open_dataset(Path(settings.train))
+    if prepared_folder(settings):
+        raise SourceError(f'{settings.train[0]}: is prepared already; a recipe uses it by data.train = "FOLDER"')
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise OutputError(f"{out}: holds something already; name a new or empty folder for the dataset")
     tell = progress or (lambda *_: None)
@@ -93,6 +93,12 @@ def prepare_dataset(
         (folder / REPORT_FILE).write_text(CorpusReport(**reports).model_dump_json(indent=2) + "\n", encoding="utf-8")
         (folder / DATASET_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return open_dataset(out)
+
+
+def prepared_folder(settings: DataSettings) -> Path | None:
+    """Return the folder that the settings train on where `prepare_dataset` made it, else None."""
+    folder = Path(settings.train[0])
+    return folder if len(settings.train) == 1 and (folder / DATASET_FILE).is_file() else None
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -136,22 +142,26 @@ def _gather(settings: DataSettings, folder: Path, tell: Progress) -> dict[Split,
         )
     _check_something_left("validation", settings.validation or settings.train, validation, tallies["validation"])
     return {
-        "train": _Gathered(settings.train, train, tallies["train"]),
-        "validation": _Gathered(settings.validation or "held out of train", validation, tallies["validation"]),
+        "train": _Gathered(", ".join(settings.train), train, tallies["train"]),
+        "validation": _Gathered(
+            ", ".join(settings.validation or ("held out of train",)), validation, tallies["validation"]
+        ),
     }
 
 
-def _check_something_left(split: Split, source: str, spool: Spool, tally: Counter[str]) -> None:
+def _check_something_left(split: Split, sources: Sequence[str], spool: Spool, tally: Counter[str]) -> None:
     if not spool.documents:
         found = ", ".join(f"{count} {reason}" for reason, count in tally.items() if count)
-        raise SourceError(f"data.{split} = {source}: no document is left to use ({found or 'none there'})")
+        raise SourceError(f"data.{split} = {', '.join(sources)}: no document is left to use ({found or 'none there'})")
 
 
-def _watch(source: str, settings: DataSettings, split: Split, tell: Progress) -> Iterator[Document]:
-    """Yield the documents of a source, telling of each mebibyte."""
-    label, total, done, told = f"reading {split} (bytes)", text_size(source), 0, 0
+def _watch(sources: Sequence[str], settings: DataSettings, split: Split, tell: Progress) -> Iterator[Document]:
+    """Yield the documents of the sources, telling of each mebibyte."""
+    label, sizes, done, told = f"reading {split} (bytes)", [text_size(source) for source in sources], 0, 0
+    known = [size for size in sizes if size is not None]
+    total = sum(known) if len(known) == len(sizes) else None
     tell(label, 0, total)
-    for document in read_source(source, settings, split):
+    for document in read_sources(sources, settings, split):
         done += len(document.text)
         if done - told >= 1 << 20:
             told = done

@@ -1,10 +1,19 @@
 """The settings of the data: what is read, and how it is divided."""
 
 from collections.abc import Iterator
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from gemmule.recipe import Problem, Settings
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+# One SOURCE, or several that are read one after the other.
+Sources = Annotated[tuple[str, ...], Field(min_length=1, strict=False), BeforeValidator(_listed)]
 
 
 class DataSettings(Settings):
@@ -14,8 +23,10 @@ class DataSettings(Settings):
     or a folder that `gemmule prepare` made, which brings its own validation documents.
     """
 
-    train: str = Field(description="the SOURCE to train on")
-    validation: str | None = Field(None, description="the SOURCE to validate on; without it, train documents held out")
+    train: Sources = Field(description="the SOURCE to train on, or a list of several")
+    validation: Sources | None = Field(
+        None, description="the SOURCE to validate on, or a list; without it, train documents are held out"
+    )
     holdout: float = Field(0.01, description="share of the train documents to hold out where validation is not set")
     separator: str = Field("<|endoftext|>", description="what stands between the documents of a .txt file")
     column: str = Field("text", description="where the text of .jsonl, .parquet and hf: rows is")

@@ -1,6 +1,7 @@
 """Where text comes from: a SOURCE, as the user writes it, becomes a stream of documents."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,11 @@ Split = Literal["train", "validation"]
 # Stories of different seeds are different draws, so train and validation never need to agree on who takes which.
 _STORY_SEEDS: dict[Split, int] = {"train": 1, "validation": 2}
 _STORY_COUNTS: dict[Split, int] = {"train": 40_000, "validation": 1_000}
+
+
+def read_sources(sources: Sequence[str], settings: DataSettings, split: Split) -> Iterator[Document]:
+    """Yield the documents of several SOURCEs, one after the other."""
+    return chain.from_iterable(read_source(source, settings, split) for source in sources)
 
 
 def read_source(source: str, settings: DataSettings, split: Split) -> Iterator[Document]:

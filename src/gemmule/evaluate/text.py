@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from gemmule.data import Corpus, DataSettings
 from gemmule.data.batches import Batch, WholeDocuments
 from gemmule.data.corpus import CorpusWriter, open_corpus
-from gemmule.data.sources import read_source
+from gemmule.data.sources import read_sources
 from gemmule.errors import SourceError
 from gemmule.model.gemma3 import Gemma3
 from gemmule.runtime import choose_precision
@@ -38,7 +38,7 @@ def score_text(
     with TemporaryDirectory() as folder:
         corpus = _encode(_texts(settings, documents), tokenizer, Path(folder))
         if corpus is None:
-            raise SourceError(f"{settings.train}: there is no text to predict")
+            raise SourceError(f"{', '.join(settings.train)}: there is no text to predict")
         reach = context or min(int(corpus.lengths.max()) - 1, model.config.max_position_embeddings, _LONGEST_ROW)
         batches = WholeDocuments(corpus, reach, batch_size, tokenizer.pad_id)
 
@@ -52,9 +52,11 @@ def score_text(
 
 
 def _texts(settings: DataSettings, count: int | None) -> Iterator[str]:
-    for document in islice(read_source(settings.train, settings, "validation"), count):
+    for document in islice(read_sources(settings.train, settings, "validation"), count):
         if not isinstance(document.text, str):
-            raise SourceError(f"{settings.train}: a document is not UTF-8; `gemmule prepare` would leave it out")
+            raise SourceError(
+                f"{', '.join(settings.train)}: a document is not UTF-8; `gemmule prepare` would leave it out"
+            )
         if document.text.strip():
             yield document.text.strip()
 

@@ -10,8 +10,9 @@ import torch
 
 from gemmule.data import Dataset, DataSettings, open_dataset, prepare_dataset
 from gemmule.data.batches import PackedRows, WholeDocuments
+from gemmule.data.prepare import DATASET_FILE, prepared_folder
 from gemmule.errors import OutputError, RecipeError
-from gemmule.files import folder_written_aside, written_aside
+from gemmule.files import folder_written_aside, held, written_aside
 from gemmule.formats.folder import save_folder
 from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
@@ -75,6 +76,11 @@ def run_recipe(recipe: Recipe, out: Path, resume: bool, audience: Audience) -> O
     A stop asked for by Ctrl-C or SIGTERM ends the run after a checkpoint; `position.step` tells how far it came.
     """
     recipe = claim_folder(recipe, out, resume)
+    with held(out):
+        return _run(recipe, out, resume, audience)
+
+
+def _run(recipe: Recipe, out: Path, resume: bool, audience: Audience) -> Outcome:
     device = choose_device(recipe.train.device)
     precision = choose_precision(recipe.train.precision, device)
     dataset = _dataset(recipe, out, audience)
@@ -159,9 +165,11 @@ def _differences(given: Recipe, stored: Recipe) -> list[str]:
 
 def _dataset(recipe: Recipe, out: Path, audience: Audience) -> Dataset:
     """Open the prepared data, making it first where this run has none."""
-    source = Path(recipe.data.train)
-    folder = source if (source / "dataset.json").is_file() else out / "data"
-    if not (folder / "dataset.json").is_file():
+    prepared = prepared_folder(recipe.data)
+    if prepared and recipe.data.validation:
+        audience.say(f"data.validation is not read: {prepared} brings its own validation documents")
+    folder = prepared or out / "data"
+    if not (folder / DATASET_FILE).is_file():
         prepare_dataset(recipe.data, recipe.tokenizer, folder, audience.progress)
     dataset = open_dataset(folder)
     audience.say(str(dataset.report))
@@ -173,7 +181,7 @@ def _settle_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
     ids, chosen, model = tokenizer.vocab_size, recipe.tokenizer, recipe.model
     if chosen.path is None and _gives_vocabulary(chosen) and chosen.vocab_size != ids:
         raise RecipeError(
-            f"tokenizer.vocab_size = {chosen.vocab_size}: the dataset {recipe.data.train} was prepared with {ids}; "
+            f"tokenizer.vocab_size = {chosen.vocab_size}: the dataset {recipe.data.train[0]} was prepared with {ids}; "
             "leave it out to follow that"
         )
     rows = model.vocab_size if _gives_vocabulary(model) else ids
