@@ -28,7 +28,7 @@ def text(tmp_path: Path) -> DataSettings:
 
 
 def documents_of(settings: DataSettings) -> list[str]:
-    texts = Path(settings.train).read_text().split(settings.separator)
+    texts = Path(settings.train[0]).read_text().split(settings.separator)
     return [text.strip() for text in texts if text.strip()]
 
 
