@@ -20,8 +20,8 @@ def lines_of(steps: int, floor: float | None = None) -> list[dict[str, Any]]:
 
 
 def curves_of(figure: Any) -> dict[str, Any]:
-    """The labelled curves, and under "" the faint one of every single loss."""
-    return {line.get_label() if line.get_label()[0] != "_" else "": line for line in figure.axes[0].lines}
+    """The curves by the first word of their labels, and under "" the faint one of every single loss."""
+    return {line.get_label().split(",")[0] if line.get_label()[0] != "_" else "": line for line in figure.axes[0].lines}
 
 
 def test_picture_shows_training_validation_and_floor() -> None:
@@ -32,6 +32,9 @@ def test_picture_shows_training_validation_and_floor() -> None:
     assert list(curves[""].get_ydata()) == [line["loss"] for line in lines]
     assert list(curves["validation"].get_xdata()) == [10, 20, 30]
     assert list(curves["validation"].get_ydata()) == [lines[step - 1]["val_loss"] for step in (10, 20, 30)]
+    last = lines[-1]
+    label = f"validation, at last {last['val_loss']:.3f} ({last['val_bits_per_byte']:.3f} bits/byte)"
+    assert curves["validation"].get_label() == label
     assert set(curves["entropy floor 0.150"].get_ydata()) == {0.15}
 
 
@@ -47,10 +50,8 @@ def smoothed(losses: list[float]) -> list[float]:
     return list(curves_of(loss_figure(lines, "tiny"))["training"].get_ydata())
 
 
-def test_smoothing_begins_at_the_first_loss_and_keeps_a_constant() -> None:
-    # Over 60 steps each older loss counts half the next.
-    expected = [4.0, (2.0 + 4.0 / 2) / 1.5, (2.0 + 2.0 / 2 + 4.0 / 4) / 1.75]
-    assert smoothed([4.0] + [2.0] * 59)[:3] == pytest.approx(expected)
+def test_smoothing_takes_neighbours_on_both_sides_and_keeps_a_constant() -> None:
+    assert smoothed([4.0] + [2.0] * 58 + [8.0]) == pytest.approx([3.0, 8 / 3] + [2.0] * 56 + [4.0, 5.0])
     assert smoothed([3.0] * 60) == pytest.approx([3.0] * 60)
 
 

@@ -43,17 +43,13 @@ def loss_figure(lines: list[dict[str, Any]], title: str) -> Any:
         marker="o",
         markersize=3.5,
         linewidth=1.5,
-        label="validation",
+        label=_describe(validated),
     )
     shown = losses[len(losses) // 20 :] + [line["val_loss"] for line in validated]
     floor = validated[-1].get("val_floor") if validated else None
     if floor is not None:
         axes.axhline(floor, color=FLOOR, linestyle="--", linewidth=1.2, label=f"entropy floor {floor:.3f}")
         shown.append(floor)
-    if validated:
-        last = validated[-1]
-        text = f"{last['val_loss']:.3f} nats/token\n{last['val_bits_per_byte']:.3f} bits/byte"
-        axes.annotate(text, (last["step"], last["val_loss"]), xytext=(0, 18), textcoords="offset points", ha="right")
     if shown:
         room = 0.06 * (max(shown) - min(shown)) or 0.1
         axes.set_ylim(min(shown) - room, max(shown) + room)
@@ -64,10 +60,16 @@ def loss_figure(lines: list[dict[str, Any]], title: str) -> Any:
     return figure
 
 
+def _describe(validated: list[dict[str, Any]]) -> str:
+    if not validated:
+        return "validation"
+    last = validated[-1]
+    return f"validation, at last {last['val_loss']:.3f} ({last['val_bits_per_byte']:.3f} bits/byte)"
+
+
 def _smooth(values: list[float]) -> Iterator[float]:
-    """Yield the running mean over about a thirtieth of the run, without a bias to the first value."""
-    memory = 1 - min(1.0, 30 / len(values)) if values else 0.0
-    total, weight = 0.0, 0.0
-    for value in values:
-        total, weight = memory * total + value, memory * weight + 1
-        yield total / weight
+    """Yield the mean of each value and its neighbours, about a thirtieth of the run."""
+    side = max(1, len(values) // 60)
+    for place in range(len(values)):
+        near = values[max(0, place - side) : place + side + 1]
+        yield sum(near) / len(near)
