@@ -87,9 +87,11 @@ def _run(recipe: Recipe, out: Path, resume: bool, audience: Audience) -> Outcome
     tokenizer, context = dataset.tokenizer, recipe.train.context
     recipe = _settle_vocabulary(recipe, tokenizer)
     rows = PackedRows(dataset.train, context, recipe.train.seed, recipe.data.mask_documents, tokenizer.bos_id)
-    audience.say(describe(recipe, dataset, device, precision))
+    audience.say(describe(recipe, device, precision))
     recipe = _settle_compile(recipe, device, audience)
     recipe = _settle_steps(recipe, rows, device, precision, audience)
+    seen = recipe.train.steps * recipe.train.batch_size * context
+    audience.say(f"{recipe.train.steps:,} steps: {seen:,} tokens, {seen / dataset.train.tokens:.2f} epochs")
     with written_aside(out / "recipe.toml") as aside:
         write_recipe(recipe, aside, "The recipe of this run, resolved: it repeats the run.")
     model, updater = build(recipe, device)
@@ -195,20 +197,17 @@ def _gives_vocabulary(settings: Gemma3Config | TokenizerSettings) -> bool:
     return "vocab_size" in settings.model_fields_set
 
 
-def describe(recipe: Recipe, dataset: Dataset, device: torch.device, precision: str) -> str:
-    """Say in two lines what will be trained on what, and where."""
+def describe(recipe: Recipe, device: torch.device, precision: str) -> str:
+    """Say in two lines what will be trained, and where."""
     config, settings = recipe.model, recipe.train
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Gemma3(config).parameters())
     embedding = config.vocab_size * config.hidden_size
-    batch = settings.batch_size * settings.context
-    epochs = settings.steps * batch / dataset.train.tokens
     return (
         f"Gemma 3 with {parameters:,} parameters ({embedding:,} in the embedding): {config.num_hidden_layers} layers "
         f"of width {config.hidden_size}, MLP {config.intermediate_size}, {config.num_attention_heads} heads and "
         f"{config.num_key_value_heads} of keys, each {config.head_dim}; window {config.sliding_window}\n"
-        f"on {device} in {precision}, {settings.batch_size} x {settings.context} tokens a step; "
-        f"{settings.steps:,} steps would be {epochs:.2f} epochs"
+        f"on {device} in {precision}, {settings.batch_size} x {settings.context} tokens a step"
     )
 
 
@@ -251,7 +250,7 @@ def _settle_steps(
         times.append(time.perf_counter() - began)
     seconds = statistics.median(times[3:])
     steps = max(1, min(settings.steps, int(60 * minutes / seconds)))
-    audience.say(f"one step takes {seconds:.3f} s here: {steps:,} steps in {minutes:g} minutes")
+    audience.say(f"one step takes {seconds:.3f} s here; {minutes:g} minutes were asked for")
     return recipe.replace(train=settings.replace(steps=steps, minutes=None))
 
 
