@@ -77,7 +77,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """The SHA-256, in hex, of tokenizer.json with its spelling (spaces, order of keys) made canonical."""
-        canonical = json.dumps(self._description, sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self.description, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @cached_property
@@ -138,13 +138,14 @@ class Tokenizer:
         return [len(piece) for piece in self._pieces.texts]
 
     @cached_property
-    def _description(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
+        """What tokenizer.json says, parsed."""
         description: dict[str, Any] = json.loads(self._document)
         return description
 
     @cached_property
     def _pieces(self) -> Pieces:
-        return read_pieces(self._description, self._library.get_vocab())
+        return read_pieces(self.description, self._library.get_vocab())
 
     @cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:
