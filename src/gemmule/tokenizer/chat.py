@@ -1,0 +1,112 @@
+"""Conversations as Gemma reads them: turns rendered to ids, and which of the ids are the model's own words."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from gemmule.errors import SourceError, TokenizerError
+from gemmule.tokenizer.tokenizer import Tokenizer
+
+START, END = "<start_of_turn>", "<end_of_turn>"
+
+# The same turns for programs that render Jinja (transformers, vLLM, llama.cpp): what `render_chat` makes, as text.
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- set ns = namespace(system='', turns=0) -%}
+{%- for message in messages -%}
+    {%- set text = message['content'] | trim -%}
+    {%- if message['role'] == 'system' and loop.first -%}
+        {%- set ns.system = text + '\\n\\n' if text else '' -%}
+    {%- else -%}
+        {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+        {%- if role != ('user', 'model')[ns.turns % 2] -%}
+            {{- raise_exception('after an optional system message, turns alternate: user, assistant, user, ...') -}}
+        {%- endif -%}
+        {{- '<start_of_turn>' + role + '\\n' + (ns.system if ns.turns == 0 else '') + text + '<end_of_turn>\\n' -}}
+        {%- set ns.turns = ns.turns + 1 -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<start_of_turn>model\\n' -}}
+{%- endif -%}
+"""
+
+
+class Turn(NamedTuple):
+    """One side's words: role is "user" or "model", as the template writes them."""
+
+    role: str
+    text: str
+
+
+class Rendered(NamedTuple):
+    """A conversation in ids; `trained[i]` says that ids[i] is to be predicted by the model."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, reply: bool = False) -> Rendered:
+    """Render messages, each with "role" and "content", in Gemma 3's turn template, bos once.
+
+    Trained are the model's text and the <end_of_turn> after it; the words of the user and of the template are not.
+    What a message says is ordinary text, even where it looks like a special token. `reply` ends with the opening of the
+    model's next turn. Raises SourceError for a conversation without that form, TokenizerError for a vocabulary without
+    turn tokens. Source: the chat template of Google's instruction-tuned Gemma 3; unlike there, system text is trimmed.
+    """
+    if tokenizer.start_of_turn_id is None or tokenizer.end_of_turn_id is None:
+        missing = START if tokenizer.start_of_turn_id is None else END
+        raise TokenizerError(
+            f"the tokenizer has no {missing}, so it cannot render a chat; use one with {START} and {END}"
+        )
+    turns = read_turns(messages)
+    if reply and turns[-1].role == "model":
+        raise SourceError(f"message {len(messages)}: the model spoke last; a reply needs a user's message to answer")
+    rendered = Rendered([], [])
+
+    def add(ids: Sequence[int], trained: bool) -> None:
+        rendered.ids.extend(ids)
+        rendered.trained.extend([trained] * len(ids))
+
+    if tokenizer.bos_id is not None:
+        add([tokenizer.bos_id], trained=False)
+    for turn in turns:
+        add(_encode(tokenizer, f"{START}{turn.role}\n", specials=True), trained=False)
+        add([*_encode(tokenizer, turn.text), tokenizer.end_of_turn_id], trained=turn.role == "model")
+        add(_encode(tokenizer, "\n"), trained=False)
+    if reply:
+        add(_encode(tokenizer, f"{START}model\n", specials=True), trained=False)
+    return rendered
+
+
+def read_turns(messages: Sequence[Mapping[str, str]]) -> list[Turn]:
+    """Return messages as turns of user and model, system text before the first; SourceError names what is wrong."""
+    turns: list[Turn] = []
+    system = ""
+    for number, message in enumerate(messages, 1):
+        role, text = message.get("role"), message.get("content")
+        if not isinstance(text, str):
+            raise SourceError(f"message {number}: its content is {text!r}, not text")
+        if role == "system" and number == 1:
+            system = text.strip()
+            continue
+        wanted = ("user", "model")[len(turns) % 2]
+        if {"assistant": "model"}.get(str(role), role) != wanted:
+            expected = "assistant" if wanted == "model" else wanted
+            raise SourceError(
+                f"message {number}: its role is {role!r} where {expected!r} is expected; "
+                "after an optional system message, turns alternate: user, assistant, user, ..."
+            )
+        turns.append(Turn(wanted, text.strip()))
+    if not turns:
+        raise SourceError(
+            f"a conversation of {len(messages)} messages has no turn; it needs at least one of the user's"
+        )
+    if system:
+        turns[0] = Turn("user", f"{system}\n\n{turns[0].text}")
+    return turns
+
+
+def _encode(tokenizer: Tokenizer, text: str, *, specials: bool = False) -> list[int]:
+    """Encode a part of the conversation, so without the bos that begins a text."""
+    ids = tokenizer.encode(text, specials=specials)
+    return ids[1:] if tokenizer.adds_bos else ids
