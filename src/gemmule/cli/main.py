@@ -10,6 +10,7 @@ import typer
 
 from gemmule import __version__
 from gemmule.cli.evaluate import evaluate
+from gemmule.cli.export import export
 from gemmule.cli.generate import generate
 from gemmule.cli.prepare import prepare
 from gemmule.cli.train import train
@@ -21,6 +22,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "generate": generate,
     "evaluate": evaluate,
+    "export": export,
 }
 
 INTERRUPTED = 130

@@ -6,6 +6,7 @@ model with another scalar is written with the difference folded into the query n
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,19 +140,22 @@ def save_gguf(model: Gemma3, tokenizer: Tokenizer, path: Path, dtype: Dtype, say
     vocabulary = write_vocabulary(tokenizer)
     if model.config.vocab_size < tokenizer.vocab_size:
         raise ModelError(f"the model has {model.config.vocab_size} rows for {tokenizer.vocab_size} tokens")
-    with written_aside(path) as aside:
-        writer = gguf.GGUFWriter(aside, "gemma3")
+    odd: list[str] = []
+    with written_aside(path) as aside, closing(gguf.GGUFWriter(aside, "gemma3")) as writer:
         _write_metadata(writer, metadata_of(model.config) | vocabulary, dtype)
-        odd: list[str] = []
+        kinds = {}
         for name, tensor in _foreign_tensors(model, tokenizer.vocab_size):
-            data, kind = _stored(tensor, dtype)
-            if kind is None:
+            kinds[name] = kind = _storage(tensor, dtype)
+            if kind.name != dtype.upper() and tensor.ndim > 1:
                 odd.append(name)
-            writer.add_tensor(name, data, raw_dtype=kind)
+            elements, bytes_ = gguf.GGML_QUANT_SIZES[kind]
+            size = tensor.numel() // elements * bytes_
+            writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), size, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        writer.write_ti_data_to_file()
+        for name, tensor in _foreign_tensors(model, tokenizer.vocab_size):
+            writer.write_tensor_data(gguf.quants.quantize(tensor.contiguous().numpy(), kinds[name]))
     if odd:
         say(f"{path}: kept in f32, because {dtype} needs rows of a multiple of 32: {', '.join(odd[:3])} ...")
 
@@ -191,16 +195,12 @@ def _foreign_tensors(model: Gemma3, rows: int) -> Iterator[tuple[str, Tensor]]:
         yield theirs, tensor[:rows] if ours in ("embedding.weight", "head.weight") else tensor
 
 
-def _stored(tensor: Tensor, dtype: Dtype) -> tuple[np.ndarray[Any, Any], Any]:
-    """Return a tensor's bytes and ggml's storage type; norms stay in f32, odd rows too (then the type is None)."""
-    gguf = library()
-    data = tensor.contiguous().numpy()
-    kind = gguf.GGMLQuantizationType[dtype.upper()]
-    if tensor.ndim == 1 or dtype == "f32":
-        return data, gguf.GGMLQuantizationType.F32
-    if data.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
-        return data, None
-    return gguf.quants.quantize(data, kind), kind
+def _storage(tensor: Tensor, dtype: Dtype) -> Any:
+    """Return ggml's storage type for a tensor: norms, and rows that no block fits, stay in f32."""
+    kinds = library().GGMLQuantizationType
+    kind = kinds[dtype.upper()]
+    fits = tensor.ndim > 1 and tensor.shape[-1] % library().GGML_QUANT_SIZES[kind][0] == 0
+    return kind if fits else kinds.F32
 
 
 def _write_metadata(writer: Any, keys: Mapping[str, Any], dtype: Dtype) -> None:

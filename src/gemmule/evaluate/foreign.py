@@ -1,0 +1,55 @@
+"""Run a foreign runtime in a process of its own: python -m gemmule.evaluate.foreign JOB.
+
+JOB is a JSON file: runtime, path, ids, strings and out. Written are `out`.npy, the logits (T, V) after each of the ids,
+and `out`.json, the ids of each string and the runtime's version.
+"""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Answer = tuple[npt.NDArray[np.float32], list[list[int]], str]
+
+
+def run_transformers(path: str, ids: list[int], strings: list[str]) -> Answer:
+    """Open a model folder with transformers, in fp32."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
+    return logits, [tokenizer.encode(text, split_special_tokens=True) for text in strings], transformers.__version__
+
+
+def run_llama_cpp(path: str, ids: list[int], strings: list[str]) -> Answer:
+    """Open a GGUF file with llama.cpp; keys and values are kept in fp32, so that they do not add to the difference."""
+    import llama_cpp
+
+    llama = llama_cpp.Llama(
+        path, n_ctx=len(ids) + 1, n_batch=512, logits_all=True, type_k=0, type_v=0, verbose=False, n_gpu_layers=0
+    )
+    llama.eval(ids)
+    encoded = [llama.tokenize(text.encode(), add_bos=True, special=False) for text in strings]
+    return np.asarray(llama.scores[: len(ids)], dtype=np.float32), encoded, version("llama-cpp-python")
+
+
+RUNTIMES = {"transformers": run_transformers, "llama.cpp": run_llama_cpp}
+
+
+def main() -> None:
+    """Do the job that the first argument names."""
+    job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    logits, encoded, release = RUNTIMES[job["runtime"]](job["path"], job["ids"], job["strings"])
+    np.save(job["out"] + ".npy", logits)
+    Path(job["out"] + ".json").write_text(json.dumps({"encoded": encoded, "version": release}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
