@@ -20,21 +20,23 @@ __all__ = ["__version__", "generate", "load"]
 
 
 def load(model: str | Path, device: str = "cpu") -> tuple["Gemma3", "Tokenizer"]:
-    """Open a MODEL, a model folder or a run folder (its newest good checkpoint), ready to predict on a device."""
+    """Open a MODEL, ready to predict on a device.
+
+    MODEL is a model folder (ours or Hugging Face's), a run folder (its newest good checkpoint), a .gguf file, or
+    owner/name, which is fetched from the Hugging Face Hub.
+    """
     from gemmule.errors import ModelError
-    from gemmule.formats.folder import load_folder
+    from gemmule.formats.opening import open_model
     from gemmule.runtime import choose_device
     from gemmule.train.checkpoint import newest_checkpoint
 
     folder = Path(model)
-    if not folder.is_dir():
-        raise ModelError(f"MODEL {folder}: no such folder; name a model folder or a run folder")
     if not (folder / "config.json").exists() and (folder / "recipe.toml").exists():
         newest, damage = newest_checkpoint(folder)
         if newest is None:
             raise ModelError(f"MODEL {folder}: a run without a good checkpoint yet" + "".join(f"; {d}" for d in damage))
-        folder = newest
-    network, tokenizer = load_folder(folder)
+        model = newest
+    network, tokenizer = open_model(model)
     return network.to(choose_device(device)), tokenizer
 
 

@@ -40,13 +40,13 @@ def test_registry_holds_documented_functions_under_their_own_names(name: str) ->
     assert REGISTRIES[name]
     for key, entry in REGISTRIES[name].items():
         assert inspect.isfunction(entry), key
-        assert entry.__name__ == key
+        assert entry.__name__ in (key, f"{key}_")  # Python keeps the word import for itself
         assert entry.__doc__, key
 
 
 def test_every_command_has_its_own_file_and_examples() -> None:
     for name, command in COMMANDS.items():
-        assert command.__module__ == f"gemmule.cli.{name}"
+        assert command.__module__ == f"gemmule.cli.{command.__name__}"
         assert command.__doc__ is not None
         assert f"gemmule {name} " in command.__doc__, "an example"
 

@@ -16,7 +16,7 @@ MODULES = sorted(
     if not module.name.endswith("__main__")
 )
 # Loaded only by the function that uses them, so that nobody needs them who does not.
-OPTIONAL = {"datasets", "pyarrow", "zstandard", "matplotlib", "tensorboard", "transformers"}
+OPTIONAL = {"datasets", "pyarrow", "zstandard", "matplotlib", "tensorboard", "transformers", "huggingface_hub"}
 
 
 def run(program: str) -> "subprocess.CompletedProcess[str]":

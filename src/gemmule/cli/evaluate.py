@@ -1,7 +1,6 @@
 """`gemmule evaluate MODEL --data FILE`: how well does it predict this text?"""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ from gemmule.cli.screen import Screen, print_json
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A model folder, or a run folder (its newest good checkpoint).")],
+    model: Annotated[str, typer.Argument(help="A model folder, run folder, .gguf file or owner/name.")],
     data: Annotated[str, typer.Option(help="The SOURCE to predict: a file, folder, glob, hf:owner/name or storybook.")],
     documents: Annotated[int | None, typer.Option(min=1, help="Only the first so many documents.")] = None,
     separator: Annotated[str, typer.Option(help="What stands between documents of a .txt file.")] = "<|endoftext|>",

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +10,7 @@ from gemmule.cli.screen import print_json
 
 
 def generate(
-    model: Annotated[Path, typer.Argument(help="A model folder, or a run folder (its newest good checkpoint).")],
+    model: Annotated[str, typer.Argument(help="A model folder, run folder, .gguf file or owner/name.")],
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "Once upon a time",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest continuation.")] = 256,
     temperature: Annotated[

@@ -12,6 +12,7 @@ from gemmule import __version__
 from gemmule.cli.evaluate import evaluate
 from gemmule.cli.export import export
 from gemmule.cli.generate import generate
+from gemmule.cli.import_ import import_
 from gemmule.cli.prepare import prepare
 from gemmule.cli.train import train
 from gemmule.errors import GemmuleError
@@ -22,6 +23,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "generate": generate,
     "evaluate": evaluate,
+    "import": import_,
     "export": export,
 }
 

@@ -100,7 +100,8 @@ def read_survey(
     if repeated is not None:
         _check_repeated(repeated, present[EMBEDDING])
     if shelf.vision:
-        say(f"left aside {len(shelf.vision)} tensors of the vision part; Gemmule takes the text model")
+        total = len(shelf.vision) + len(shelf.tensors)
+        say(f"left aside the vision part, {len(shelf.vision)} of {total} tensors; Gemmule takes the text model")
     return {wanted[name]: tensor for name, tensor in _read(present, chosen)}
 
 
