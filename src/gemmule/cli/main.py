@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gemmule import __version__
+from gemmule.cli.doctor import doctor
 from gemmule.cli.evaluate import evaluate
 from gemmule.cli.export import export
 from gemmule.cli.generate import generate
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "generate": generate,
     "evaluate": evaluate,
+    "doctor": doctor,
     "import": import_,
     "export": export,
 }

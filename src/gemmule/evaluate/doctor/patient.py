@@ -1,0 +1,169 @@
+"""Whom the doctor examines, what is found, and the instruments: hooks that record what passes through a model."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gemmule.data import DataSettings
+from gemmule.model.attention import Visibility
+from gemmule.model.config import Gemma3Config
+from gemmule.model.gemma3 import Gemma3
+from gemmule.tokenizer import Tokenizer
+
+Verdict = Literal["well", "ill", "unknown"]
+
+
+class Finding(NamedTuple):
+    """What one check found."""
+
+    name: str
+    verdict: Verdict
+    sentence: str
+
+
+# What a check returns; its name is added by `examine`.
+Answer = tuple[Verdict, str]
+
+
+class CannotTell(Exception):  # noqa: N818 - not an error: the finding is "unknown"
+    """A model is not built in the way that a check looks into."""
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A model in fp32 and its tokenizer; `declared` is what config.json and generation_config.json say, where known.
+
+    With `data` the loss and the range of activations are measured on its text. Any module with the interface of Gemma3
+    can be examined.
+    """
+
+    model: Gemma3
+    tokenizer: Tokenizer
+    declared: Mapping[str, Any] = field(default_factory=dict)
+    data: DataSettings | None = None
+
+    @property
+    def config(self) -> Gemma3Config:
+        """The model's numbers."""
+        return self.model.config
+
+    def tokens(self, rows: int, length: int) -> Tensor:
+        """Draw the same ids (rows, length) each time."""
+        generator = torch.Generator().manual_seed(0)
+        device = self.model.embedding.weight.device
+        return torch.randint(self.config.vocab_size, (rows, length), generator=generator).to(device)
+
+    def hidden(self, tokens: Tensor, **options: Any) -> Tensor:
+        """Return what the model would read the logits from, (B,T,D), without gradients."""
+        with torch.no_grad():
+            return self.model(tokens, readout=lambda hidden, _: hidden, **options)
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the layers."""
+        return list(part(self.model, "blocks").children())
+
+    def attentions(self) -> list[nn.Module]:
+        """Return the attention of each layer."""
+        return [part(block, "attention") for block in self.blocks()]
+
+
+def part(module: nn.Module, name: str) -> Any:
+    """Return a part of a module by its dotted name; CannotTell where there is none."""
+    found: Any = module
+    for step in name.split("."):
+        found = getattr(found, step, None)
+        if found is None:
+            raise CannotTell(f"{type(module).__name__} has no part {name}")
+    return found
+
+
+class Call(NamedTuple):
+    """What a module was given and what it made of it."""
+
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    result: Tensor
+
+
+@torch.no_grad()
+def record(modules: Sequence[nn.Module], run: Callable[[], object]) -> list[Call]:
+    """Run something and return the last call of each of the modules; CannotTell where one was not called."""
+    calls: dict[int, Call] = {}
+    with ExitStack() as stack:
+        for number, module in enumerate(modules):
+
+            def note(_: nn.Module, given: Any, options: Any, result: Any, number: int = number) -> None:
+                calls[number] = Call(given, options, result)
+
+            stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
+        run()
+    for number, module in enumerate(modules):
+        if number not in calls:
+            raise CannotTell(f"the forward pass does not call its {type(module).__name__}")
+    return [calls[number] for number in range(len(modules))]
+
+
+class Mixing(NamedTuple):
+    """What a layer's attention kernel was given, and what it returned."""
+
+    query: Tensor  # (B,N,T,H), after norm and rotation
+    key: Tensor  # (B,K,S,H)
+    value: Tensor  # (B,K,S,H)
+    visibility: Visibility
+    scale: float
+    result: Tensor  # (B,N,T,H)
+
+
+@contextmanager
+def _kernel(attention: nn.Module, wrap: Callable[..., Tensor]) -> Iterator[None]:
+    """Put `wrap(kernel, *arguments)` in the place of a layer's kernel."""
+    kernel = part(attention, "kernel")
+    setattr(attention, "kernel", partial(wrap, kernel))  # noqa: B010 - to mypy, modules have only tensors and modules
+    try:
+        yield
+    finally:
+        setattr(attention, "kernel", kernel)  # noqa: B010
+
+
+@torch.no_grad()
+def record_kernels(attentions: Sequence[nn.Module], run: Callable[[], object]) -> list[Mixing]:
+    """Run something and return what each layer's kernel did."""
+    seen: dict[int, Mixing] = {}
+    with ExitStack() as stack:
+        for number, attention in enumerate(attentions):
+
+            def note(kernel: Callable[..., Tensor], *given: Any, number: int = number) -> Tensor:
+                result = kernel(*given)
+                query, key, value, visibility, scale, _ = given
+                seen[number] = Mixing(query, key, value, visibility, scale, result)
+                return result
+
+            stack.enter_context(_kernel(attention, note))
+        run()
+    if len(seen) < len(attentions):
+        raise CannotTell("the forward pass does not call the kernel of each layer's attention")
+    return [seen[number] for number in range(len(attentions))]
+
+
+@contextmanager
+def evenly(attention: nn.Module) -> Iterator[None]:
+    """Let a layer attend nearly evenly inside the block, so that nothing it may see gets weight zero by rounding."""
+
+    def flatten(kernel: Callable[..., Tensor], *given: Any) -> Tensor:
+        query, key, value, visibility, scale, *rest = given
+        return kernel(query, key, value, visibility, scale * 1e-4, *rest)
+
+    with _kernel(attention, flatten):
+        yield
+
+
+def differ(measured: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether two tensors differ by more than a part of the greatest expected value; NaN differs from everything."""
+    if measured.shape != expected.shape:
+        return True
+    return not bool((measured - expected).abs().max() <= tolerance * expected.abs().max())
