@@ -32,6 +32,16 @@ def run_llama_cpp(path: str, ids: list[int], strings: list[str]) -> Answer:
     """Open a GGUF file with llama.cpp; keys and values are kept in fp32, so that they do not add to the difference."""
     import llama_cpp
 
+    library = llama_cpp.llama_cpp
+    usual = library.llama_model_default_params
+
+    def plain_kernels() -> Any:
+        # Weights rearranged for AMX crash llama.cpp on some virtual machines; the plain layout runs everywhere.
+        parameters = usual()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    library.llama_model_default_params = plain_kernels
     llama = llama_cpp.Llama(
         path, n_ctx=len(ids) + 1, n_batch=512, logits_all=True, type_k=0, type_v=0, verbose=False, n_gpu_layers=0
     )

@@ -90,6 +90,12 @@ class Tokenizer:
         """Whether the stored policy begins every text with bos."""
         return self.bos_id is not None and self._library.encode("").ids[:1] == [self.bos_id]
 
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of a chat, where the tokenizer brings one."""
+        template = self._config.get("chat_template")
+        return template if isinstance(template, str) else None
+
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Return the ids of `text`, after bos where the stored policy says so.
 
