@@ -15,7 +15,7 @@ story: .venv/ready ## train a Gemma 3 on the embedded corpus (CPU, minutes), dra
 test: .venv/ready-dev ## the quick tests, about three minutes
 	$(BIN)/pytest -m "not slow"
 
-test-all: .venv/ready-dev ## every test: also parity with transformers, memory, whole runs
+test-all: .venv/ready-all ## every test: also parity with transformers and llama.cpp, Google's weights, memory, whole runs
 	$(BIN)/pytest
 
 check: .venv/ready-dev ## formatting, lint, types, layers
@@ -44,9 +44,16 @@ clean: ## remove the environment and caches, never runs/
 
 .venv/ready: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing Gemmule and what it needs (a minute or two the first time) ..."
-	$(INSTALL) --editable '.[plots]'
+	$(INSTALL) --editable '.[plots,gguf]'
 	@touch $@
 
 .venv/ready-dev: .venv/ready
 	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+# Google's weights, and llama.cpp, which is built here: where it cannot be, its tests say so and are skipped.
+.venv/ready-all: .venv/ready-dev
+	$(INSTALL) --editable '.[dev,google]'
+	@echo "building llama.cpp (some minutes the first time) ..."
+	$(INSTALL) --editable '.[dev,google,llama]' || echo "llama.cpp could not be built; its tests will be skipped"
 	@touch $@
