@@ -32,7 +32,16 @@ def scene(window: int | None = None, causal: bool = False, documents: Tensor | N
 
 
 DOCUMENTS = torch.tensor([[0] * 4 + [1] * 6 + [2] * 3, [5] * 1 + [6] * 12])
-PADDING = torch.where(positions(0, T - 1) < torch.tensor([[0], [6]]), -1, 0)
+PADDED = positions(0, T - 1) - torch.tensor([[0], [6]])  # the second row begins with six pads
+PADDING = torch.where(PADDED < 0, -1, 0)
+
+
+def last(queries: int, keys: int, window: int | None, now: Tensor, documents: Tensor | None = None) -> Visibility:
+    """Return what the last queries see of the last keys, as where a cache has kept those."""
+    of_queries, of_keys = (None if documents is None else documents[:, -count:] for count in (queries, keys))
+    return Visibility(now[:, -queries:], now[:, -keys:], window, of_queries, of_keys)
+
+
 SCENES = {
     "causal, by promise": Scene(scene(causal=True)),
     "causal, by table": Scene(scene()),
@@ -48,6 +57,12 @@ SCENES = {
     "cached chunk": Scene(Visibility(positions(9, 12), positions(0, 12), None)),
     "cached chunk and window": Scene(Visibility(positions(9, 12), positions(7, 12), 3)),
     "cached token": Scene(Visibility(positions(12, 12), positions(0, 12), None)),
+    "cached token and window": Scene(last(1, 3, 3, positions(0, T - 1))),
+    "cached chunk longer than its window": Scene(last(7, 9, 3, positions(0, T - 1))),
+    "cached chunk and documents": Scene(last(4, T, None, positions(0, T - 1), DOCUMENTS)),
+    "cached chunk after left padding": Scene(last(4, T, None, PADDED, PADDING)),
+    "cached chunk, padding and window, one key head": Scene(last(9, 11, 3, PADDED, PADDING), key_heads=1),
+    "cached token after left padding": Scene(last(1, T, None, PADDED, PADDING), key_heads=1),
 }
 
 
@@ -74,7 +89,7 @@ def by_hand(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility) -
     return mixed
 
 
-@pytest.mark.parametrize("name", ["window", "documents and window", "one key head", "cached chunk and window"])
+@pytest.mark.parametrize("name", SCENES)
 def test_reference_is_the_softmax_over_visible_keys(name: str) -> None:
     query, key, value = (x.detach() for x in inputs(SCENES[name]))
     mixed = reference(query, key, value, SCENES[name].visibility, SCALE, 0.0)
@@ -108,10 +123,11 @@ def test_kernel_keeps_the_dtype(kernel: str) -> None:
     assert greatest_difference(mixed.float(), exact) < 0.03
 
 
+@pytest.mark.parametrize("name", ["causal, by promise", "window"])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_dropout_drops_weights_and_keeps_their_mean(kernel: str) -> None:
+def test_dropout_drops_weights_and_keeps_their_mean(kernel: str, name: str) -> None:
     """With values of one, an output is the sum of the weights that were kept, doubled."""
-    case = SCENES["causal, by promise"]
+    case = SCENES[name]
     query, key, value = (x.detach() for x in inputs(case))
     torch.manual_seed(0)
     mixed = torch.stack(
