@@ -264,6 +264,10 @@ def norm_as_llama_does(_: Gemma3, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(gemma3.Block, "forward", forward)
 
 
+def leave_a_layer_out(model: Gemma3, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(model.blocks[3], "__class__", type("Passed", (gemma3.Block,), {"__call__": lambda _self, x, *_: x}))
+
+
 def look_at_other_rows(model: Gemma3, patch: pytest.MonkeyPatch) -> None:
     forward = model.norm.forward
     patch.setattr(model.norm, "forward", lambda x: forward(x - 0.1 * x.mean(dim=0, keepdim=True)))
@@ -348,6 +352,7 @@ CLASSIC_FAULTS = {
     "values normed": Fault(kernel(norm_values), "attention", "disagrees"),
     "heads paired wrongly": Fault(kernel(pair_heads_wrongly), "attention", "disagrees"),
     "scores scaled by head_dim": Fault(scale_scores_by_the_head, "attention", "scaled by 0.3536 instead of"),
+    "layer left out": Fault(leave_a_layer_out, "wiring", "layer 3 is left out"),
     "norms as in llama": Fault(norm_as_llama_does, "wiring", "layer 0 is not x + norm(attention(norm(x)))"),
     "rows leak": Fault(look_at_other_rows, "batch_independence", "when other rows stand beside it"),
     "nan": Fault(weight("blocks.1.mlp.up.weight", math.nan), "weights", "blocks.1.mlp.up.weight holds NaN"),
@@ -377,6 +382,20 @@ ALONE = {
     "scaled head": {"head"},
     "padding in the loss": {"padding"},
 }
+
+
+def test_the_seeds_faults_are_found_together(tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh_model()
+    for plant in (stack_on_the_wrong_axis, skip_layers, norm_over_the_batch, see_the_prefix, count_padding):
+        plant(model, monkeypatch)
+    assert set(ill(Patient(model, tiny_tokenizer))) >= {
+        "causality",
+        "rotary",
+        "gradients",
+        "qk_norm",
+        "window",
+        "padding",
+    }
 
 
 def test_a_model_that_breaks_down_is_ill(tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -602,6 +621,19 @@ def test_a_model_built_otherwise_is_examined_as_far_as_it_goes(tiny_tokenizer: T
         "window", "rotary", "qk_norm", "attention", "loss",
     }  # fmt: skip
     assert "ill" not in verdicts.values()
+
+
+def test_parts_that_are_never_called_are_not_judged(tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused MLP and fused projections use their weights without calling them."""
+
+    def fused(self: nn.Linear, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight)
+
+    monkeypatch.setattr(nn.Linear, "__call__", fused)
+    findings = {finding.name: finding for finding in examine(Patient(fresh_model(), tiny_tokenizer))}
+    assert findings["mlp"].verdict == findings["qk_norm"].verdict == "unknown"
+    assert findings["mlp"].sentence == "the forward pass calls no Linear"
+    assert "ill" not in {finding.verdict for finding in findings.values()}
 
 
 def test_the_doctor_leaves_no_trace(tiny_tokenizer: Tokenizer) -> None:

@@ -21,6 +21,7 @@ from gemmule.evaluate.doctor.patient import (
     evenly,
     part,
     record,
+    record_each,
     record_kernels,
 )
 from gemmule.model.attention import reference
@@ -46,7 +47,7 @@ def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 def embedding(patient: Patient) -> Answer:
     """The first layer gets the tokens' embeddings times sqrt(hidden_size)."""
     tokens = patient.tokens(2, 8)
-    [call] = record(patient.blocks()[:1], lambda: patient.hidden(tokens))
+    [call] = record_each(patient.blocks()[:1], lambda: patient.hidden(tokens))
     plain, measured = part(patient.model, "embedding.weight")[tokens], _first(call)
     expected = math.sqrt(patient.config.hidden_size)
     scale = ((measured * plain).sum() / plain.square().sum()).item()
@@ -111,19 +112,19 @@ def norms(patient: Patient) -> Answer:
 def qk_norm(patient: Patient) -> Answer:
     """Queries and keys are normed head by head before they are turned; values are not."""
     tokens, attentions = patient.tokens(2, 8), patient.attentions()
-    layers = [[part(attention, name) for name in ("query", "key", "value")] for attention in attentions]
-    raw = record([linear for three in layers for linear in three], lambda: patient.hidden(tokens))
     mixed = record_kernels(attentions, lambda: patient.hidden(tokens))
+    linears = [part(attentions[layer], name) for layer in mixed for name in ("query", "key", "value")]
+    raw = iter(record_each(linears, lambda: patient.hidden(tokens)))
     eps, size = patient.config.rms_norm_eps, patient.config.head_dim
 
     def complaints() -> Iterator[str]:
-        for layer, (attention, mixing) in enumerate(zip(attentions, mixed, strict=True)):
+        for layer, mixing in mixed.items():
             for index, name in enumerate(("query", "key", "value")):
                 # Position 0 is turned by no angle.
                 measured = (mixing.query, mixing.key, mixing.value)[index][:, :, 0]
-                plain = raw[3 * layer + index].result[:, 0]
+                plain = next(raw).result[:, 0]
                 plain = plain.view(len(plain), -1, size)
-                gain = None if name == "value" else part(attention, f"{name}_norm.weight").detach()
+                gain = None if name == "value" else part(attentions[layer], f"{name}_norm.weight").detach()
                 expected = plain if gain is None else _normed(plain, 1 + gain, eps)
                 if differ(measured, expected, EXACT):
                     yield f"layer {layer}: the {name} {_misnormed(measured, plain, gain, eps)}"
@@ -152,7 +153,7 @@ def attention(patient: Patient) -> Answer:
     expected = patient.config.query_pre_attn_scalar**-0.5
 
     def complaints() -> Iterator[str]:
-        for layer, mixing in enumerate(mixed):
+        for layer, mixing in mixed.items():
             if not math.isclose(mixing.scale, expected, rel_tol=1e-4):
                 yield (
                     f"layer {layer}: scores are scaled by {mixing.scale:.4g} instead of "
@@ -180,9 +181,10 @@ def window(patient: Patient) -> Answer:
     queries = list(dict.fromkeys((length - 2, length - 1, size, size - 1, 0)))
 
     def complaints() -> Iterator[str]:
-        for layer, (module, call, kind) in enumerate(zip(attentions, calls, patient.config.layer_kinds, strict=True)):
+        for layer, call in calls.items():
+            kind = patient.config.layer_kinds[layer]
             width = patient.config.window(kind)
-            for query, seen in _seen(module, call, queries):
+            for query, seen in _seen(attentions[layer], call, queries):
                 first = 0 if width is None else max(0, query - width + 1)
                 if seen == set(range(first, query + 1)):
                     continue
@@ -227,7 +229,7 @@ def mlp(patient: Patient) -> Answer:
             with torch.no_grad():
                 # The two forms of gelu are furthest apart around 2.
                 x = x * 2 / linears[0](x).std().clamp(min=1e-20)
-            gate, up, down = record(linears, partial(module, x))
+            gate, up, down = record_each(linears, partial(module, x))
             expected = functional.gelu(gate.result, approximate="tanh") * up.result
             if differ(_first(down), expected, GELU):
                 exact = not differ(_first(down), functional.gelu(gate.result) * up.result, GELU)
@@ -244,9 +246,13 @@ def wiring(patient: Patient) -> Answer:
     calls = record(blocks, lambda: patient.hidden(tokens))
 
     def complaints() -> Iterator[str]:
-        for layer, (block, call) in enumerate(zip(blocks, calls, strict=True)):
+        for layer, block in enumerate(blocks):
+            if layer not in calls:
+                yield f"layer {layer} is left out"
+                continue
+            call = calls[layer]
             x, *rest = call.arguments
-            if layer and differ(x, calls[layer - 1].result, EXACT):
+            if layer - 1 in calls and differ(x, calls[layer - 1].result, EXACT):
                 yield f"layer {layer} does not begin where layer {layer - 1} ends"
             with torch.no_grad():
                 mixed = part(block, "attention")(part(block, "pre_attention_norm")(x), *rest, **call.options)
@@ -256,7 +262,7 @@ def wiring(patient: Patient) -> Answer:
             if differ(call.result, end, EXACT):
                 yield f"layer {layer} is not x + norm(attention(norm(x))), then the same with the MLP"
         with torch.no_grad():
-            if differ(hidden, part(patient.model, "norm")(calls[-1].result), EXACT):
+            if differ(hidden, part(patient.model, "norm")(calls[max(calls)].result), EXACT):
                 yield "the last norm does not follow the last layer"
 
     return _verdict(complaints(), f"{len(blocks)} layers are wired with a norm before and after attention and MLP")

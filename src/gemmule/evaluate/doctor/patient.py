@@ -91,8 +91,8 @@ class Call(NamedTuple):
 
 
 @torch.no_grad()
-def record(modules: Sequence[nn.Module], run: Callable[[], object]) -> list[Call]:
-    """Run something and return the last call of each of the modules; CannotTell where one was not called."""
+def record(modules: Sequence[nn.Module], run: Callable[[], object]) -> dict[int, Call]:
+    """Run something and return the last call of each module that was called, by its number; CannotTell if none was."""
     calls: dict[int, Call] = {}
     with ExitStack() as stack:
         for number, module in enumerate(modules):
@@ -102,10 +102,17 @@ def record(modules: Sequence[nn.Module], run: Callable[[], object]) -> list[Call
 
             stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
         run()
-    for number, module in enumerate(modules):
-        if number not in calls:
-            raise CannotTell(f"the forward pass does not call its {type(module).__name__}")
-    return [calls[number] for number in range(len(modules))]
+    if not calls:
+        raise CannotTell(f"the forward pass calls no {type(modules[0]).__name__}")
+    return dict(sorted(calls.items()))
+
+
+def record_each(modules: Sequence[nn.Module], run: Callable[[], object]) -> list[Call]:
+    """Run something and return the last call of every module; CannotTell where one was not called."""
+    calls = record(modules, run)
+    if missing := next((module for number, module in enumerate(modules) if number not in calls), None):
+        raise CannotTell(f"the forward pass does not call its {type(missing).__name__}")
+    return list(calls.values())
 
 
 class Mixing(NamedTuple):
@@ -131,8 +138,8 @@ def _kernel(attention: nn.Module, wrap: Callable[..., Tensor]) -> Iterator[None]
 
 
 @torch.no_grad()
-def record_kernels(attentions: Sequence[nn.Module], run: Callable[[], object]) -> list[Mixing]:
-    """Run something and return what each layer's kernel did."""
+def record_kernels(attentions: Sequence[nn.Module], run: Callable[[], object]) -> dict[int, Mixing]:
+    """Run something and return what the kernel of each layer that was called did, by layer; CannotTell if none was."""
     seen: dict[int, Mixing] = {}
     with ExitStack() as stack:
         for number, attention in enumerate(attentions):
@@ -145,9 +152,9 @@ def record_kernels(attentions: Sequence[nn.Module], run: Callable[[], object]) -
 
             stack.enter_context(_kernel(attention, note))
         run()
-    if len(seen) < len(attentions):
-        raise CannotTell("the forward pass does not call the kernel of each layer's attention")
-    return [seen[number] for number in range(len(attentions))]
+    if not seen:
+        raise CannotTell("the forward pass calls no attention kernel")
+    return seen
 
 
 @contextmanager

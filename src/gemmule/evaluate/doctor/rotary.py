@@ -31,7 +31,8 @@ def rotary(patient: Patient) -> Answer:
     }
 
     def complaints() -> Iterator[str]:
-        for layer, (mixing, kind) in enumerate(zip(mixed, config.layer_kinds, strict=True)):
+        for layer, mixing in mixed.items():
+            kind = config.layer_kinds[layer]
             setting, base, factor = expected[kind]
             for name, vectors in (("queries", mixing.query), ("keys", mixing.key)):
                 if complaint := _misturned(vectors[0].double().cpu(), positions, base, factor):
