@@ -142,6 +142,8 @@ def test_a_vocabulary_that_cannot_be_is_refused(
         ({"gemma3.block_count": None}, "the metadata lack gemma3.block_count"),
         ({"gemma3.block_count": 8}, "lacks blk.7.attn_norm.weight, .* and 8 more"),
         ({"gemma3.block_count": 6}, "has also blk.6"),
+        ({"gemma3.block_count": 2**31}, "gemma3.block_count tells of 2147483648 layers, but there are 93 tensors"),
+        ({"gemma3.attention.sliding_window_pattern": [True, False]}, "sliding_window_pattern"),
         ({"gemma3.feed_forward_length": 32}, r"does not fit its metadata: blk.0.ffn_gate.weight is \[64, 32\]"),
         ({"gemma3.attention.head_count": 3}, "num_key_value_heads"),
         ({"gemma3.rope.scaling.type": "yarn"}, "gemma3.rope.scaling.type is 'yarn'"),

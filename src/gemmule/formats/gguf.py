@@ -91,6 +91,9 @@ def read_config(file: GgufFile) -> Gemma3Config:
         config = check_recipe(values | {"query_pre_attn_scalar": 1}, Gemma3Config, str(file.path))
     except RecipeError as error:
         raise ModelError(str(error).removeprefix("recipe ")) from None
+    if config.num_hidden_layers > len(file.tensors):
+        told = f"{config.num_hidden_layers} layers, but there are {len(file.tensors)} tensors"
+        raise ModelError(f"{file.path}: gemma3.block_count tells of {told}")
     return config.replace(query_pre_attn_scalar=_scalar_of_llama(config))
 
 
