@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twin import MARKS, SHAPES, TOLERANCE, transformers
 
-from gemmule.formats.folder import load_folder, save_folder, write_config
+from gemmule.formats.config_json import write_config
+from gemmule.formats.folder import load_folder, save_folder
 from gemmule.model.config import SIZES, Gemma3Config
 from gemmule.model.gemma3 import Gemma3
 from gemmule.tokenizer import Tokenizer

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemmule.formats.folder import write_config
+from gemmule.formats.config_json import write_config
 from gemmule.formats.names import foreign_names
 from gemmule.model.gemma3 import Gemma3
 
