@@ -384,6 +384,12 @@ ALONE = {
 }
 
 
+def test_the_page_of_the_seeds_quirks_names_every_fault() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "seed-quirks.md").read_text(encoding="utf-8")
+    for name, fault in SEED_FAULTS.items():
+        assert f"| `{fault.check}` | `{name}` |" in page
+
+
 def test_the_seeds_faults_are_found_together(tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     model = fresh_model()
     for plant in (stack_on_the_wrong_axis, skip_layers, norm_over_the_batch, see_the_prefix, count_padding):
@@ -564,6 +570,14 @@ def test_turns_may_end_generation_too(tiny_tokenizer: Tokenizer, ends: Any) -> N
 def test_a_vocabulary_larger_than_the_model_is_found(tiny_tokenizer: Tokenizer) -> None:
     found = ill(Patient(fresh_model(vocab_size=379), tiny_tokenizer))
     assert found == {"vocabulary": "the tokenizer makes ids up to 379, and the model has 379 rows"}
+
+
+def test_a_special_token_without_a_row_is_no_illness(tiny_tokenizer: Tokenizer) -> None:
+    image = {"id": 380, "content": "<image_soft_token>", "single_word": False, "lstrip": False, "rstrip": False}
+    image |= {"normalized": False, "special": True}
+    more = changed(tiny_tokenizer, lambda document: document["added_tokens"].append(image))
+    assert more.vocab_size == 381
+    assert ill(Patient(fresh_model(), more)) == {}
 
 
 def test_half_a_pair_of_turns_is_found(tiny_tokenizer: Tokenizer) -> None:

@@ -60,16 +60,22 @@ def examine(patient: Patient, progress: Callable[[str, int, int | None], None] =
     was_training = patient.model.training
     patient.model.eval()
     findings = []
-    for number, (name, check) in enumerate(CHECKS.items()):
-        progress("examining", number, len(CHECKS))
-        try:
-            findings.append(Finding(name, *check(patient)))
-        except CannotTell as reason:
-            findings.append(Finding(name, "unknown", str(reason)))
-        except torch.OutOfMemoryError:
-            raise  # of the machine, not of the model
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            first, *_ = str(error).splitlines() or [""]
-            findings.append(Finding(name, "ill", f"the model breaks down: {type(error).__name__}: {first}"))
-    patient.model.train(was_training)
+    try:
+        for number, (name, check) in enumerate(CHECKS.items()):
+            progress("examining", number, len(CHECKS))
+            findings.append(Finding(name, *_ask(check, patient)))
+    finally:
+        patient.model.train(was_training)
     return findings
+
+
+def _ask(check: Callable[[Patient], Answer], patient: Patient) -> Answer:
+    try:
+        return check(patient)
+    except CannotTell as reason:
+        return "unknown", str(reason)
+    except torch.OutOfMemoryError:
+        raise  # of the machine, not of the model
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        first, *_ = str(error).splitlines() or [""]
+        return "ill", f"the model breaks down: {type(error).__name__}: {first}"

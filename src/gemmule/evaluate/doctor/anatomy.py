@@ -148,7 +148,7 @@ def _misnormed(measured: Tensor, plain: Tensor, gain: Tensor | None, eps: float)
 
 def attention(patient: Patient) -> Answer:
     """Each layer's kernel attends as the plain one does, with scores scaled by query_pre_attn_scalar ** -0.5."""
-    tokens = patient.tokens(2, 2 * patient.config.sliding_window + 3)
+    tokens = patient.tokens(1, patient.config.sliding_window + 3)
     mixed = record_kernels(patient.attentions(), lambda: patient.hidden(tokens))
     expected = patient.config.query_pre_attn_scalar**-0.5
 

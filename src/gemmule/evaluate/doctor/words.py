@@ -31,9 +31,10 @@ def read_declared(folder: Path) -> dict[str, Any]:
 
 
 def vocabulary(patient: Patient) -> Answer:
-    """Every id of the tokenizer has a row in the model, and what is encoded decodes to the same text."""
+    """Every id that text can give has a row in the model, and what is encoded decodes to the same text."""
     rows, ids = patient.config.vocab_size, patient.tokenizer.vocab_size
-    if ids > rows:
+    # Google's tokenizer for the 1B has an image token that its model has no row for; no text makes it.
+    if any(patient.tokenizer.token_bytes()[rows:]):
         return "ill", f"the tokenizer makes ids up to {ids - 1}, and the model has {rows} rows"
     text = "Once upon a time, Tom said: \u201cdon't!\u201d\n\n  12.5 \U0001f984"
     if (again := patient.tokenizer.decode(patient.tokenizer.encode(text))) != text:
