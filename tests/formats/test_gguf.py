@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from gemmule.errors import ModelError, TokenizerError, UserError
-from gemmule.formats import gguf as gguf_module
-from gemmule.formats.gguf import lint, load_gguf, load_gguf_tokenizer, metadata_of, save_gguf
+from gemmule.formats.gguf import DTYPES, lint, load_gguf, load_gguf_tokenizer, metadata_of, save_gguf
 from gemmule.formats.gguf_file import GgufFile
 from gemmule.formats.gguf_tokenizer import read_vocabulary, write_vocabulary
 from gemmule.model.gemma3 import Gemma3
@@ -269,4 +268,8 @@ def test_what_is_no_gguf_is_refused(tmp_path: Path, data: bytes | None, sentence
 def test_dtypes_are_those_of_the_command() -> None:
     from typing import get_args
 
-    assert get_args(gguf_module.Dtype) == gguf_module.DTYPES
+    from gemmule.cli.export import export
+    from gemmule.formats.k_quants import KINDS
+
+    annotation = get_args(export.__annotations__["dtype"])[0]
+    assert get_args(annotation) == (*DTYPES, *KINDS)

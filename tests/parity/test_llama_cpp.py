@@ -8,7 +8,8 @@ import pytest
 
 from gemmule.evaluate.certificate import CertificateError, certify
 from gemmule.formats.exports import export_model, reopen
-from gemmule.formats.gguf import Dtype
+from gemmule.formats.gguf_file import GgufFile, names_of
+from gemmule.formats.k_quants import KINDS
 from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
 from gemmule.model.initialise import initialise
@@ -42,7 +43,7 @@ def model_of(tokenizer: Tokenizer, **changes: Any) -> Gemma3:
     return lively_model(tiny_config(**shape | changes))
 
 
-def certificate_of(model: Gemma3, tokenizer: Tokenizer, folder: Path, dtype: Dtype) -> dict[str, Any]:
+def certificate_of(model: Gemma3, tokenizer: Tokenizer, folder: Path, dtype: str) -> dict[str, Any]:
     artefact = export_model(model, tokenizer, "gguf", folder / "model.gguf", dtype, lambda _: None)
     return certify(artefact, "llama.cpp", dtype, (model, tokenizer), reopen(artefact))
 
@@ -58,10 +59,20 @@ def test_logits_are_the_same(tiny_tokenizer: Tokenizer, tmp_path: Path, shape: s
 
 
 @pytest.mark.parametrize(("dtype", "least"), [("f16", 0.995), ("bf16", 0.995), ("q8_0", 0.97), ("q4_0", 0.9)])
-def test_rounded_weights_mean_the_same(tiny_tokenizer: Tokenizer, tmp_path: Path, dtype: Dtype, least: float) -> None:
+def test_rounded_weights_mean_the_same(tiny_tokenizer: Tokenizer, tmp_path: Path, dtype: str, least: float) -> None:
     found = certificate_of(model_of(tiny_tokenizer), tiny_tokenizer, tmp_path, dtype)
     assert found["argmax_agreement"] >= least
     assert found["passed"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_k_quants_are_made_and_read(tiny_tokenizer: Tokenizer, tmp_path: Path, kind: str) -> None:
+    model = model_of(tiny_tokenizer, hidden_size=256, intermediate_size=512)
+    found = certificate_of(model, tiny_tokenizer, tmp_path, kind)
+    with GgufFile(tmp_path / "model.gguf") as file:
+        assert {"Q3_K", "Q4_K", "Q5_K", "Q6_K"} & set(names_of(info.kind for info in file.tensors.values()))
+    assert found["argmax_agreement"] >= 0.9
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
 def test_the_seeds_shape_is_certified(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:

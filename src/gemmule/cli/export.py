@@ -14,9 +14,9 @@ def export(
     to: Annotated[Literal["hf", "gguf", "ollama"], typer.Option(help="The format.")],
     out: Annotated[Path, typer.Option(help="The file (gguf) or folder (hf, ollama) to write.")],
     dtype: Annotated[
-        Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"] | None,
-        typer.Option(help="How weights are stored; hf takes f32, f16 and bf16.  [default: bf16]"),
-    ] = None,
+        Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"],
+        typer.Option(help="How weights are stored: hf takes the first three, the last four need llama.cpp."),
+    ] = "bf16",
     verify: Annotated[
         bool, typer.Option("--verify", help="Reopen it with transformers or llama.cpp, compare, write a certificate.")
     ] = False,
@@ -37,15 +37,14 @@ def export(
     from gemmule.formats.exports import certificate_path, export_model, reopen
 
     exported = gemmule.load(model)
-    chosen = dtype or "bf16"
     with Screen() as screen:
-        artefact = export_model(*exported, to, out, chosen, screen.say)
+        artefact = export_model(*exported, to, out, dtype, screen.say)
         screen.say(f"{artefact} is written")
-        summary: dict[str, Any] = {"artefact": str(artefact), "format": to, "dtype": chosen}
+        summary: dict[str, Any] = {"artefact": str(artefact), "format": to, "dtype": dtype}
         if verify:
             screen.progress("verifying", 0, None)
             runtime = "transformers" if to == "hf" else "llama.cpp"
-            certificate = certify(artefact, runtime, chosen, exported, reopen(artefact))
+            certificate = certify(artefact, runtime, dtype, exported, reopen(artefact))
             proof = certificate_path(artefact)
             write_certificate(certificate, proof)
             screen.say(f"{describe(certificate)}\n{proof} says so")

@@ -28,7 +28,7 @@ _ODD += ["def f(x):\n    return x", "<end_of_turn>", "http://a.b/c?d=e"]
 _LIBRARIES = {"transformers": ("transformers", "parity"), "llama.cpp": ("llama_cpp", "llama")}
 # The least share of positions at which both hold the same token for the likeliest, by how the weights are stored.
 LEAST_ARGMAX = {"f32": 0.995, "f16": 0.995, "bf16": 0.995, "q8_0": 0.97}
-LEAST_ARGMAX_BELOW = 0.9  # of four and five bits: llama.cpp rounds the activations too
+LEAST_ARGMAX_BELOW = 0.9  # of fewer bits: llama.cpp rounds the activations too
 _MOST_LOGITS = 2**27  # held at once by each side, half a gigabyte
 
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from gemmule.errors import ModelError, OutputError
-from gemmule.files import folder_written_aside
+from gemmule.files import folder_written_aside, written_aside
 from gemmule.formats.folder import load_folder, save_folder
-from gemmule.formats.gguf import Dtype, lint, load_gguf, save_gguf
+from gemmule.formats.gguf import lint, load_gguf, save_gguf
+from gemmule.formats.k_quants import KINDS, quantise
 from gemmule.model.gemma3 import Gemma3
 from gemmule.tokenizer import Tokenizer
 
@@ -17,7 +19,7 @@ Say = Callable[[str], None]
 _FOLDER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
-def export_model(model: Gemma3, tokenizer: Tokenizer, to: str, out: Path, dtype: Dtype, say: Say) -> Path:
+def export_model(model: Gemma3, tokenizer: Tokenizer, to: str, out: Path, dtype: str, say: Say) -> Path:
     """Write a model in one of EXPORTS; returns the file or folder that the other program opens.
 
     Raises OutputError where `out` holds something already, ModelError for a dtype that format or weights refuse.
@@ -42,7 +44,7 @@ def certificate_path(artefact: Path) -> Path:
     )
 
 
-def _export_folder(model: Gemma3, tokenizer: Tokenizer, out: Path, dtype: Dtype, _say: Say) -> Path:
+def _export_folder(model: Gemma3, tokenizer: Tokenizer, out: Path, dtype: str, _say: Say) -> Path:
     if dtype not in _FOLDER_DTYPES:
         raise ModelError(f"--dtype {dtype}: a Hugging Face folder takes {', '.join(_FOLDER_DTYPES)}")
     with folder_written_aside(out) as folder:
@@ -50,14 +52,20 @@ def _export_folder(model: Gemma3, tokenizer: Tokenizer, out: Path, dtype: Dtype,
     return out
 
 
-def _export_gguf(model: Gemma3, tokenizer: Tokenizer, out: Path, dtype: Dtype, say: Say) -> Path:
+def _export_gguf(model: Gemma3, tokenizer: Tokenizer, out: Path, dtype: str, say: Say) -> Path:
     for remark in lint(model.config):
         say(f"note: {remark}")
-    save_gguf(model, tokenizer, out, dtype, say)
+    if dtype in KINDS:
+        with written_aside(out) as aside, TemporaryDirectory(dir=out.parent) as folder:
+            whole = Path(folder) / "model.gguf"
+            save_gguf(model, tokenizer, whole, "f32", say)
+            quantise(whole, aside, dtype)
+    else:
+        save_gguf(model, tokenizer, out, dtype, say)
     return out
 
 
-def _export_ollama(model: Gemma3, tokenizer: Tokenizer, out: Path, dtype: Dtype, say: Say) -> Path:
+def _export_ollama(model: Gemma3, tokenizer: Tokenizer, out: Path, dtype: str, say: Say) -> Path:
     with folder_written_aside(out) as folder:
         _export_gguf(model, tokenizer, folder / "model.gguf", dtype, say)
         (folder / "Modelfile").write_text(modelfile(model, tokenizer), encoding="utf-8")
@@ -85,7 +93,7 @@ def _check_range(model: Gemma3) -> None:
         raise ModelError(f"--dtype f16: {largest[1]} reaches {largest[0]:.0f}, beyond fp16's range; use bf16")
 
 
-EXPORTS: dict[str, Callable[[Gemma3, Tokenizer, Path, Dtype, Say], Path]] = {
+EXPORTS: dict[str, Callable[[Gemma3, Tokenizer, Path, str, Say], Path]] = {
     "hf": _export_folder,
     "gguf": _export_gguf,
     "ollama": _export_ollama,

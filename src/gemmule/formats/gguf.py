@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from gemmule.model.gemma3 import Gemma3
 from gemmule.recipe import check_recipe
 from gemmule.tokenizer import Tokenizer
 
-Dtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
+# What the gguf library writes; K-quants are llama.cpp's (`k_quants.py`).
 DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 
 # Our setting -> (GGUF's key without "gemma3.", its value where the key is absent; REQUIRED where there is none).
@@ -134,7 +134,7 @@ def _read_tensors(file: GgufFile, model: Gemma3) -> dict[str, Tensor]:
     return found
 
 
-def save_gguf(model: Gemma3, tokenizer: Tokenizer, path: Path, dtype: Dtype, say: Callable[[str], None]) -> None:
+def save_gguf(model: Gemma3, tokenizer: Tokenizer, path: Path, dtype: str, say: Callable[[str], None]) -> None:
     """Write a model as one GGUF file; rows that no block of `dtype` fits stay in f32, which is said.
 
     Rows of the embedding beyond the tokenizer's vocabulary are left out, as in the official files.
@@ -198,7 +198,7 @@ def _foreign_tensors(model: Gemma3, rows: int) -> Iterator[tuple[str, Tensor]]:
         yield theirs, tensor[:rows] if ours in ("embedding.weight", "head.weight") else tensor
 
 
-def _storage(tensor: Tensor, dtype: Dtype) -> Any:
+def _storage(tensor: Tensor, dtype: str) -> Any:
     """Return ggml's storage type for a tensor: norms, and rows that no block fits, stay in f32."""
     kinds = library().GGMLQuantizationType
     kind = kinds[dtype.upper()]
@@ -206,7 +206,7 @@ def _storage(tensor: Tensor, dtype: Dtype) -> Any:
     return kind if fits else kinds.F32
 
 
-def _write_metadata(writer: Any, keys: Mapping[str, Any], dtype: Dtype) -> None:
+def _write_metadata(writer: Any, keys: Mapping[str, Any], dtype: str) -> None:
     writer.add_file_type(library().LlamaFileType[("ALL_" if dtype == "f32" else "MOSTLY_") + dtype.upper()])
     writer.add_quantization_version(library().GGML_QUANT_VERSION)
     for key, value in keys.items():
