@@ -1,5 +1,6 @@
 """Whatever a model is called, it opens the same way."""
 
+import json
 import re
 from pathlib import Path
 
@@ -107,6 +108,21 @@ def test_what_a_model_can_be_is_said(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("a text")
     with pytest.raises(ModelError, match=re.escape("x: no folder; name a model folder or")):
         open_model(tmp_path / "x")
+
+
+def test_the_tokenizer_of_another_model_is_refused(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_folder(lively_model(tiny_config(vocab_size=379)), tiny_tokenizer, tmp_path)
+    with pytest.raises(ModelError, match=r"the tokenizer has 380 ids, the model 379; they do not belong together$"):
+        open_model(tmp_path)
+
+
+def test_a_special_token_may_lack_a_row_as_in_googles_1b(folder: Path, tmp_path: Path) -> None:
+    path = folder / "tokenizer.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    image = table["added_tokens"][0] | {"id": 380, "content": "<image_soft_token>", "special": True}
+    path.write_text(json.dumps(table | {"added_tokens": [*table["added_tokens"], image]}), encoding="utf-8")
+    model, tokenizer = open_model(folder)
+    assert (tokenizer.vocab_size, model.config.vocab_size) == (381, 380)
 
 
 def test_a_gguf_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,8 @@ from gemmule.tokenizer.streaming import PieceStream, RedecodingStream, TextStrea
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+# No vocabulary comes near it; lists that are as long as the largest id stay small.
+LARGEST_ID = (1 << 22) - 1
 
 # What a tokenizer.json without a tokenizer_config.json beside it is likely to call them, best known first.
 _WELL_KNOWN = {
@@ -83,7 +86,7 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """The number of ids: one more than the largest, special tokens included."""
-        return len(self._pieces.texts)
+        return max(self._vocabulary().values(), default=-1) + 1
 
     @cached_property
     def adds_bos(self) -> bool:
@@ -151,7 +154,16 @@ class Tokenizer:
 
     @cached_property
     def _pieces(self) -> Pieces:
-        return read_pieces(self.description, self._library.get_vocab())
+        try:
+            return read_pieces(self.description, self._vocabulary())
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise TokenizerError(f"tokenizer whose decoder is not understood ({error!r:.200})") from None
+
+    def _vocabulary(self) -> dict[str, int]:
+        vocabulary: dict[str, int] = self._library.get_vocab()
+        if (largest := max(vocabulary.values(), default=0)) > LARGEST_ID:
+            raise TokenizerError(f"tokenizer with an id of {largest}; the largest that is used is {LARGEST_ID}")
+        return vocabulary
 
     @cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:
@@ -167,18 +179,26 @@ class Tokenizer:
 
     def _token_of(self, name: str) -> str | None:
         if name in self._config:
-            token = self._config[name]
-            return token["content"] if isinstance(token, dict) else token
+            entry = self._config[name]
+            token = entry.get("content") if isinstance(entry, dict) else entry
+            if entry is not None and not isinstance(token, str):
+                raise TokenizerError(f"{CONFIG_FILE}: {name} is {reprlib.repr(entry)}, not a token")
+            return token
         return next((token for token in _WELL_KNOWN[name] if self._library.token_to_id(token) is not None), None)
 
 
 def _open_library(document: str) -> tokenizers.Tokenizer:
     try:
         library = tokenizers.Tokenizer.from_str(document)
-    except Exception as error:  # the library raises nothing narrower
-        raise TokenizerError(f"not a tokenizer.json ({error})") from None
-    library.no_truncation()  # many published files cut at 512 or pad
-    library.no_padding()
+        library.no_truncation()  # many published files cut at 512 or pad
+        library.no_padding()
+        library.encode("")  # applies the post-processor, which may name tokens that are not there
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and when it panics not even an Exception
+        reason = " ".join(str(error).split())
+        shown = reason if len(reason) <= 300 else f"{reason[:200]} ... {reason[-100:]}"
+        raise TokenizerError(f"not a tokenizer.json ({shown})") from None
     return library
 
 
@@ -187,7 +207,10 @@ def _read_config(file: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(_read_text(file))
-    except json.JSONDecodeError as error:
+        json.dumps(config, ensure_ascii=False).encode()  # lone surrogates could not be written again
+    except RecursionError:
+        raise TokenizerError(f"tokenizer {file}: nested too deeply; restore it or remove it") from None
+    except ValueError as error:
         raise TokenizerError(f"tokenizer {file}: not valid JSON ({error}); restore it or remove it") from None
     if not isinstance(config, dict):
         raise TokenizerError(f"tokenizer {file}: a JSON object is expected; restore it or remove it")
