@@ -104,6 +104,20 @@ def test_logits_in_bf16_are_the_same_but_for_rounding(shape: str, kernel: str) -
     assert distance(ours, theirs) <= 1.5 * distance(exact, theirs)
 
 
+@pytest.mark.parametrize("width", [24, 640])
+def test_scaled_embeddings_in_bf16_are_the_same_to_the_bit(width: int) -> None:
+    """Logits in bf16 are too coarse to tell whether the scale was rounded before it was used."""
+    model = lively_model(tiny_config(hidden_size=width, num_hidden_layers=1)).bfloat16()
+    twin, tokens, entering = twin_of(model), some_tokens(model.config), []
+    for first_layer in (model.blocks[0], twin.model.layers[0]):
+        first_layer.register_forward_pre_hook(lambda _, arguments: entering.append(arguments[0]))
+    with torch.no_grad():
+        model(tokens)
+        twin(input_ids=tokens)
+    assert entering[0].dtype == torch.bfloat16
+    assert torch.equal(*entering)
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> Gemma3Config:
     """Any small Gemma 3 that transformers, too, accepts."""
