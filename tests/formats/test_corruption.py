@@ -235,9 +235,10 @@ def test_headers_of_weights_that_lie(whole: Path, tmp_path: Path) -> None:
             yield Case(WEIGHTS, f"header of {size} bytes", size.to_bytes(8, "little") + content[8:])
         entries: list[object] = [
             {"shape": [1 << 40]}, {"shape": [-1]}, {"shape": [1 << 63, 2]}, {"shape": [1 << 32, 1 << 32]},
-            {"shape": []}, {"shape": 24}, {"shape": [24.0]}, {"shape": [3, 8]}, {"shape": [0]}, {"dtype": "F64"}, {"dtype": "I32"},
-            {"dtype": "X"}, {"dtype": 1}, {"data_offsets": [0, 96]}, {"data_offsets": [96, 0]}, {"data_offsets": []},
-            {"data_offsets": [0, 1 << 60]}, {"data_offsets": [-96, 0]}, {"data_offsets": None}, None, [], "x",
+            {"shape": []}, {"shape": 24}, {"shape": [24.0]}, {"shape": [3, 8]}, {"shape": [0]},
+            {"dtype": "F64"}, {"dtype": "I32"}, {"dtype": "X"}, {"dtype": 1},
+            {"data_offsets": [0, 96]}, {"data_offsets": [96, 0]}, {"data_offsets": []}, {"data_offsets": None},
+            {"data_offsets": [0, 1 << 60]}, {"data_offsets": [-96, 0]}, None, [], "x",
         ]  # fmt: skip
         for entry in entries:
             changed = header[name] | entry if isinstance(entry, dict) else entry
