@@ -41,8 +41,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def twin_of(model: Gemma3) -> Any:
     """Build transformers' Gemma 3 from the settings that we write and a model's weights, in their dtype."""
+    table = write_config(model.config, None)
+    # They shall say themselves which layers are global.
+    del table["layer_types"]
     # With an id for padding, their embedding keeps that row from learning.
-    config = transformers.Gemma3TextConfig(**write_config(model.config, None) | {"pad_token_id": None})
+    config = transformers.Gemma3TextConfig(**table | {"pad_token_id": None})
     # Their plainest attention; folders are opened with their default one.
     twin = transformers.AutoModelForCausalLM.from_config(
         config, dtype=model.embedding.weight.dtype, attn_implementation="eager"
