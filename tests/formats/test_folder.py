@@ -149,3 +149,9 @@ def test_name_of_the_folder_changes_nothing(folder: Path) -> None:
     before = load_folder(folder)[0](tokens)
     moved = folder.rename(folder.with_name("llama-27b-gguf"))
     assert greatest_difference(load_folder(moved)[0](tokens), before) == 0
+
+
+def test_whoever_may_read_the_config_may_read_the_weights(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_folder(lively_model(tiny_config()), tiny_tokenizer, tmp_path)
+    modes = {(tmp_path / name).stat().st_mode for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    assert len(modes) == 1

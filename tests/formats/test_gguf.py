@@ -74,6 +74,15 @@ def test_rounded_weights_are_read_back_about_equal(
             assert 0 < (weight - other).norm() <= share * weight.norm(), name
 
 
+def test_weights_are_read_in_the_dtype_that_is_asked_for(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = fitting_model(tiny_tokenizer)
+    again, _ = load_gguf(written(model, tiny_tokenizer, tmp_path), dtype=torch.bfloat16)
+    for name, weight in model.state_dict().items():
+        if not name.endswith("query_norm.weight"):
+            assert torch.allclose(again.state_dict()[name].float(), weight.bfloat16().float(), atol=1e-2), name
+        assert again.state_dict()[name].dtype == torch.bfloat16
+
+
 def test_rows_that_fit_no_block_stay_in_f32_and_it_is_said(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = fitting_model(tiny_tokenizer, intermediate_size=40)
     said: list[str] = []
@@ -142,6 +151,7 @@ def test_a_vocabulary_that_cannot_be_is_refused(
         ({"gemma3.block_count": 8}, "lacks blk.7.attn_norm.weight, .* and 8 more"),
         ({"gemma3.block_count": 6}, "has also blk.6"),
         ({"gemma3.block_count": 2**31}, "gemma3.block_count tells of 2147483648 layers, but there are 93 tensors"),
+        ({"gemma3.attention.head_count": 10**9}, "num_key_value_heads|hidden_size"),
         ({"gemma3.attention.sliding_window_pattern": [True, False]}, "sliding_window_pattern"),
         ({"gemma3.feed_forward_length": 32}, r"does not fit its metadata: blk.0.ffn_gate.weight is \[64, 32\]"),
         ({"gemma3.attention.head_count": 3}, "num_key_value_heads"),

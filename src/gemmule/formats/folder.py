@@ -32,6 +32,8 @@ def save_folder(model: Gemma3, tokenizer: Tokenizer, folder: Path, dtype: torch.
     write_json(folder / "config.json", write_config(config, tokenizer) | {"dtype": stored, "torch_dtype": stored})
     write_json(folder / "generation_config.json", generation | {"do_sample": True})
     tokenizer.save(folder)
+    # The library lets nobody but the owner read what it writes.
+    (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
 
 
 def load_folder(

@@ -47,8 +47,8 @@ _KEYS: dict[str, tuple[str, int | float | None]] = {
 _LAYERS_OF_27B = 62
 
 
-def load_gguf(path: Path, kernel: str = "sdpa") -> tuple[Gemma3, Tokenizer]:
-    """Open a GGUF file: weights in fp32, every tensor used exactly once, the tokenizer rebuilt from its metadata.
+def load_gguf(path: Path, kernel: str = "sdpa", dtype: torch.dtype = torch.float32) -> tuple[Gemma3, Tokenizer]:
+    """Open a GGUF file: weights dequantised, every tensor used exactly once, the tokenizer rebuilt from its metadata.
 
     ModelError or TokenizerError says what is missing, left over, misshapen or of another architecture.
     """
@@ -56,7 +56,7 @@ def load_gguf(path: Path, kernel: str = "sdpa") -> tuple[Gemma3, Tokenizer]:
         tokenizer = _tokenizer(file)
         with torch.device("meta"):
             model = Gemma3(read_config(file), kernel)
-        model.load_state_dict(_read_tensors(file, model), assign=True)
+        model.load_state_dict(_read_tensors(file, model, dtype), assign=True)
     return model.eval(), tokenizer
 
 
@@ -110,7 +110,7 @@ def _tokenizer(file: GgufFile) -> Tokenizer:
         raise TokenizerError(f"{file.path}: {error}") from None
 
 
-def _read_tensors(file: GgufFile, model: Gemma3) -> dict[str, Tensor]:
+def _read_tensors(file: GgufFile, model: Gemma3, dtype: torch.dtype) -> dict[str, Tensor]:
     config = model.config
     wanted = {
         theirs: ours for ours, theirs in foreign_names(config.num_hidden_layers, config.tie_word_embeddings, GGUF)
@@ -130,7 +130,7 @@ def _read_tensors(file: GgufFile, model: Gemma3) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for theirs, ours in wanted.items():
         tensor = torch.from_numpy(file.read(theirs))
-        found[ours] = tensor - 1 if tensor.ndim == 1 else tensor
+        found[ours] = (tensor - 1 if tensor.ndim == 1 else tensor).to(dtype)
     return found
 
 

@@ -30,12 +30,15 @@ def open_model(
     else:
         advice = "name a model folder or a run folder, a .gguf file, or owner/name of the Hugging Face Hub"
         raise ModelError(f"MODEL {source}: {'no folder' if path.exists() else 'no such folder'}; {advice}")
-    model, tokenizer = load_folder(found, dtype=dtype, say=say) if found.is_dir() else load_gguf(found)
+    if found.is_dir():
+        model, tokenizer = load_folder(found, dtype=dtype, say=say)
+    else:
+        model, tokenizer = load_gguf(found, dtype=dtype or torch.float32)
     rows, ids = model.config.vocab_size, tokenizer.vocab_size
     # Google's 1B has no row for <image_soft_token>; no text leads to it.
     if ids > rows and any(tokenizer.token_bytes()[rows:]):
         raise ModelError(f"{source}: the tokenizer has {ids} ids, the model {rows}; they do not belong together")
-    return model.to(dtype), tokenizer
+    return model, tokenizer
 
 
 def _is_repository(path: Path) -> bool:

@@ -96,7 +96,7 @@ class Gemma3Config(Settings):
         """Yield the combinations of shapes that no Gemma 3 can have."""
         if self.num_attention_heads % self.num_key_value_heads:
             heads = self.num_attention_heads
-            fits = [n for n in range(1, heads + 1) if heads % n == 0]
+            fits = [n for n in range(1, min(heads, 128) + 1) if heads % n == 0]
             yield Problem("num_key_value_heads", self.num_key_value_heads, f"must divide num_attention_heads: {fits}")
         if self.head_dim % 2:
             yield Problem("head_dim", self.head_dim, "must be even, because rotary embeddings turn pairs")
