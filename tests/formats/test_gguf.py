@@ -164,8 +164,8 @@ def test_metadata_that_do_not_fit_are_named(
     path = written(fitting_model(tiny_tokenizer), tiny_tokenizer, tmp_path)
     read_header = GgufFile._read_header
 
-    def changed(self: GgufFile, cursor: Any) -> None:
-        read_header(self, cursor)
+    def changed(self: GgufFile, *given: Any) -> None:
+        read_header(self, *given)
         self.metadata = {key: value for key, value in (self.metadata | change).items() if value is not None}
 
     monkeypatch.setattr(GgufFile, "_read_header", changed)

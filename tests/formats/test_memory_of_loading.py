@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from gemmule.formats.config_json import write_config, write_json
+from gemmule.formats.folder import load_folder
+from gemmule.formats.gguf import save_gguf
 from gemmule.formats.names import foreign_names
 from gemmule.formats.safetensors_reader import INDEX, WEIGHTS
 from gemmule.model.config import Gemma3Config
@@ -31,19 +33,21 @@ from gemmule.formats.opening import open_model
 def resident(what):
     return int(re.search(rf"{what}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-def take(source, out):
+def take(source):
+    out = Path(source + "-again")
+    out.mkdir()
     dtype = getattr(torch, sys.argv[3]) if len(sys.argv) > 3 else None
     model, tokenizer = open_model(source, dtype=dtype)
     for parameter in model.parameters():
         parameter.sum()  # every page of it is there
-    save_folder(model, tokenizer, Path(out))
+    save_folder(model, tokenizer, out)
     return sum(parameter.nbytes for parameter in model.parameters())
 
 small, large, *_ = sys.argv[1:]
-take(small, small + "/again")
+take(small)
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
 before = resident("VmRSS")
-result = take(large, large + "/again")
+result = take(large)
 print(result, resident("VmHWM") - before)
 """
 
@@ -57,7 +61,7 @@ def write_model(folder: Path, tokenizer: Tokenizer, width: int, dtype: torch.dty
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Gemma3(config).state_dict().items()}
     tensors = {theirs: torch.ones(shapes[ours], dtype=dtype) for ours, theirs in foreign_names(7, tied=True)}
-    (folder / "again").mkdir(parents=True)
+    folder.mkdir()
     write_json(folder / "config.json", write_config(config, tokenizer))
     tokenizer.save(folder)
     if shards == 1:
@@ -86,7 +90,23 @@ def test_opening_and_saving_takes_the_result_and_about_a_tensor(
 ) -> None:
     write_model(tmp_path / "small", tiny_tokenizer, 64, stored, shards)
     largest = write_model(tmp_path / "large", tiny_tokenizer, 768, stored, shards)
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "small"), str(tmp_path / "large"), *filter(None, [wanted])]
+    check_memory(tmp_path / "small", tmp_path / "large", wanted, largest)
+
+
+@pytest.mark.parametrize("stored", ["f32", "q8_0"])
+def test_opening_a_gguf_file_takes_the_result_and_about_a_tensor(
+    tiny_tokenizer: Tokenizer, tmp_path: Path, stored: str
+) -> None:
+    pytest.importorskip("gguf", reason="the gguf library is not installed")
+    for name, width in (("small", 64), ("large", 768)):
+        largest = write_model(tmp_path / name, tiny_tokenizer, width, torch.float32, 1)
+        # The rows beyond the tokenizer's ids are left out; what remains is most of the model.
+        save_gguf(*load_folder(tmp_path / name), tmp_path / f"{name}.gguf", stored, lambda _: None)
+    check_memory(tmp_path / "small.gguf", tmp_path / "large.gguf", None, largest)
+
+
+def check_memory(small: Path, large: Path, wanted: str | None, largest: int) -> None:
+    command = [sys.executable, "-c", PROGRAM, str(small), str(large), *filter(None, [wanted])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result, taken = map(int, done.stdout.split())

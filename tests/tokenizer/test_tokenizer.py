@@ -290,3 +290,14 @@ def test_transformers_encodes_identically(
         assert theirs.decode(tokenizer.encode(text), skip_special_tokens=True) == text
 
     agree()
+
+
+def test_a_chat_template_in_a_file_of_its_own_is_carried_on(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert tiny_tokenizer.chat_template is None
+    (tmp_path / "again").mkdir()
+    tiny_tokenizer.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    Tokenizer.load(tmp_path).save(tmp_path / "again")
+    again = Tokenizer.load(tmp_path / "again")
+    assert again.chat_template == "{{ messages }}"
+    assert (again.bos_id, again.fingerprint) == (tiny_tokenizer.bos_id, tiny_tokenizer.fingerprint)

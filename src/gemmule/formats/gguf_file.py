@@ -47,14 +47,11 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map = _map_file(path)
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        try:
-            self._read_header(_Cursor(self._map, self._fail))
-        except BaseException:
-            self.close()
-            raise
+        with _mapped(path) as data:
+            self._read_header(_Cursor(data, self._fail), len(data))
+        self._file = path.open("rb")
 
     def __enter__(self) -> "GgufFile":
         return self
@@ -64,7 +61,7 @@ class GgufFile:
 
     def close(self) -> None:
         """Let the file go; arrays that were read stay."""
-        self._map.close()
+        self._file.close()
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """Return a tensor in fp32, dequantised; memory beyond the result is a few of its rows."""
@@ -74,13 +71,14 @@ class GgufFile:
         stride = info.size // rows
         step = max(1, _PIECE // info.shape[-1])
         dequantize = _dequantizer(info.kind)
+        self._file.seek(info.start)
         for first in range(0, rows, step):
             last = min(rows, first + step)
-            raw = self._map[info.start + first * stride : info.start + last * stride]
-            result[first:last] = dequantize(np.frombuffer(raw, dtype=np.uint8).reshape(last - first, stride))
+            raw = np.fromfile(self._file, dtype=np.uint8, count=(last - first) * stride)
+            result[first:last] = dequantize(raw.reshape(last - first, stride))
         return result.reshape(info.shape)
 
-    def _read_header(self, cursor: "_Cursor") -> None:
+    def _read_header(self, cursor: "_Cursor", end: int) -> None:
         if cursor.take(4) != _MAGIC:
             self._fail("not a GGUF file")
         version = cursor.number(4)
@@ -103,13 +101,13 @@ class GgufFile:
                 self._fail(f"the tensor {name} stands there twice")
             size = self._size(name, shape, kind)
             start = begin + offset
-            if offset % alignment or start + size > len(self._map):
+            if offset % alignment or start + size > end:
                 self._fail(f"the tensor {name} lies beyond the end of the file: it is cut short or damaged")
             self.tensors[name] = TensorInfo(shape, kind, start, size)
             taken.append((start, start + size, name))
         taken.sort()
-        for (_, end, one), (start, _, other) in pairwise(taken):
-            if start < end:
+        for (_, stop, one), (start, _, other) in pairwise(taken):
+            if start < stop:
                 self._fail(f"the tensors {one} and {other} overlap")
 
     def _read_place(self, cursor: "_Cursor") -> tuple[str, tuple[int, ...], int, int]:
@@ -172,7 +170,7 @@ class _Cursor:
         return np.frombuffer(self.take(count * dtype.itemsize), dtype=dtype).tolist()
 
 
-def _map_file(path: Path) -> mmap.mmap:
+def _mapped(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -14,6 +14,7 @@ FILES = [
     "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
 ]
 
 

@@ -17,6 +17,7 @@ from gemmule.tokenizer.streaming import PieceStream, RedecodingStream, TextStrea
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
 # No vocabulary comes near it; lists that are as long as the largest id stay small.
 LARGEST_ID = (1 << 22) - 1
 
@@ -55,6 +56,9 @@ class Tokenizer:
         file = path / TOKENIZER_FILE if path.is_dir() else path
         document = _read_text(file)
         config = _read_config(file.with_name(CONFIG_FILE))
+        template = file.with_name(TEMPLATE_FILE)  # where newer folders have it; it is carried on in the config
+        if config and template.exists():
+            config["chat_template"] = _read_text(template)
         try:
             return cls(document, config)
         except TokenizerError as error:
