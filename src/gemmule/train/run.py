@@ -24,6 +24,7 @@ from gemmule.train.checkpoint import Position, load_checkpoint, newest_checkpoin
 from gemmule.train.loop import Hooks, TrainSettings, accumulate_gradients, train
 from gemmule.train.metrics import JsonLines
 from gemmule.train.optim import OptimizerSettings, Updater
+from gemmule.train.parallel import ParallelSettings
 from gemmule.train.schedule import ScheduleSettings
 from gemmule.train.validation import Score, score
 
@@ -37,6 +38,7 @@ class Recipe(Settings):
     train: TrainSettings
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
+    parallel: ParallelSettings = ParallelSettings()
 
     def problems(self) -> Iterator[Problem]:
         """Yield sections that do not fit each other."""
