@@ -1,4 +1,4 @@
-"""How a model is spread over processes and trimmed to their memory; applied from outside, the model never hears of it."""
+"""How a model is spread over processes and fitted into memory, from outside: the model never hears of it."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ class ParallelSettings(Settings):
 
     strategy: Literal["ddp", "fsdp", "hsdp"] = Field(
         "ddp",
-        description="ddp: each process has all of the model; fsdp: each has a share of every weight, gradient and moment; "
+        description="ddp: each process has the whole model; fsdp: each has a share of all weights, gradients, moments; "
         "hsdp: fsdp within a machine, copies between machines",
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
