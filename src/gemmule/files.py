@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -40,9 +41,9 @@ def written_aside(path: Path) -> Iterator[Path]:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield aside
-            _sync(aside)
+            sync(aside)
             aside.replace(path)
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         with suppress(OSError):  # it may be absent, or its place not a folder
             aside.unlink()
@@ -51,7 +52,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 @contextmanager
 def folder_written_aside(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill; when the block ends well it is synced and takes the name `folder`."""
-    aside = folder.with_name(f".{folder.name}.partial")
+    aside = aside_of(folder)
     with explained(folder):
         aside.mkdir(parents=True, exist_ok=True)  # a process that was killed may have left one
         with held(aside):
@@ -59,13 +60,39 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
                 for leftover in aside.iterdir():
                     _remove(leftover)
                 yield aside
-                for file in sorted(aside.rglob("*"), reverse=True):
-                    _sync(file)
-                _sync(aside)
-                _put_in_place(aside, folder)
-                _sync(folder.parent)
+                put_in_place(aside, folder)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
+
+
+def aside_of(folder: Path) -> Path:
+    """Return the temporary folder in which the content of `folder` is written first."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def put_in_place(aside: Path, folder: Path) -> None:
+    """Sync what was written aside and give it the name `folder`; what had it makes way, and is removed after that."""
+    with explained(folder):
+        for file in sorted(aside.rglob("*"), reverse=True):
+            sync(file)
+        sync(aside)
+        _exchange(aside, folder)
+        sync(folder.parent)
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has what was written to a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -83,8 +110,7 @@ def held(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _put_in_place(aside: Path, folder: Path) -> None:
-    """Rename; a folder that is there already makes way, and is only removed when the new one has its name."""
+def _exchange(aside: Path, folder: Path) -> None:
     if not folder.exists():
         aside.rename(folder)
         return
@@ -100,11 +126,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,15 +1,22 @@
-"""The machine under the run: device, number format, randomness, interrupts."""
+"""The machine under the run: device, number format, the other processes, randomness, interrupts."""
 
 import hashlib
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.distributed.tensor import DTensor
 
-from gemmule.errors import DeviceError
+from gemmule.errors import DeviceError, TrainingError
 
 Precision = Literal["auto", "bf16", "fp32", "fp16"]
 
@@ -28,8 +35,10 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise DeviceError(f"device {name!r}: not a device's name; write {kind} or {kind}:0") from None
     count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind == "cuda" and device.index is None:
+        device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))  # torchrun: one process for each
     if (device.index or 0) >= count:
-        raise DeviceError(f"device {name!r}: this machine has {count} of its kind, numbered from 0")
+        raise DeviceError(f"device {str(device)!r}: this machine has {count} of its kind, numbered from 0")
     return device
 
 
@@ -53,6 +62,107 @@ def _has_fast_bf16(device: torch.device) -> bool:
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return False
+
+
+T = TypeVar("T")
+
+# The longest that a process waits for the others within a step, and for the first one to prepare data or files.
+_STEP, _PATIENCE = timedelta(minutes=10), timedelta(hours=24)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run: as many as torchrun started, or one alone."""
+
+    rank: int
+    size: int
+    # Of those on this machine.
+    local_size: int
+    # Of the group's collectives that carry numbers of a step.
+    device: torch.device
+    # By which processes wait for each other for long, and checkpoints are agreed on in the background.
+    patient: dist.ProcessGroup | None
+    # How often torchrun has started the processes again.
+    restarts: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that speaks and writes."""
+        return self.rank == 0
+
+    def total(self, *values: float) -> list[float]:
+        """Add up each value over all processes."""
+        if self.size == 1:
+            return list(values)
+        together = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(together)
+        figures: list[float] = together.tolist()
+        return figures
+
+    def agree(self, value: T) -> T:
+        """Return the first process's value in every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.patient)
+        return box[0]
+
+
+ALONE = World(0, 1, 1, torch.device("cpu"), None)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """Join the processes that torchrun started; without it, be a world of one.
+
+    TrainingError where another process of the run is lost on the way.
+    """
+    if dist.is_initialized():  # by a program that uses Gemmule as a library
+        yield _world(device)
+        return
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if launched:
+        dist.init_process_group(backend, timeout=_STEP)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    try:
+        yield _world(device)
+    except BaseException as error:
+        if not launched:
+            raise
+        failure = _lost_contact(error) or error
+        get_error_handler().record_exception(failure)  # torchrun shows it in its summary
+        raise failure from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _world(device: torch.device) -> World:
+    patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(dist.get_world_size())))
+    here = device if device.type == "cuda" else torch.device("cpu")
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return World(dist.get_rank(), dist.get_world_size(), local_size, here, patient, restarts)
+
+
+def _lost_contact(error: BaseException) -> TrainingError | None:
+    """Recognise what collectives raise when another process has gone."""
+    words = ("closed by peer", "connection reset", "broken pipe", "timed out", "nccl", "gloo")
+    if not isinstance(error, RuntimeError) or not any(word in str(error).lower() for word in words):
+        return None
+    reason = str(error).strip().splitlines()[0]
+    return TrainingError(
+        f"process {dist.get_rank()}: lost contact with another process of the run ({reason}); what that one printed "
+        "says why; checkpoints are kept, the same command with --resume goes on"
+    )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor of which this process may have a share."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def autocast(device: torch.device, precision: Literal["bf16", "fp32"]) -> AbstractContextManager[None]:
@@ -95,8 +205,8 @@ class Interrupt:
         self.requested = False
 
     def note(self, _number: int, _frame: FrameType | None) -> None:
-        """Handle a signal: remember the first, leave at once at the second."""
-        if self.requested:
+        """Handle a signal: remember the first, leave at once at the second (torchrun passes each on, and its own)."""
+        if self.requested and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise KeyboardInterrupt
         self.requested = True
 

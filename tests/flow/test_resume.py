@@ -18,11 +18,11 @@ KILLED, INTERRUPTED = -signal.SIGKILL, 130
 
 # Each process takes up what the one before it left.
 WHILE_SAVING = {
-    "before the first checkpoint": Death("gemmule.train.run:save_checkpoint", 1),
-    "while files are written aside": Death("gemmule.train.checkpoint:save_file", 2),
-    "before a folder takes its name": Death("gemmule.files:_put_in_place", 1),
-    "after it took its name": Death("gemmule.files:_put_in_place", 1, after=True),
-    "before old ones are removed": Death("gemmule.train.run:prune_checkpoints", 2),
+    "before the first checkpoint": Death("gemmule.train.checkpoint:async_save", 1),
+    "while files are written aside": Death("gemmule.train.storage:save_file", 2),
+    "before a folder takes its name": Death("gemmule.files:_exchange", 1),
+    "after it took its name": Death("gemmule.files:_exchange", 1, after=True),
+    "before old ones are removed": Death("gemmule.train.checkpoint:prune_checkpoints", 2),
     "while an old one is removed": Death("os:rmdir", 1),
     "before the model folder is written": Death("gemmule.train.run:save_folder", 1),
 }

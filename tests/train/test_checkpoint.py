@@ -1,7 +1,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,20 +11,37 @@ import gemmule
 from gemmule.errors import CheckpointError, OutputError
 from gemmule.model.gemma3 import Gemma3
 from gemmule.model.initialise import initialise
+from gemmule.runtime import joined
 from gemmule.tokenizer import Tokenizer
 from gemmule.train.checkpoint import (
     Position,
+    Saver,
     checkpoints,
     load_checkpoint,
     newest_checkpoint,
     prune_checkpoints,
-    save_checkpoint,
     verify_checkpoint,
 )
 from gemmule.train.optim import OPTIMIZERS, OptimizerSettings, Updater
+from gemmule.train.parallel import alone
 from tiny import greatest_difference, some_tokens, tiny_config
 
 SHAPE = tiny_config(vocab_size=380)  # of the tiny tokenizer
+
+
+@pytest.fixture(autouse=True)
+def world() -> Iterator[None]:
+    """Checkpoints are agreed on, if only with oneself."""
+    with joined(torch.device("cpu")):
+        yield
+
+
+def save_checkpoint(run: Path, model: Gemma3, tokenizer: Tokenizer, updater: Updater, position: Position) -> Path:
+    """Write one and wait until it is whole."""
+    saver = Saver(run, alone(model), tokenizer, updater, keep=9, say=print)
+    saver.save(position)
+    saver.finish()
+    return run / "checkpoints" / f"step-{position.step:08d}"
 
 
 def trained(name: str = "muon", steps: int = 3) -> tuple[Gemma3, Updater]:
@@ -55,7 +72,7 @@ def test_a_checkpoint_restores_everything_bit_for_bit(tmp_path: Path, tiny_token
     folder = save_checkpoint(tmp_path, model, tiny_tokenizer, updater, position)
     assert folder == tmp_path / "checkpoints" / "step-00000003"
     fresh, moving = trained(name, steps=0)
-    assert load_checkpoint(folder, fresh, moving) == position
+    assert load_checkpoint(folder, alone(fresh), moving) == position
     weights, remembered = fresh.state_dict(), moving.state()
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert remembered.keys() == updater.state().keys()
@@ -152,7 +169,7 @@ def test_loading_checks_first(run: Path) -> None:
     model, updater = trained(steps=0)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: damaged"):
-        load_checkpoint(newest, model, updater)
+        load_checkpoint(newest, alone(model), updater)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 

@@ -13,9 +13,11 @@ from gemmule.errors import RecipeError, TrainingError
 from gemmule.model.gemma3 import Gemma3
 from gemmule.model.initialise import initialise
 from gemmule.recipe import check_recipe
+from gemmule.runtime import derive_seed
 from gemmule.train.checkpoint import Position
 from gemmule.train.loop import Hooks, TrainSettings, accumulate_gradients, check_first_step, train
 from gemmule.train.optim import OptimizerSettings, Updater
+from gemmule.train.parallel import alone
 from gemmule.train.schedule import ScheduleSettings, learning_rate_factor
 from gemmule.train.validation import Score
 from tiny import lively_model, some_tokens, tiny_config
@@ -43,7 +45,7 @@ def test_micro_batches_of_any_size_make_the_gradient_of_the_mean_over_all_target
     assert (batch.targets[5] == IGNORED).sum() > (batch.targets[0] == IGNORED).sum()
     model, whole = lively_model(tiny_config()), lively_model(tiny_config())
     settings = TrainSettings(steps=1, batch_size=6, micro_batch_size=rows_at_once)
-    loss = accumulate_gradients(model, batch, settings, "fp32")
+    loss = accumulate_gradients(alone(model), batch, batch.trained, 0, settings, "fp32")
     logits = whole(batch.tokens, documents=batch.documents)
     expected = functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())  # the mean over what is trained
     expected.backward()
@@ -60,7 +62,8 @@ def untrained_model(**changes: Any) -> Gemma3:
 
 
 def first_loss(model: Gemma3) -> float:
-    return accumulate_gradients(model, uneven_batch(), TrainSettings(steps=1, batch_size=6), "fp32")
+    batch, settings = uneven_batch(), TrainSettings(steps=1, batch_size=6)
+    return accumulate_gradients(alone(model), batch, batch.trained, 0, settings, "fp32")
 
 
 def test_first_step_of_a_fresh_model_passes() -> None:
@@ -98,6 +101,7 @@ class Log:
         self.calls: list[str] = []
         self.records: list[dict[str, Any]] = []
         self.saved: list[Position] = []
+        self.warnings: list[str] = []
         self._losses = iter(losses or [])
         self._steps_left = stop_after or 10**9
 
@@ -120,7 +124,12 @@ class Log:
     @property
     def hooks(self) -> Hooks:
         return Hooks(
-            self.record, self.validate, lambda step: self.calls.append(f"sample {step}"), self.save, self.stop_requested
+            self.record,
+            self.warnings.append,
+            self.validate,
+            lambda step: self.calls.append(f"sample {step}"),
+            self.save,
+            self.stop_requested,
         )
 
 
@@ -135,7 +144,8 @@ class Run:
         self.rows = PackedRows(corpus, self.settings.context, seed=0, bos_id=BOS)
 
     def go(self, log: Log, start: Position = Position()) -> Position:  # noqa: B008 - frozen
-        return train(self.model, self.updater, self.rows, self.settings, ScheduleSettings(), "fp32", start, log.hooks)
+        parallel = alone(self.model)
+        return train(parallel, self.updater, self.rows, self.settings, ScheduleSettings(), "fp32", start, log.hooks)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
@@ -216,27 +226,68 @@ def test_another_seed_learns_otherwise(corpus: Corpus) -> None:
     assert not equal(one.weights(), other.weights())
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_loss_that_is_not_finite_stops_and_leaves_the_weights(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, wrong: float
-) -> None:
-    run, kept = Run(corpus), {}
+def poison(run: Run, monkeypatch: pytest.MonkeyPatch, wrong: float, steps: set[int]) -> dict[str, Tensor]:
+    """Multiply the loss of some steps by something; return the weights that they began with, once they have."""
+    kept: dict[str, Tensor] = {}
     forward: Callable[..., Tensor] = run.model.forward
+    seeds = {derive_seed(run.settings.seed, "rows", step * run.settings.batch_size) for step in steps}
 
     def poisoned(*arguments: Any, **options: Any) -> Tensor:
-        if torch.initial_seed() == seed_of_step_6:
+        if torch.initial_seed() in seeds:
             kept.update(run.weights())
             return forward(*arguments, **options) * wrong
         return forward(*arguments, **options)
 
-    from gemmule.runtime import derive_seed
-
-    seed_of_step_6 = derive_seed(0, "step", 6)
     monkeypatch.setattr(run.model, "forward", poisoned)
-    with pytest.raises(TrainingError, match=rf"step 6: the loss is {wrong} and .* Lower optimizer\.learning_rate"):
-        run.go(Log())
+    return kept
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_loss_that_is_not_finite_stops_and_leaves_the_weights(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    run, log = Run(corpus), Log()
+    kept = poison(run, monkeypatch, wrong, {6})
+    place = "rows 24 to 27 of the training stream"
+    with pytest.raises(TrainingError, match=rf"step 6: the loss is {wrong} and .*{place}.* optimizer\.learning_rate"):
+        run.go(log)
     assert kept
     assert equal(run.weights(), kept)
+    assert log.saved[-1].step == 6, "the state before the step, so that a resumed run repeats it"
+    monkeypatch.undo()
+    run.go(repeated := Log(), log.saved[-1])
+    straight = Run(corpus)
+    straight.go(Log())
+    assert repeated.records[-1]["step"] == 10
+    assert equal(run.weights(), straight.weights())
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted_as_often_as_allowed(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, log = Run(corpus, max_skipped_steps=2, log_every=1), Log()
+    poison(run, monkeypatch, math.nan, {3, 6})
+    end = run.go(log)
+    assert (end.step, end.skipped) == (10, 2)
+    assert ["skipped, as train.max_skipped_steps = 2 allows" in warning for warning in log.warnings] == [True, True]
+    counts = {line["step"]: line.get("skipped_steps", 0) for line in log.records}
+    assert counts == {1: 0, 2: 0, 3: 0, 4: 1, 5: 1, 6: 1, 7: 2, 8: 2, 9: 2, 10: 2}
+    assert [line["step"] for line in log.records if "loss" not in line] == [4, 7]
+    assert log.records[-1]["tokens"] == end.tokens < sum(run.rows.rows(step * 4, 4).trained for step in range(10))
+    again = Run(corpus, max_skipped_steps=1)
+    poison(again, monkeypatch, math.nan, {3, 6})
+    with pytest.raises(TrainingError, match="step 6: the loss is nan"):
+        again.go(Log())
+
+
+def test_a_jump_of_the_loss_is_reported_with_its_rows(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, log = Run(corpus, steps=80, log_every=100, validate_every=80), Log()
+    poison(run, monkeypatch, 1.5, {70})
+    run.go(log)
+    (warning,) = log.warnings
+    assert "step 70: the loss jumped to " in warning
+    assert "rows 280 to 283" in warning
+    assert [line["step"] for line in log.records] == [1, 71, 80]
 
 
 def complaint(table: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 import errno
 import itertools
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from gemmule.errors import OutputError
 from gemmule.train import metrics
-from gemmule.train.metrics import JsonLines, Stopwatch, read_json_lines
+from gemmule.train.metrics import JsonLines, Level, Stopwatch, read_json_lines
 
 
 def write(path: Path, records: list[dict[str, object]], keep_bytes: int = 0) -> int:
@@ -70,14 +71,36 @@ def test_a_file_shorter_than_the_checkpoint_knew_stays_readable(
     assert read_json_lines(path) == [*whole, {"step": 3}]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_device_is_explained_when_writing_and_when_closing(tmp_path: Path) -> None:
-    lines = JsonLines(tmp_path / "m.jsonl")
-    lines._file.close()
-    with Path("/dev/full").open("wb") as lines._file:
-        for attempt in (lambda: lines.write({"step": 1}), lambda: lines.__exit__(None, None, None)):
-            with pytest.raises(OutputError, match=r"m\.jsonl: no space left on the device"):
-                attempt()
+def test_lines_wait_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path, send = tmp_path / "m.jsonl", os.pwrite
+    with JsonLines(path) as lines:
+        lines.write({"step": 1})
+        with monkeypatch.context() as full:
+            # A part of the next line still fits.
+            full.setattr(
+                os, "pwrite", lambda *given: send(given[0], given[1][:5], given[2]) if given[2] < 14 else refuse()
+            )
+            lines.write({"step": 2})
+            lines.write({"step": 3})
+        assert read_json_lines(path) == [{"step": 1}]
+        assert lines.size == 3 * len(b'{"step": 1}\n')
+        lines.write({"step": 4})
+        assert read_json_lines(path) == [{"step": step} for step in (1, 2, 3, 4)]
+
+
+def test_lines_that_never_found_room_are_not_lost_silently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with (
+        pytest.raises(OutputError, match=r"m\.jsonl: no space left on the device"),
+        JsonLines(tmp_path / "m.jsonl") as lines,
+    ):
+        lines.write({"step": 1})
 
 
 def test_a_place_that_cannot_be_written_is_explained(tmp_path: Path) -> None:
@@ -127,3 +150,29 @@ def test_rate_is_of_the_tokens_since_the_last_time_without_pauses(clock: object)
     watch.add(100)
     assert watch.rate() == 50  # two looks at the clock: one to pause, one now
     assert watch.rate() == 0
+
+
+def test_a_level_forgets_what_is_long_ago() -> None:
+    level = Level()
+    for _ in range(50):
+        level = level.after(5.0)
+    assert (level.mean, level.variance) == (5.0, 0.0)
+    for _ in range(400):
+        level = level.after(2.0)
+    assert level.mean == pytest.approx(2.0, abs=0.01)
+
+
+def test_a_spike_is_six_deviations_above_the_level_and_never_a_small_thing() -> None:
+    draw, level = random.Random(0), Level()
+    for _ in range(200):
+        loss = 3.0 + draw.gauss(0, 0.1)
+        assert not level.is_spike(loss)
+        level = level.after(loss)
+    assert level.variance**0.5 == pytest.approx(0.1, rel=0.3)
+    assert level.is_spike(4.0)
+    assert not level.is_spike(3.2)
+    assert not level.is_spike(1.0), "falling is no harm"
+    quiet = Level(steps=100, mean=3.0, variance=0.0)
+    assert not quiet.is_spike(3.1)
+    assert quiet.is_spike(3.2)
+    assert not Level(steps=10, mean=3.0).is_spike(9.0), "the first steps know no level"

@@ -12,6 +12,7 @@ from gemmule.data import open_dataset
 from gemmule.errors import OutputError, RecipeError
 from gemmule.model.gemma3 import Gemma3
 from gemmule.recipe import check_recipe, read_recipe, write_recipe
+from gemmule.runtime import ALONE
 from gemmule.tokenizer import Tokenizer
 from gemmule.train import run as run_module
 from gemmule.train.metrics import read_json_lines
@@ -48,6 +49,7 @@ def test_a_run_tells_its_audience_and_writes_what_was_told(tiny_recipe: Path, tm
     listener = Listener()
     outcome = run_recipe(recipe_of(tiny_recipe, "train.steps=8"), tmp_path / "run", False, listener.audience)
     assert outcome.position.step == 8
+    assert outcome.model is not None
     assert not outcome.model.training
     assert listener.steps == [(step, 8) for step in range(1, 9)]
     assert [(prompts, tokens) for prompts, tokens, _ in listener.told] == [(("Mia", "The owl saw"), 12)] * 2
@@ -77,7 +79,7 @@ def test_minutes_never_raise_the_steps(tiny_recipe: Path, tmp_path: Path) -> Non
 def test_first_weights_are_a_pure_function_of_the_seed(tiny_recipe: Path) -> None:
     def weights(*changes: str) -> dict[str, torch.Tensor]:
         torch.rand(3)
-        return build(recipe_of(tiny_recipe, "model.vocab_size=320", *changes), CPU)[0].state_dict()
+        return build(recipe_of(tiny_recipe, "model.vocab_size=320", *changes), CPU, "fp32", ALONE)[0].model.state_dict()
 
     one, again, other = weights(), weights(), weights("train.seed=1")
     assert all(torch.equal(value, again[key]) for key, value in one.items())
@@ -86,14 +88,16 @@ def test_first_weights_are_a_pure_function_of_the_seed(tiny_recipe: Path) -> Non
 
 def test_damped_branches_start_at_the_gain_of_their_depth(tiny_recipe: Path) -> None:
     recipe = recipe_of(tiny_recipe, "model.vocab_size=320", "train.damp_branches=true")
-    gains = [1 + block.post_mlp_norm.weight.mean().item() for block in build(recipe, CPU)[0].blocks]
+    gains = [
+        1 + block.post_mlp_norm.weight.mean().item() for block in build(recipe, CPU, "fp32", ALONE)[0].model.blocks
+    ]
     assert gains == pytest.approx([1 / (2 * 7) ** 0.5] * 7)
 
 
 def test_the_description_counts_the_parameters(tiny_run: Path) -> None:
     recipe = read_recipe(tiny_run / "recipe.toml", Recipe)
     counted = sum(parameter.numel() for parameter in Gemma3(recipe.model).parameters())
-    text = describe(recipe, CPU, "fp32")
+    text = describe(recipe, CPU, "fp32", ALONE)
     assert f"{counted:,} parameters ({320 * 32:,} in the embedding): 7 layers of width 32" in text
     assert "on cpu in fp32, 8 x 32 tokens a step" in text
 
@@ -105,7 +109,7 @@ def test_the_floor_is_known_where_all_of_the_validation_is_measured(
     recipe = read_recipe(tiny_run / "recipe.toml", Recipe)
     recipe = recipe.replace(train=recipe.train.replace(validation_tokens=limit))
     dataset = open_dataset(tiny_run / "data")
-    model, _ = build(recipe, CPU)
+    model, _ = build(recipe, CPU, "fp32", ALONE)
     assert validation(dataset, recipe, model, "fp32").floor is None, "of this text nobody knows the entropy"
     targets = dataset.validation.tokens - dataset.validation.documents
     measure = validation(dataset._replace(floor_nats=2.5 * targets), recipe, model, "fp32")

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 class Screen:
     """Shows lines that stay, and one bar for what is being done now."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
         self._live = self.console.is_terminal
         columns = [
             TextColumn("{task.description}"),
@@ -52,7 +52,8 @@ class Screen:
     def training(self, line: dict[str, Any], steps: int) -> None:
         """Show a line of metrics: on the bar each time, as a line that stays where the model was validated."""
         speed = f"{line['tokens_per_second']:,.0f} tokens/s"
-        self.progress("training", line["step"], steps, f"loss {line['loss']:.3f}  {speed}")
+        loss = f"loss {line['loss']:.3f}" if "loss" in line else "step skipped"
+        self.progress("training", line["step"], steps, f"{loss}  {speed}")
         tenth = max(1, steps // 10)
         if "val_loss" in line or (not self._live and line["step"] // tenth != (line["step"] - 1) // tenth):
             self.say(f"{describe_metrics(line, steps)}  {speed}  {_time_left(line, steps)}")
@@ -60,7 +61,8 @@ class Screen:
 
 def describe_metrics(line: dict[str, Any], steps: int) -> str:
     """Put a line of metrics into words."""
-    text = f"step {line['step']:>{len(str(steps))}}/{steps}  train {line['loss']:.3f}"
+    text = f"step {line['step']:>{len(str(steps))}}/{steps}  "
+    text += f"train {line['loss']:.3f}" if "loss" in line else "skipped"
     if "val_loss" in line:
         text += f"  validation {line['val_loss']:.3f} nats/token, {line['val_bits_per_byte']:.3f} bits/byte"
     if "val_floor" in line:

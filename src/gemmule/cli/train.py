@@ -1,6 +1,7 @@
 """`gemmule train RECIPE`: prepare, train, draw, tell."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ import typer
 from gemmule.cli.screen import Screen, print_json
 
 if TYPE_CHECKING:
+    from gemmule.model.gemma3 import Gemma3
     from gemmule.train.run import Audience, Outcome, Recipe
 
 INTERRUPTED = 130
@@ -35,18 +37,22 @@ def train(
         gemmule train recipes/story.toml --out runs/story --resume
     """
     from gemmule.recipe import read_recipe
-    from gemmule.train.run import Recipe, run_recipe
+    from gemmule.train.run import SILENT, Recipe, run_recipe
 
     settings = read_recipe(recipe, Recipe, overrides or [])
     run = out or Path("runs") / recipe.stem
-    with Screen() as screen:
-        outcome = run_recipe(settings, run, resume, _audience(screen, run))
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one speaks
+    with Screen(quiet=not first) as screen:
+        outcome = run_recipe(settings, run, resume, _audience(screen, run) if first else SILENT)
     if outcome.position.step < outcome.recipe.train.steps:
         changes = [part for item in overrides or [] for part in ("--set", item)]
-        again = shlex.join(["gemmule", "train", str(recipe), *changes, "--out", str(run), "--resume"])
+        launcher = ["torchrun", "...", "-m"] if "TORCHELASTIC_RUN_ID" in os.environ else []
+        again = shlex.join([*launcher, "gemmule", "train", str(recipe), *changes, "--out", str(run), "--resume"])
         screen.say(f"stopped after step {outcome.position.step:,}, which is saved; go on with:  {again}")
         raise typer.Exit(INTERRUPTED)
-    summary = _conclude(screen, outcome, run)
+    if outcome.model is None:
+        return
+    summary = _conclude(screen, outcome, outcome.model, run)
     if as_json:
         print_json(json.dumps(summary))
 
@@ -76,7 +82,7 @@ def _audience(screen: Screen, run: Path) -> "Audience":
     return Audience(screen.say, screen.progress, record, tell)
 
 
-def _conclude(screen: Screen, outcome: "Outcome", run: Path) -> dict[str, Any]:
+def _conclude(screen: Screen, outcome: "Outcome", model: "Gemma3", run: Path) -> dict[str, Any]:
     """Say where the result lies; where the corpus can check stories, let the model tell some and show the verdicts."""
     from gemmule.train.metrics import read_json_lines
 
@@ -87,7 +93,7 @@ def _conclude(screen: Screen, outcome: "Outcome", run: Path) -> dict[str, Any]:
         from gemmule.generate.sampling import STORYTELLING as SAMPLING
 
         prompt, tokenizer = "Once upon a time", outcome.dataset.tokenizer
-        judged = judge_stories(outcome.model, tokenizer, prompt, count=100, sampling=SAMPLING, seed=1)
+        judged = judge_stories(model, tokenizer, prompt, count=100, sampling=SAMPLING, seed=1)
         for number, story in enumerate(judged[:3], start=1):
             screen.say(f"\nStory {number}\n\n{story.text}\n\n  checker: {story.verdict}")
         good, possible = sum(story.verdict.good for story in judged), sum(story.possible for story in judged)

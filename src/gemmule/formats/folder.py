@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from gemmule.errors import ModelError
 from gemmule.formats.config_json import read_config, read_json, write_config, write_json
@@ -25,15 +24,20 @@ def save_folder(model: Gemma3, tokenizer: Tokenizer, folder: Path, dtype: torch.
         theirs: state[ours].detach().to("cpu", dtype).contiguous()
         for ours, theirs in foreign_names(config.num_hidden_layers, config.tie_word_embeddings)
     }
-    stored = str(dtype or model.embedding.weight.dtype).removeprefix("torch.")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    ends = [i for i in (tokenizer.eos_id, tokenizer.end_of_turn_id) if i is not None]
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
-    write_json(folder / "config.json", write_config(config, tokenizer) | {"dtype": stored, "torch_dtype": stored})
-    write_json(folder / "generation_config.json", generation | {"do_sample": True})
-    tokenizer.save(folder)
+    save_settings(model, tokenizer, folder, dtype)
     # The library lets nobody but the owner read what it writes.
     (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
+
+
+def save_settings(model: Gemma3, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write all of a model folder but the weights."""
+    stored = str(dtype or model.embedding.weight.dtype).removeprefix("torch.")
+    ends = [i for i in (tokenizer.eos_id, tokenizer.end_of_turn_id) if i is not None]
+    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
+    write_json(folder / "config.json", write_config(model.config, tokenizer) | {"dtype": stored, "torch_dtype": stored})
+    write_json(folder / "generation_config.json", generation | {"do_sample": True})
+    tokenizer.save(folder)
 
 
 def load_folder(
@@ -57,8 +61,3 @@ def load_folder(
         model = Gemma3(config, kernel)
     model.load_state_dict(read_survey(shelf, model, dtype, say), assign=True)
     return model.eval(), Tokenizer.load(folder)
-
-
-def read_tensors(folder: Path, model: Gemma3) -> dict[str, Tensor]:
-    """Read the weights of a folder under our names, checked against the model's shapes."""
-    return read_survey(survey(folder), model)

@@ -1,7 +1,7 @@
 """The tensors of a Hugging Face folder: in one file or in shards, of a text model or of a multimodal one."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,8 @@ class Stored(NamedTuple):
     name: str  # in the file
     dtype: str
     shape: list[int]
+    # Where it was written in pieces by several processes: they, in the order of their rows.
+    pieces: "tuple[Stored, ...]" = ()
 
 
 class Shelf(NamedTuple):
@@ -55,6 +57,7 @@ def survey(folder: Path) -> Shelf:
     declared = _read_index(folder / INDEX) if sharded else {}
     shelf = Shelf(folder / (INDEX if sharded else WEIGHTS), {}, [])
     placed: dict[str, str] = {}
+    pieces: dict[str, list[tuple[int, Stored]]] = {}
     for file in sorted({folder / name for name in declared.values()} or {folder / WEIGHTS}):
         with _opened(file) as mapped:
             for name in mapped.keys():  # noqa: SIM118 - not a dict
@@ -66,12 +69,41 @@ def survey(folder: Path) -> Shelf:
                     continue
                 header = mapped.get_slice(name)
                 stored = Stored(file, name, header.get_dtype(), header.get_shape())
+                base, first = split_piece_name(name)
+                if base != name:
+                    pieces.setdefault(_text_name(base), []).append((first, stored))
+                    continue
                 if (twin := shelf.tensors.setdefault(_text_name(name), stored)) is not stored:
                     raise ModelError(f"{file}: {_shown([name])} and {_shown([twin.name])} are the same tensor, twice")
     if sharded and placed != declared:
         astray = sorted(name for name, _ in placed.items() ^ declared.items())
         raise ModelError(f"{shelf.origin}: disagrees with the files about {_shown(dict.fromkeys(astray))}")
+    for name, parts in pieces.items():
+        if name in shelf.tensors:
+            raise ModelError(f"{shelf.origin}: {_shown([name])} is there whole and in pieces")
+        shelf.tensors[name] = _joined(name, sorted(parts), shelf.origin)
     return shelf
+
+
+def piece_name(name: str, first: int, shape: Sequence[int], whole: Sequence[int]) -> str:
+    """Name rows of a tensor, from `first` on, as they are stored; all of them have the tensor's own name."""
+    return name if list(shape) == list(whole) else f"{name}[{first}:{first + shape[0]}]"
+
+
+def split_piece_name(stored: str) -> tuple[str, int]:
+    """Return the tensor's name and the piece's first row."""
+    piece = re.fullmatch(r"(.+)\[(\d{1,12}):\d{1,12}\]", stored, re.ASCII)
+    return (piece[1], int(piece[2])) if piece else (stored, 0)
+
+
+def _joined(name: str, parts: list[tuple[int, Stored]], origin: Path) -> Stored:
+    """Put pieces together, whose rows must follow each other without a gap."""
+    rows, kind = 0, (parts[0][1].dtype, parts[0][1].shape[1:])
+    for first, part in parts:
+        if first != rows or not part.shape or (part.dtype, part.shape[1:]) != kind:
+            raise ModelError(f"{origin}: the pieces of {_shown([name])} do not fit together at row {rows}")
+        rows += part.shape[0]
+    return Stored(parts[0][1].file, name, kind[0], [rows, *kind[1]], tuple(part for _, part in parts))
 
 
 def read_survey(
@@ -110,7 +142,7 @@ def _read(tensors: dict[str, Stored], dtype: torch.dtype) -> Iterator[tuple[str,
     for file in sorted({stored.file for stored in tensors.values()}):
         with _opened(file) as mapped:
             for name, stored in tensors.items():
-                if stored.file != file:
+                if stored.file != file or stored.pieces:
                     continue
                 tensor = mapped.get_tensor(stored.name)
                 if tensor.dtype != dtype:
@@ -118,6 +150,14 @@ def _read(tensors: dict[str, Stored], dtype: torch.dtype) -> Iterator[tuple[str,
                     with _opened(file) as own:
                         tensor = own.get_tensor(stored.name).to(dtype)
                 yield name, tensor
+    for name, stored in tensors.items():
+        if stored.pieces:
+            parts = {part.name: part for part in stored.pieces}
+            yield name, torch.cat([part for _, part in sorted(_read(parts, dtype), key=_row)])
+
+
+def _row(piece: tuple[str, Tensor]) -> int:
+    return split_piece_name(piece[0])[1]
 
 
 def _check_repeated(head: Stored, embedding: Stored) -> None:

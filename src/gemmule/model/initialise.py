@@ -1,31 +1,34 @@
 """First weights for a Gemma 3 that learns from nothing."""
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gemmule.model.gemma3 import Block, Gemma3, RMSNorm
 
 
-def initialise(model: Gemma3, seed: int, damp_branches: bool = False) -> None:
+def initialise(
+    model: Gemma3, seed: int, damp_branches: bool = False, put: Callable[[Tensor, Tensor], object] = Tensor.copy_
+) -> None:
     """Draw every matrix from N(0, initializer_range^2) and set every norm to gain 1, as a pure function of the seed.
 
     The norms after attention and MLP undo any scaling of the matrices before them, so the usual smaller first output
     matrices do nothing here. `damp_branches` sets those norms' gain to 1/sqrt(2 L) instead, which keeps the residual
-    stream near its first size through L layers.
+    stream near its first size through L layers. `put(parameter, values)` is how a parameter gets its values.
     """
     generator = torch.Generator().manual_seed(seed)
     std = model.config.initializer_range
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * std)
+                put(module.weight, torch.randn(module.weight.shape, generator=generator) * std)
             elif isinstance(module, RMSNorm):
-                module.weight.zero_()
+                put(module.weight, torch.zeros(module.weight.shape))
         if damp_branches:
             gain = 1 / math.sqrt(2 * model.config.num_hidden_layers)
             for block in model.blocks:
                 assert isinstance(block, Block)
-                block.post_attention_norm.weight.fill_(gain - 1)
-                block.post_mlp_norm.weight.fill_(gain - 1)
+                for norm in (block.post_attention_norm, block.post_mlp_norm):
+                    put(norm.weight, torch.full(norm.weight.shape, gain - 1))

@@ -32,7 +32,8 @@ def loss_figure(lines: list[dict[str, Any]], title: str) -> Any:
         raise MissingExtra("matplotlib", "plots", "drawing loss.png") from None
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
-    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    learned = [line for line in lines if "loss" in line]  # steps that were skipped have none
+    steps, losses = [line["step"] for line in learned], [line["loss"] for line in learned]
     validated = [line for line in lines if "val_loss" in line]
     axes.plot(steps, losses, color=TRAIN, alpha=0.45, linewidth=0.8)
     axes.plot(steps, list(_smooth(losses)), color="#1f4e8c", linewidth=1.5, label="training")

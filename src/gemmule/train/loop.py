@@ -12,11 +12,12 @@ from gemmule.errors import TrainingError
 from gemmule.model.attention import KERNELS
 from gemmule.model.gemma3 import Gemma3
 from gemmule.recipe import Problem, Settings
-from gemmule.runtime import Precision, autocast, seed_everything
+from gemmule.runtime import Precision, autocast, seed_everything, whole
 from gemmule.train.checkpoint import Position
 from gemmule.train.loss import summed_loss
 from gemmule.train.metrics import Stopwatch
 from gemmule.train.optim import Updater
+from gemmule.train.parallel import Parallel
 from gemmule.train.schedule import ScheduleSettings, learning_rate_factor
 from gemmule.train.validation import Score
 
@@ -52,6 +53,8 @@ class TrainSettings(Settings):
     checkpoint_every: Count = 500
     # Newest checkpoints that are kept, beside the best of those whose step was also validated.
     keep_checkpoints: Count = 2
+    # Steps whose loss or gradient is not finite that are skipped and counted; at the next one the run stops.
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 0
 
     def problems(self) -> Iterator[Problem]:
         """Yield micro-batches that do not divide the batch, and kernels that do not exist."""
@@ -66,6 +69,7 @@ class Hooks(NamedTuple):
     """What the loop calls by name on its way; plain functions, so that it knows neither files nor screens."""
 
     record: Callable[[dict[str, Any]], None]
+    warn: Callable[[str], None]
     validate: Callable[[], Score]
     sample: Callable[[int], None]
     save: Callable[[Position], None]
@@ -73,7 +77,7 @@ class Hooks(NamedTuple):
 
 
 def train(
-    model: Gemma3,
+    parallel: Parallel,
     updater: Updater,
     rows: PackedRows,
     settings: TrainSettings,
@@ -82,31 +86,45 @@ def train(
     start: Position,
     hooks: Hooks,
 ) -> Position:
-    """Train from `start` to the last step, or to the end of the step in which a stop is requested."""
+    """Train from `start` to the last step, or to the end of the step in which a stop is requested of any process."""
     position, clock = start, Stopwatch(start.seconds)
+    world, model = parallel.world, parallel.model
     model.train()
+    here = settings.batch_size // world.size
     for step in range(start.step, settings.steps):
-        seed_everything(settings.seed, "step", step)
         factor = learning_rate_factor(step, settings.steps, schedule)
-        batch = rows.rows(step * settings.batch_size, settings.batch_size)
-        loss = accumulate_gradients(model, batch, settings, precision)
+        first = step * settings.batch_size
+        batch = rows.rows(first + world.rank * here, here)
+        (trained,) = world.total(batch.trained)
+        mine = accumulate_gradients(parallel, batch, int(trained), first + world.rank * here, settings, precision)
+        loss, stop = world.total(mine, hooks.stop_requested())
         if step == 0:
             check_first_step(model, loss)
-        norm = updater.update(factor).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(
-                f"step {step}: the loss is {loss} and the gradient's norm {norm}; nothing was learned from this step. "
-                "Lower optimizer.learning_rate or raise schedule.warmup_share"
+        norm = updater.update(factor)
+        learned = math.isfinite(loss) and math.isfinite(norm)
+        if not learned:
+            excuse_or_stop(position, loss, norm, settings, hooks)
+        clock.add(int(trained))
+        spike = learned and position.level.is_spike(loss)
+        if spike:
+            hooks.warn(
+                f"step {step}: the loss jumped to {loss:.3f} from about {position.level.mean:.3f} "
+                f"({_place(step, settings)})"
             )
-        clock.add(batch.trained)
-        position = position.replace(step=step + 1, tokens=position.tokens + batch.trained)
-        stop = hooks.stop_requested()
+        position = position.replace(
+            step=step + 1,
+            tokens=position.tokens + int(trained) * learned,
+            skipped=position.skipped + (not learned),
+            level=position.level.after(loss) if learned else position.level,
+        )
         last = step + 1 == settings.steps
         validating = (step + 1) % settings.validate_every == 0 or last
-        saving = (step + 1) % settings.checkpoint_every == 0 or last or stop
+        saving = (step + 1) % settings.checkpoint_every == 0 or last or bool(stop)
         record: dict[str, Any] = {}
-        if step == 0 or (step + 1) % settings.log_every == 0 or validating:
-            record = {"loss": loss, "lr": updater.learning_rate, "grad_norm": norm, "tokens_per_second": clock.rate()}
+        if step == 0 or (step + 1) % settings.log_every == 0 or validating or spike or not learned:
+            record = {"loss": loss, "grad_norm": norm} if learned else {}
+            record |= {"lr": updater.learning_rate, "tokens_per_second": clock.rate()}
+            record |= {"skipped_steps": position.skipped} if position.skipped else {}
         with clock.paused():
             if validating:
                 score = hooks.validate()
@@ -125,21 +143,53 @@ def train(
 
 
 def accumulate_gradients(
-    model: Gemma3, batch: Batch, settings: TrainSettings, precision: Literal["bf16", "fp32"]
+    parallel: Parallel,
+    batch: Batch,
+    trained: int,
+    first_row: int,
+    settings: TrainSettings,
+    precision: Literal["bf16", "fp32"],
 ) -> float:
-    """Add up the gradients of the mean loss over all trained targets of the batch; return that mean in nats.
+    """Add up the gradients of the mean loss over all `trained` targets of the step; return this process's part of it.
 
-    Every micro-batch is divided by the whole batch's count, so the result does not depend on how it is cut.
+    The part is in nats; those of all processes add up to the mean. Every micro-batch is divided by the whole step's
+    count, and draws its dropout by its first row in the stream, so neither depends on how the batch is cut or shared.
     """
-    device = model.embedding.weight.device
+    device = parallel.model.embedding.weight.device
     total = torch.zeros((), device=device)
-    for part in batch.split(settings.micro_batch_size or settings.batch_size):
+    size = min(settings.micro_batch_size or len(batch.tokens), len(batch.tokens))
+    parts = list(batch.split(size))
+    for number, part in enumerate(parts):
+        seed_everything(settings.seed, "rows", first_row + number * size)
         here = part.to(device)
-        with autocast(device, precision):
-            loss = model(here.tokens, documents=here.documents, readout=summed_loss(here.targets)) / batch.trained
-        loss.backward()
+        with parallel.micro_batch(number == len(parts) - 1):
+            with autocast(device, precision):
+                loss = parallel.forward(here.tokens, documents=here.documents, readout=summed_loss(here.targets))
+                loss = loss / trained
+            torch.autograd.backward(loss * parallel.world.size)  # the mean over processes becomes their sum
         total += loss.detach()
     return total.item()
+
+
+def excuse_or_stop(position: Position, loss: float, norm: float, settings: TrainSettings, hooks: Hooks) -> None:
+    """Pass over a step from which nothing could be learned, or save what was before it and raise TrainingError."""
+    sentence = (
+        f"step {position.step}: the loss is {loss} and the gradient's norm {norm}; nothing was learned from this step "
+        f"({_place(position.step, settings)})"
+    )
+    if position.skipped < settings.max_skipped_steps:
+        hooks.warn(f"{sentence}; skipped, as train.max_skipped_steps = {settings.max_skipped_steps} allows")
+        return
+    hooks.save(position)
+    raise TrainingError(
+        f"{sentence}. The state before it is saved: the same command with --resume repeats it. Lower "
+        "optimizer.learning_rate or raise schedule.warmup_share; train.max_skipped_steps passes over such batches"
+    )
+
+
+def _place(step: int, settings: TrainSettings) -> str:
+    first = step * settings.batch_size
+    return f"rows {first} to {first + settings.batch_size - 1} of the training stream"
 
 
 def check_first_step(model: Gemma3, loss: float) -> None:
@@ -149,6 +199,6 @@ def check_first_step(model: Gemma3, loss: float) -> None:
     expected = math.log(config.vocab_size) + config.hidden_size * config.initializer_range**2 / 2
     if not abs(loss - expected) < 1:
         raise TrainingError(f"step 0: the loss is {loss:.2f} nats where an untrained model has about {expected:.2f}")
-    deaf = [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.any())]
+    deaf = [name for name, p in model.named_parameters() if p.grad is None or not bool(whole(p.grad.norm()))]
     if deaf:
         raise TrainingError(f"step 0: no gradient reaches {', '.join(deaf[:5])}" + (" ..." if len(deaf) > 5 else ""))

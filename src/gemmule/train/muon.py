@@ -4,7 +4,7 @@ Does what `torch.optim.Muon` does, and all matrices of one shape at a time: a sm
 matrices, and two cores take three times as long over them one by one.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,14 +17,37 @@ _ITERATIONS = 5
 _STACKED = 2**24
 
 
+def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Return U V^T, roughly, for each U S V^T of matrices (number, rows, columns), by Newton-Schulz iteration in dtype.
+
+    A number format as coarse as bf16 is enough for learning, but makes of rounding in the gradients something larger.
+    """
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = (matrices if wide else matrices.mT).to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
+    return x if wide else x.mT
+
+
 class Muon(Optimizer):
     """Move matrices along their Nesterov momentum with all singular values set to about 1.
 
     The step is scaled to the size that AdamW's would have (arXiv 2502.16982), so rates and decay carry over.
+    `make` is `orthogonal`, or does the same for stacks of which this process has a share.
     """
 
-    def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float, momentum: float) -> None:
+    def __init__(
+        self,
+        matrices: Iterable[Tensor],
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        make: Callable[[Tensor], Tensor] = orthogonal,
+    ) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self._make = make
 
     @torch.no_grad()
     def step(self, closure: object = None) -> None:  # type: ignore[override]
@@ -35,24 +58,16 @@ class Muon(Optimizer):
                 self._move(matrices, group["lr"], group["weight_decay"], group["momentum"])
 
     def _move(self, matrices: list[Tensor], rate: float, decay: float, momentum: float) -> None:
-        gradients = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])
-        buffers = [self.state[m].setdefault("momentum_buffer", torch.zeros_like(m)) for m in matrices]
+        gradients = torch.stack([matrix.grad for matrix in matrices])  # type: ignore[misc]
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(buffers, list(gradients), 1 - momentum)
-        steps = orthogonal(gradients.lerp_(torch.stack(buffers), momentum)).to(gradients.dtype)
+        steps = self._make(gradients.lerp_(torch.stack(buffers), momentum)).to(gradients.dtype)
         size = 0.2 * max(steps.shape[1:]) ** 0.5
         torch._foreach_mul_(matrices, 1 - rate * decay)
         torch._foreach_add_(matrices, list(steps), alpha=-rate * size)
-
-
-def orthogonal(matrices: Tensor) -> Tensor:
-    """Return U V^T, roughly, for each U S V^T of matrices (number, rows, columns); bf16, by Newton-Schulz iteration."""
-    wide = matrices.shape[1] <= matrices.shape[2]
-    x = (matrices if wide else matrices.mT).bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(_ITERATIONS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
-    return x if wide else x.mT
 
 
 def _stacks(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:

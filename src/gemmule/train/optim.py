@@ -1,6 +1,8 @@
 """Optimizers: which rule moves which parameter."""
 
+import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -9,7 +11,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from gemmule.recipe import Settings
-from gemmule.train.muon import Muon
+from gemmule.runtime import whole
+from gemmule.train.muon import Muon, orthogonal
+from gemmule.train.parallel import apart
 
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -33,6 +37,7 @@ class OptimizerSettings(Settings):
 
 
 Named = Iterable[tuple[str, nn.Parameter]]
+Arithmetic = Literal["bf16", "fp32"]
 
 
 def _split(parameters: Named) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -45,7 +50,7 @@ def _split(parameters: Named) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     return matrices, others
 
 
-def adamw(parameters: Named, settings: OptimizerSettings) -> list[Optimizer]:
+def adamw(parameters: Named, settings: OptimizerSettings, _precision: Arithmetic) -> list[Optimizer]:
     """AdamW for everything, without decay on embedding and norms (Loshchilov and Hutter, arXiv 1711.05101)."""
     matrices, others = _split(parameters)
     groups = [
@@ -55,40 +60,44 @@ def adamw(parameters: Named, settings: OptimizerSettings) -> list[Optimizer]:
     return [_adamw(groups, settings.learning_rate, settings)]
 
 
-def muon(parameters: Named, settings: OptimizerSettings) -> list[Optimizer]:
+def muon(parameters: Named, settings: OptimizerSettings, precision: Arithmetic) -> list[Optimizer]:
     """Muon for the blocks' matrices, AdamW for the rest (Jordan et al. 2024; update size as in arXiv 2502.16982)."""
     matrices, others = _split(parameters)
-    orthogonal = Muon(matrices, settings.learning_rate, settings.weight_decay, settings.momentum)
+    make = apart(partial(orthogonal, dtype=torch.float32 if precision == "fp32" else torch.bfloat16))
+    mover = Muon(matrices, settings.learning_rate, settings.weight_decay, settings.momentum, make)
     groups = [{"params": others, "weight_decay": 0.0}]
-    return [orthogonal, _adamw(groups, settings.adamw_learning_rate, settings)]
+    return [mover, _adamw(groups, settings.adamw_learning_rate, settings)]
 
 
 def _adamw(groups: list[dict[str, object]], rate: float, settings: OptimizerSettings) -> AdamW:
     return AdamW(groups, lr=rate, betas=(settings.beta_1, settings.beta_2), eps=settings.epsilon, fused=True)
 
 
-OPTIMIZERS: dict[str, Callable[[Named, OptimizerSettings], list[Optimizer]]] = {"adamw": adamw, "muon": muon}
+OPTIMIZERS: dict[str, Callable[[Named, OptimizerSettings, Arithmetic], list[Optimizer]]] = {
+    "adamw": adamw,
+    "muon": muon,
+}
 
 
 class Updater:
     """The optimizers of a run as one: each parameter has exactly one owner, rates follow a factor of their peak."""
 
-    def __init__(self, model: nn.Module, settings: OptimizerSettings) -> None:
+    def __init__(self, model: nn.Module, settings: OptimizerSettings, precision: Arithmetic = "fp32") -> None:
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._clip = settings.clip
-        self._optimizers = OPTIMIZERS[settings.name](list(model.named_parameters()), settings)
+        self._optimizers = OPTIMIZERS[settings.name](list(model.named_parameters()), settings, precision)
         self._groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         self._peaks = [group["lr"] for group in self._groups]
         owned = [parameter for group in self._groups for parameter in group["params"]]
         assert sorted(map(id, owned)) == sorted(map(id, self._names)), "each parameter needs exactly one owner"
 
-    def update(self, factor: float) -> Tensor:
+    def update(self, factor: float) -> float:
         """Clip the gradients, move every parameter at `factor` of its peak rate, clear the gradients.
 
         Returns the gradient's norm before clipping; where that is not finite, nothing is moved.
         """
-        norm = nn.utils.clip_grad_norm_(list(self._names), self._clip)
-        if torch.isfinite(norm):
+        norm = whole(nn.utils.clip_grad_norm_(list(self._names), self._clip)).item()
+        if math.isfinite(norm):
             for group, peak in zip(self._groups, self._peaks, strict=True):
                 group["lr"] = peak * factor
             for optimizer in self._optimizers:
@@ -112,13 +121,14 @@ class Updater:
                     remembered[f"{self._names[parameter]}/{quantity}"] = value
         return remembered
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Remember again what `state` returned."""
+    def expect(self, names: Iterable[str]) -> None:
+        """Make room for what `state` returned under these names, so that it can be read into place."""
         parameters = {name: parameter for parameter, name in self._names.items()}
         owners = {p: o for o in self._optimizers for group in o.param_groups for p in group["params"]}
-        for key, value in state.items():
+        for key in names:
             name, _, quantity = key.rpartition("/")
             parameter = parameters[name]
-            # Step counters stay where the optimizer made them; moments live with their parameter.
-            place = parameter.device if value.ndim else value.device
-            owners[parameter].state[parameter][quantity] = value.to(place)
+            # Moments are like their parameter; steps are counted where the optimizer would count them.
+            counter = quantity == "step"
+            place = torch.zeros((), device=parameter.device) if counter else torch.zeros_like(parameter.detach())
+            owners[parameter].state[parameter][quantity] = place

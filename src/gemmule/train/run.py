@@ -1,8 +1,10 @@
 """A whole run, from recipe to model folder; what it writes lies in one run folder."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,13 +20,21 @@ from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
 from gemmule.model.initialise import initialise
 from gemmule.recipe import Problem, Settings, read_recipe, write_recipe
-from gemmule.runtime import choose_device, choose_precision, derive_seed, interruptible, reason_not_to_compile
+from gemmule.runtime import (
+    World,
+    choose_device,
+    choose_precision,
+    derive_seed,
+    interruptible,
+    joined,
+    reason_not_to_compile,
+)
 from gemmule.tokenizer import Tokenizer, TokenizerSettings
-from gemmule.train.checkpoint import Position, load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint
+from gemmule.train.checkpoint import Position, Saver, load_checkpoint, newest_checkpoint, prune_checkpoints
 from gemmule.train.loop import Hooks, TrainSettings, accumulate_gradients, train
 from gemmule.train.metrics import JsonLines
 from gemmule.train.optim import OptimizerSettings, Updater
-from gemmule.train.parallel import ParallelSettings
+from gemmule.train.parallel import Parallel, ParallelSettings, gather, parallelise
 from gemmule.train.schedule import ScheduleSettings
 from gemmule.train.validation import Score, score
 
@@ -63,47 +73,58 @@ class Audience(NamedTuple):
     tell: Callable[[Gemma3, Tokenizer, Sequence[str], int, int], list[str]]
 
 
+# Of the processes that have nothing to say: all but the first.
+SILENT = Audience(lambda _: None, lambda *_: None, lambda *_: None, lambda *_: [])
+
+
 class Outcome(NamedTuple):
     """How a run ended."""
 
     recipe: Recipe
     position: Position
     dataset: Dataset
-    model: Gemma3
+    model: Gemma3 | None  # on the first process of the run
 
 
 def run_recipe(recipe: Recipe, out: Path, resume: bool, audience: Audience) -> Outcome:
     """Prepare the data, train from the start or from the newest good checkpoint, and write the model folder.
 
-    A stop asked for by Ctrl-C or SIGTERM ends the run after a checkpoint; `position.step` tells how far it came.
+    Every process that torchrun started calls this; one that torchrun starts again resumes. A stop asked for by Ctrl-C
+    or SIGTERM ends the run after a checkpoint; `position.step` tells how far it came.
     """
-    recipe = claim_folder(recipe, out, resume)
-    with held(out):
-        return _run(recipe, out, resume, audience)
-
-
-def _run(recipe: Recipe, out: Path, resume: bool, audience: Audience) -> Outcome:
     device = choose_device(recipe.train.device)
+    with joined(device) as world:
+        again = resume or world.restarts > 0
+        recipe = world.agree(claim_folder(recipe, out, again) if world.first else recipe)
+        with held(out) if world.first else nullcontext():
+            return _run(recipe, out, again, audience, device, world)
+
+
+def _run(recipe: Recipe, out: Path, resume: bool, audience: Audience, device: torch.device, world: World) -> Outcome:
     precision = choose_precision(recipe.train.precision, device)
-    dataset = _dataset(recipe, out, audience)
+    _check_shares(recipe, world)
+    dataset = _dataset(recipe, out, audience, world)
     tokenizer, context = dataset.tokenizer, recipe.train.context
     recipe = _settle_vocabulary(recipe, tokenizer)
     rows = PackedRows(dataset.train, context, recipe.train.seed, recipe.data.mask_documents, tokenizer.bos_id)
-    audience.say(describe(recipe, device, precision))
-    recipe = _settle_compile(recipe, device, audience)
-    recipe = _settle_steps(recipe, rows, device, precision, audience)
+    audience.say(describe(recipe, device, precision, world))
+    recipe = world.agree(_settle_compile(recipe, device, audience))
+    recipe = _settle_steps(recipe, rows, device, precision, world, audience)
     seen = recipe.train.steps * recipe.train.batch_size * context
     audience.say(f"{recipe.train.steps:,} steps: {seen:,} tokens, {seen / dataset.train.tokens:.2f} epochs")
-    with written_aside(out / "recipe.toml") as aside:
-        write_recipe(recipe, aside, "The recipe of this run, resolved: it repeats the run.")
-    model, updater = build(recipe, device)
-    position = _restore(out, model, updater, audience) if resume else Position()
-    prune_checkpoints(out, recipe.train.keep_checkpoints, position)  # a kill may have come before that
-    measure = validation(dataset, recipe, model, precision)
+    parallel, updater = build(recipe, device, precision, world)
+    position = _restore(out, parallel, updater, audience) if resume else Position()
+    if world.first:
+        with written_aside(out / "recipe.toml") as aside:
+            write_recipe(recipe, aside, "The recipe of this run, resolved: it repeats the run.")
+        prune_checkpoints(out, recipe.train.keep_checkpoints, position)  # a kill may have come before that
+    saver = Saver(out, parallel, tokenizer, updater, recipe.train.keep_checkpoints, audience.say)
+    measure = validation(dataset, recipe, parallel, precision)
+    paper = out.joinpath if world.first else lambda _: Path(os.devnull)
     with (
         interruptible() as interrupt,
-        JsonLines(out / "metrics.jsonl", position.metrics_bytes) as metrics,
-        JsonLines(out / "samples.jsonl", position.samples_bytes) as samples,
+        JsonLines(paper("metrics.jsonl"), position.metrics_bytes) as metrics,
+        JsonLines(paper("samples.jsonl"), position.samples_bytes) as samples,
     ):
 
         def record(line: dict[str, Any]) -> None:
@@ -113,6 +134,9 @@ def _run(recipe: Recipe, out: Path, resume: bool, audience: Audience) -> Outcome
             audience.record(line, recipe.train.steps)
 
         def sample(step: int) -> None:
+            model = gather(parallel, recipe.train.attention)
+            if model is None:
+                return
             prompts, tokens = recipe.train.sample_prompts, recipe.train.sample_tokens
             seed = derive_seed(recipe.train.seed, "sample")
             texts = audience.tell(model.eval(), tokenizer, prompts, tokens, seed)
@@ -121,15 +145,18 @@ def _run(recipe: Recipe, out: Path, resume: bool, audience: Audience) -> Outcome
                 samples.write({"step": step, "prompt": prompt, "text": text})
 
         def save(now: Position) -> None:
-            now = now.replace(metrics_bytes=metrics.size, samples_bytes=samples.size)
-            save_checkpoint(out, model, tokenizer, updater, now)
-            prune_checkpoints(out, recipe.train.keep_checkpoints, now)
+            saver.save(now.replace(metrics_bytes=metrics.size, samples_bytes=samples.size))
 
-        hooks = Hooks(record, measure.score, sample, save, lambda: interrupt.requested)
-        position = train(model, updater, rows, recipe.train, recipe.schedule, precision, position, hooks)
-    with folder_written_aside(out / "model") as folder:
-        save_folder(model, tokenizer, folder)
-    return Outcome(recipe, position, dataset, model.eval())
+        hooks = Hooks(record, audience.say, measure.score, sample, save, lambda: interrupt.requested)
+        try:
+            position = train(parallel, updater, rows, recipe.train, recipe.schedule, precision, position, hooks)
+        finally:
+            saver.finish()
+    model = gather(parallel, recipe.train.attention)
+    if model is not None:
+        with folder_written_aside(out / "model") as folder:
+            save_folder(model.eval(), tokenizer, folder)
+    return Outcome(recipe, position, dataset, model)
 
 
 def claim_folder(recipe: Recipe, out: Path, resume: bool) -> Recipe:
@@ -151,12 +178,19 @@ def claim_folder(recipe: Recipe, out: Path, resume: bool) -> Recipe:
     differing = _differences(recipe, known)
     if differing:
         raise OutputError(f"--out {out}: holds a run of another recipe ({'; '.join(differing)}); name another folder")
-    return known
+    changes = {key: getattr(recipe.train, key) for key in _FREE}
+    return known.replace(train=known.train.replace(**changes), parallel=recipe.parallel)
+
+
+# Settings of [train] with which a run can be resumed on another machine: they decide how it is computed, not what.
+_FREE = (
+    "micro_batch_size", "device", "attention", "compile", "log_every", "keep_checkpoints", "max_skipped_steps",
+)  # fmt: skip
 
 
 def _differences(given: Recipe, stored: Recipe) -> list[str]:
-    """List the settings that differ, apart from those that a run resolves for itself."""
-    resolved = {"train.compile"}
+    """List the settings that differ, apart from those that a run resolves for itself or can be resumed without."""
+    resolved = {f"train.{key}" for key in _FREE} | {f"parallel.{key}" for key in type(given.parallel).model_fields}
     resolved |= {f"{name}.vocab_size" for name in ("model", "tokenizer") if not _gives_vocabulary(getattr(given, name))}
     if given.train.minutes is not None:
         resolved |= {"train.minutes", "train.steps"}
@@ -167,15 +201,25 @@ def _differences(given: Recipe, stored: Recipe) -> list[str]:
     return [f"{key} is {new[key]!r}, was {old[key]!r}" for key in new if new[key] != old[key] and key not in resolved]
 
 
-def _dataset(recipe: Recipe, out: Path, audience: Audience) -> Dataset:
-    """Open the prepared data, making it first where this run has none."""
+def _check_shares(recipe: Recipe, world: World) -> None:
+    """Raise RecipeError where the processes cannot have equal shares of a step, or of the machines."""
+    size, batch = world.size, recipe.train.batch_size
+    if batch % size:
+        advice = f"must be a multiple of the {size} processes, such as {max(size, batch // size * size)}"
+        raise RecipeError(str(Problem("train.batch_size", batch, advice)))
+    if size % world.local_size:
+        raise RecipeError(f"{size} processes on machines of {world.local_size}: start equally many on each machine")
+
+
+def _dataset(recipe: Recipe, out: Path, audience: Audience, world: World) -> Dataset:
+    """Open the prepared data; where this run has none, its first process makes it, and the others wait."""
     prepared = prepared_folder(recipe.data)
     if prepared and recipe.data.validation:
         audience.say(f"data.validation is not read: {prepared} brings its own validation documents")
     folder = prepared or out / "data"
-    if not (folder / DATASET_FILE).is_file():
+    if world.first and not (folder / DATASET_FILE).is_file():
         prepare_dataset(recipe.data, recipe.tokenizer, folder, audience.progress)
-    dataset = open_dataset(folder)
+    dataset = open_dataset(world.agree(folder))
     audience.say(str(dataset.report))
     return dataset
 
@@ -199,7 +243,7 @@ def _gives_vocabulary(settings: Gemma3Config | TokenizerSettings) -> bool:
     return "vocab_size" in settings.model_fields_set
 
 
-def describe(recipe: Recipe, device: torch.device, precision: str) -> str:
+def describe(recipe: Recipe, device: torch.device, precision: str, world: World) -> str:
     """Say in two lines what will be trained, and where."""
     config, settings = recipe.model, recipe.train
     with torch.device("meta"):
@@ -210,18 +254,27 @@ def describe(recipe: Recipe, device: torch.device, precision: str) -> str:
         f"of width {config.hidden_size}, MLP {config.intermediate_size}, {config.num_attention_heads} heads and "
         f"{config.num_key_value_heads} of keys, each {config.head_dim}; window {config.sliding_window}\n"
         f"on {device} in {precision}, {settings.batch_size} x {settings.context} tokens a step"
+        + (f", {world.size} processes by {recipe.parallel.strategy}" if world.size > 1 else "")
     )
 
 
-def build(recipe: Recipe, device: torch.device) -> tuple[Gemma3, Updater]:
-    """Make a fresh model and its optimizers."""
-    model = Gemma3(recipe.model, recipe.train.attention)
-    initialise(model, derive_seed(recipe.train.seed, "weights"), recipe.train.damp_branches)
-    model.to(device)
-    if recipe.train.compile:
-        for block in model.blocks:
-            block.compile()
-    return model, Updater(model, recipe.optimizer)
+def build(
+    recipe: Recipe, device: torch.device, precision: Literal["bf16", "fp32"], world: World
+) -> tuple[Parallel, Updater]:
+    """Make a fresh model, in place on every process, and its optimizers."""
+    seed, damp = derive_seed(recipe.train.seed, "weights"), recipe.train.damp_branches
+    with torch.device("meta"):
+        model = Gemma3(recipe.model, recipe.train.attention)
+    parallel = parallelise(
+        model,
+        recipe.parallel,
+        recipe.train.compile,
+        precision,
+        device,
+        world,
+        lambda model, put: initialise(model, seed, damp, put),
+    )
+    return parallel, Updater(parallel.model, recipe.optimizer, precision)
 
 
 def _settle_compile(recipe: Recipe, device: torch.device, audience: Audience) -> Recipe:
@@ -234,37 +287,45 @@ def _settle_compile(recipe: Recipe, device: torch.device, audience: Audience) ->
 
 
 def _settle_steps(
-    recipe: Recipe, rows: PackedRows, device: torch.device, precision: Literal["bf16", "fp32"], audience: Audience
+    recipe: Recipe,
+    rows: PackedRows,
+    device: torch.device,
+    precision: Literal["bf16", "fp32"],
+    world: World,
+    audience: Audience,
 ) -> Recipe:
     """Turn `train.minutes` into steps by timing a few on a throw-away model."""
     minutes = recipe.train.minutes
     if minutes is None:
         return recipe
     settings = recipe.train
-    model, updater = build(recipe, device)
-    model.train()
+    parallel, updater = build(recipe, device, precision, world)
+    parallel.model.train()
+    batch = rows.rows(0, settings.batch_size // world.size)
     times: list[float] = []
     # The first steps also compile and fill caches.
-    while len(times) < 8 or (sum(times[3:]) < 4 and len(times) < 30):
+    while world.agree(len(times) < 8 or (sum(times[3:]) < 4 and len(times) < 30)):
         began = time.perf_counter()
-        accumulate_gradients(model, rows.rows(0, settings.batch_size), settings, precision)
+        accumulate_gradients(parallel, batch, batch.trained * world.size, 0, settings, precision)
         updater.update(1e-3)
         times.append(time.perf_counter() - began)
-    seconds = statistics.quantiles(times[3:], n=4)[0]  # what else the machine does makes steps slower, never faster
+    # What else the machine does makes steps slower, never faster.
+    seconds = world.agree(statistics.quantiles(times[3:], n=4)[0])
     steps = max(1, min(settings.steps, int(60 * minutes / seconds)))
     audience.say(f"one step takes {seconds:.3f} s here; {minutes:g} minutes were asked for")
     return recipe.replace(train=settings.replace(steps=steps, minutes=None))
 
 
-def _restore(out: Path, model: Gemma3, updater: Updater, audience: Audience) -> Position:
+def _restore(out: Path, parallel: Parallel, updater: Updater, audience: Audience) -> Position:
     """Go back to the newest checkpoint that is whole, saying what is wrong with newer ones."""
-    folder, damage = newest_checkpoint(out)
+    world = parallel.world
+    folder, damage = world.agree(newest_checkpoint(out) if world.first else (None, []))
     for sentence in damage:
         audience.say(f"passed over a checkpoint: {sentence}")
     if folder is None:
         audience.say(f"{out} has no checkpoint yet: starting from step 0")
         return Position()
-    position = load_checkpoint(folder, model, updater)
+    position = load_checkpoint(folder, parallel, updater)
     audience.say(f"going on from {folder}, after step {position.step:,}")
     return position
 
@@ -276,7 +337,7 @@ class Measure(NamedTuple):
     floor: float | None
 
 
-def validation(dataset: Dataset, recipe: Recipe, model: Gemma3, precision: Literal["bf16", "fp32"]) -> Measure:
+def validation(dataset: Dataset, recipe: Recipe, parallel: Parallel, precision: Literal["bf16", "fp32"]) -> Measure:
     """Fix the documents to validate on."""
     settings = recipe.train
     documents = WholeDocuments(
@@ -288,4 +349,5 @@ def validation(dataset: Dataset, recipe: Recipe, model: Gemma3, precision: Liter
     )
     whole = documents.documents == dataset.validation.documents
     floor = dataset.floor_nats / documents.targets if dataset.floor_nats is not None and whole else None
-    return Measure(lambda: score(model, documents, documents.bytes, precision), floor)
+    model, world = parallel.model, parallel.world
+    return Measure(lambda: score(model, documents, documents.bytes, precision, world), floor)

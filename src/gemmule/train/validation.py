@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterable
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import torch
 
 from gemmule.data.batches import Batch
 from gemmule.model.gemma3 import Gemma3
-from gemmule.runtime import autocast, uncompiled
+from gemmule.runtime import ALONE, World, autocast, uncompiled
 from gemmule.train.loss import summed_loss
 
 
@@ -40,17 +41,30 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def score(model: Gemma3, batches: Iterable[Batch], text_bytes: int, precision: Literal["bf16", "fp32"]) -> Score:
-    """Predict every target of the batches, whose text has `text_bytes` bytes, and add up the cost."""
+def score(
+    model: Gemma3,
+    batches: Iterable[Batch],
+    text_bytes: int,
+    precision: Literal["bf16", "fp32"],
+    world: World = ALONE,
+) -> Score:
+    """Predict every target of the batches, whose text has `text_bytes` bytes, and add up the cost.
+
+    The processes of a world take turns, and call the model equally often: one without a batch in the last round
+    repeats another's, uncounted.
+    """
     device = model.embedding.weight.device
     was_training = model.training
     model.eval()
     nats, tokens = 0.0, 0
-    for batch in batches:
-        batch = batch.to(device)
+    left = iter(batches)
+    while turn := list(islice(left, world.size)):
+        counted = world.rank < len(turn)
+        batch = turn[world.rank if counted else 0].to(device)
         with uncompiled(), autocast(device, precision):
             loss = model(batch.tokens, documents=batch.documents, readout=summed_loss(batch.targets))
-        nats += loss.item()
-        tokens += batch.trained
+        nats += loss.item() * counted
+        tokens += batch.trained * counted
     model.train(was_training)
-    return Score(nats, tokens, text_bytes)
+    nats, count = world.total(nats, tokens)
+    return Score(nats, int(count), text_bytes)
