@@ -11,7 +11,7 @@ import pytest
 
 from gemmule.files import held
 from gemmule.train.checkpoint import checkpoints
-from runs import Ended, final_weights, gemmule, timeless_metrics, write_text
+from runs import Ended, final_weights, gemmule, steps_done, timeless_metrics, write_text
 
 
 def complaint(ended: Ended) -> str:
@@ -299,8 +299,13 @@ def test_a_disk_that_fills_up_keeps_the_checkpoints_and_the_run_goes_on(
     tiny_recipe: Path, tiny_run: Path, small_disk: Callable[[int], Path]
 ) -> None:
     run = small_disk(1200) / "run"
-    sentence = complaint(train(tiny_recipe, run))
-    assert sentence.startswith(f"{run / 'checkpoints' / 'step-00000006'}: no space left on the device")
+    ended = train(tiny_recipe, run)
+    places = {step: run / "checkpoints" / f"step-{step:08d}" for step in (6, 9, 12)}
+    told = "a checkpoint could not be written, the ones before it are kept and the run goes on"
+    for step in (6, 9):
+        assert f"{told}: {places[step]}: no space left on the device" in ended.err
+    assert complaint(ended).startswith(f"{places[12]}: no space left on the device")
+    assert steps_done(run) == 12
     assert [folder.name for folder in checkpoints(run)] == ["step-00000003"]
     assert sorted(file.name for file in (run / "checkpoints").iterdir()) == ["step-00000003"]
     assert "no space left" in complaint(gemmule("train", tiny_recipe, "--out", run, "--resume"))

@@ -282,7 +282,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_as_often_as_allowed(
 
 def test_a_jump_of_the_loss_is_reported_with_its_rows(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     run, log = Run(corpus, steps=80, log_every=100, validate_every=80), Log()
-    poison(run, monkeypatch, 1.5, {70})
+    poison(run, monkeypatch, 2.0, {70})
     run.go(log)
     (warning,) = log.warnings
     assert "step 70: the loss jumped to " in warning

@@ -58,7 +58,7 @@ def test_constants_are_the_seed_documents() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_each_parameter_has_exactly_one_owner(name: str, tied: bool) -> None:
     model = lively_model(tiny_config(tie_word_embeddings=tied))
-    optimizers = OPTIMIZERS[name](list(model.named_parameters()), settings_of(name))
+    optimizers = OPTIMIZERS[name](list(model.named_parameters()), settings_of(name), "fp32")
     owned = [parameter for o in optimizers for group in o.param_groups for parameter in group["params"]]
     assert Counter(map(id, owned)) == Counter(map(id, model.parameters()))
 
@@ -103,7 +103,7 @@ def test_muon_moves_matrices_in_directions_of_equal_length_and_adamw_the_rest() 
 def test_muon_moves_a_matrix_of_any_shape_as_far_as_adamw_would(shape: tuple[int, int]) -> None:
     matrix = nn.Parameter(torch.zeros(shape))
     (optimizer,) = OPTIMIZERS["muon"](
-        [("blocks.0.weight", matrix), ("norm.weight", nn.Parameter(torch.zeros(1)))], settings_of("muon")
+        [("blocks.0.weight", matrix), ("norm.weight", nn.Parameter(torch.zeros(1)))], settings_of("muon"), "fp32"
     )[:1]
     matrix.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     optimizer.step()

@@ -92,7 +92,7 @@ class Saver:
         folder = _folder(self._run, position.step)
         if self._parallel.world.first:
             shutil.rmtree(aside_of(folder), ignore_errors=True)  # a process that was killed may have left it
-        writer = Writer(aside_of(folder), partial(self._complete, folder, position))
+        writer = Writer(folder, partial(self._complete, folder, position))
         state = _contents(self._parallel, self._updater)
         future = async_save(state, storage_writer=writer, process_group=self._parallel.world.patient)
         assert isinstance(future, Future)

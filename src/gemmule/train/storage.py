@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from gemmule.files import explained, sha256, sync
+from gemmule.files import aside_of, explained, sha256, sync
 from gemmule.formats.safetensors_reader import piece_name, split_piece_name
 
 KINDS = ("model", "optimizer")
@@ -38,15 +38,18 @@ def kind_of(name: str) -> str:
 
 
 class Writer(StorageWriter):
-    """Writes each process's part into a folder; `finish` then gets the sha256 of every file by its name."""
+    """Writes each process's part aside of a folder; `finish` then gets the sha256 of every file by its name.
+
+    Where that fails for want of space or rights, OutputError names the folder.
+    """
 
     def __init__(self, folder: Path, finish: Callable[[dict[str, str]], None]) -> None:
-        self._folder, self._finish = folder, finish
+        self._folder, self._aside, self._finish = folder, aside_of(folder), finish
 
     def set_up_storage_writer(self, *_: Any, **__: Any) -> None:
         """Make the folder; every process may, so that none depends on when it sees another's."""
         with explained(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._aside.mkdir(parents=True, exist_ok=True)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Tell each process its place among those that write."""
@@ -69,10 +72,10 @@ class Writer(StorageWriter):
                 first = chunk.offsets[0] if chunk.offsets else 0
                 name = piece_name(item.index.fqn, first, chunk.sizes, item.tensor_data.size)
                 tensors[name] = values.detach().cpu().contiguous()
-            file = self._folder / f"{kind}{plan.storage_data}.safetensors"
-            with explained(file):
+            file = self._aside / f"{kind}{plan.storage_data}.safetensors"
+            with explained(self._folder):
                 save_file(tensors, file, metadata={"format": "pt"})
-                file.chmod(self._folder.stat().st_mode & 0o666)  # the library lets nobody but the owner read it
+                file.chmod(self._aside.stat().st_mode & 0o666)  # the library lets nobody but the owner read it
                 sync(file)
                 written = (file.name, sha256(file))
             results += [WriteResult(item.index, item.tensor_storage_size() or 0, written) for item in items]
