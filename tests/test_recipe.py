@@ -77,6 +77,12 @@ def test_replace_changes_a_copy_and_checks_it() -> None:
         oven.replace(degres=200)
 
 
+def test_replace_leaves_open_what_was_not_set() -> None:
+    oven = Oven()
+    assert oven.replace().model_fields_set == set()
+    assert oven.replace(degrees=200).model_fields_set == {"degrees"}
+
+
 def test_unknown_key_names_the_nearest() -> None:
     assert complaint(GOOD | {"oven": {"degres": 200}}) == (
         "recipe bread.toml\n  oven.degres = 200: no such setting; did you mean oven.degrees?"

@@ -37,8 +37,8 @@ class Settings(BaseModel):
         yield from ()
 
     def replace(self, **changes: Any) -> Self:
-        """Return a copy with some fields changed, checked like the original."""
-        return type(self).model_validate(self.model_dump() | changes)
+        """Return a copy with some fields changed, checked like the original; what nobody set stays not set."""
+        return type(self).model_validate(self.model_dump(exclude_unset=True) | changes)
 
 
 S = TypeVar("S", bound=Settings)

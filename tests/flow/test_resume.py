@@ -18,6 +18,7 @@ KILLED, INTERRUPTED = -signal.SIGKILL, 130
 
 # Each process takes up what the one before it left.
 WHILE_SAVING = {
+    "before step 0": Death("gemmule.train.run:build", 1),
     "before the first checkpoint": Death("gemmule.train.checkpoint:async_save", 1),
     "while files are written aside": Death("gemmule.train.storage:save_file", 2),
     "before a folder takes its name": Death("gemmule.files:_exchange", 1),
@@ -73,7 +74,7 @@ def test_a_run_killed_again_and_again_while_saving_equals_one_that_was_not(
         process.join()
         assert process.exitcode == KILLED, f"{moment}: {log.read_text()}"
         left.append([int(folder.name.removeprefix("step-")) for folder in checkpoints(run)])
-    assert left == [[], [], [], [3], [9, 6, 3], [9, 6, 3], [12, 9]]
+    assert left == [[], [], [], [], [3], [9, 6, 3], [9, 6, 3], [12, 9]]
     finish(tiny_recipe, run)
     assert same_run(run, tiny_run)
 
