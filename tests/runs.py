@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +95,11 @@ def gemmule(*arguments: object) -> Ended:
     return Ended(result.exit_code, result.stdout, result.stderr)
 
 
+def overrides(*changes: str) -> list[str]:
+    """Return the words of a command line that change settings."""
+    return [word for change in changes for word in ("--set", change)]
+
+
 def final_weights(run: Path) -> bytes:
     """Return the file of the trained weights."""
     return (run / "model" / "model.safetensors").read_bytes()
@@ -106,11 +112,12 @@ def timeless_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 class Death(NamedTuple):
-    """A moment at which a process dies as of `kill -9`: at the n-th call of a function, before or after it."""
+    """A moment at which a process gets a signal, `kill -9` if not said: the n-th call of a function, before or after."""
 
     function: str  # module:name
     call: int
     after: bool = False
+    number: int = signal.SIGKILL
 
     def arm(self) -> None:
         """Lie in wait."""
@@ -124,25 +131,53 @@ class Death(NamedTuple):
             nonlocal calls
             calls += 1
             if calls == self.call and not self.after:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), self.number)
             result = original(*arguments, **options)
-            if calls == self.call:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if calls == self.call and self.after:
+                os.kill(os.getpid(), self.number)
             return result
 
         setattr(module, name, deadly)
 
 
-def start(*arguments: object, log: Path, death: Death | None = None, threads: int = 1) -> ForkServerProcess:
+def start(
+    *arguments: object,
+    log: Path,
+    death: Death | None = None,
+    threads: int = 1,
+    environment: Mapping[str, object] | None = None,
+) -> ForkServerProcess:
     """Start a command in a process of its own, which comes from a server that has loaded torch already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gemmule.train.run", "torch.utils.tensorboard.writer", "matplotlib.figure"])
-    process = context.Process(target=_run, args=([str(argument) for argument in arguments], log, death, threads))
+    words, variables = [str(word) for word in arguments], {k: str(v) for k, v in (environment or {}).items()}
+    process = context.Process(target=_run, args=(words, log, death, threads, variables))
     process.start()
     return process
 
 
-def _run(arguments: list[str], log: Path, death: Death | None, threads: int) -> None:
+def start_world(
+    size: int, *arguments: object, log: Path, machine: int | None = None, deaths: Mapping[int, Death] | None = None
+) -> list[ForkServerProcess]:
+    """Start a command as so many processes of one run, `machine` of them on each machine, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    local = machine or size
+    place = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": local, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start(
+            *arguments,
+            log=log.with_name(f"{log.name}.{rank}"),
+            death=(deaths or {}).get(rank),
+            environment=place | {"RANK": rank, "LOCAL_RANK": rank % local},
+        )
+        for rank in range(size)
+    ]
+
+
+def _run(arguments: list[str], log: Path, death: Death | None, threads: int, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
     import torch
 
     torch.set_num_threads(threads)

@@ -1,0 +1,104 @@
+"""Two processes learn what one does, by every strategy, and take up each other's checkpoints."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from gemmule.train.checkpoint import checkpoints
+from gemmule.train.metrics import read_json_lines
+from runs import Death, gemmule, overrides, start_world, write_recipe_file
+
+pytestmark = pytest.mark.slow
+
+# Dropout is drawn for each micro-batch by its first row, so that it depends on how the rows are cut.
+STEADY = ("train.steps=20", "train.validate_every=20", "model.dropout=0.0", "model.attention_dropout=0.0")
+
+
+def run_world(
+    size: int, recipe: Path, run: Path, *changes: str, machine: int | None = None, stop: Death | None = None
+) -> None:
+    """Go on with a run in so many processes, to its end or to where the first of them is asked to stop."""
+    log = run.with_name(f"{run.name}.log")
+    words = ("train", recipe, *overrides(*STEADY, *changes), "--out", run, "--resume")
+    processes = start_world(size, *words, log=log, machine=machine, deaths={0: stop} if stop else None)
+    for process in processes:
+        process.join()
+    told = "".join(log.with_name(f"{log.name}.{rank}").read_text(errors="replace") for rank in range(size))
+    assert [process.exitcode for process in processes] == [130 if stop else 0] * size, told
+
+
+def in_step(number: int) -> Death:
+    """SIGTERM in the n-th step of a process, which all processes then finish."""
+    return Death("gemmule.train.loop:learning_rate_factor", number, number=signal.SIGTERM)
+
+
+def assert_same_curve(run: Path, straight: Path) -> None:
+    """Losses are equal within 1e-6, and as many targets were trained in each step."""
+    one, other = (read_json_lines(folder / "metrics.jsonl") for folder in (run, straight))
+    assert [line["tokens"] for line in one] == [line["tokens"] for line in other]
+    for key in ("loss", "val_loss"):
+        values, wanted = ([line[key] for line in lines if key in line] for lines in (one, other))
+        assert values == pytest.approx(wanted, rel=1e-6), key
+
+
+@pytest.fixture(scope="module", params=["muon", "adamw"])
+def optimizer(request: pytest.FixtureRequest) -> str:
+    return f"optimizer.name={request.param}"
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, optimizer: str) -> tuple[Path, Path]:
+    """A recipe, and its run in one process without accumulation."""
+    folder = tmp_path_factory.mktemp("straight")
+    recipe, run = write_recipe_file(folder), folder / "run"
+    changes = overrides(*STEADY, optimizer, "train.micro_batch_size=8")
+    assert gemmule("train", recipe, *changes, "--out", run).code == 0
+    return recipe, run
+
+
+@pytest.mark.parametrize("rows", [4, 2])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_does(
+    straight: tuple[Path, Path], tmp_path: Path, optimizer: str, strategy: str, rows: int
+) -> None:
+    recipe, alone = straight
+    run = tmp_path / "run"
+    run_world(2, recipe, run, optimizer, f"parallel.strategy={strategy}", f"train.micro_batch_size={rows}")
+    assert_same_curve(run, alone)
+
+
+def test_two_machines_of_two_processes_learn_what_one_does(
+    straight: tuple[Path, Path], tmp_path: Path, optimizer: str
+) -> None:
+    recipe, alone = straight
+    run = tmp_path / "run"
+    run_world(4, recipe, run, optimizer, "parallel.strategy=hsdp", "train.micro_batch_size=1", machine=2)
+    assert_same_curve(run, alone)
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_that_recompute_learn_what_one_does(
+    straight: tuple[Path, Path], tmp_path: Path, optimizer: str, strategy: str, how: str
+) -> None:
+    recipe, alone = straight
+    run = tmp_path / "run"
+    run_world(2, recipe, run, optimizer, f"parallel.strategy={strategy}", f"parallel.activation_checkpointing={how}")
+    assert_same_curve(run, alone)
+
+
+def test_one_two_and_one_process_go_on_with_each_others_checkpoints(
+    straight: tuple[Path, Path], tmp_path: Path, optimizer: str
+) -> None:
+    recipe, alone = straight
+    run = tmp_path / "run"
+    stages = [(1, 6, "ddp", 8), (2, 9, "fsdp", 2), (2, 12, "ddp", 4), (4, 15, "fsdp", 1)]
+    done = 0
+    for size, until, strategy, rows in stages:
+        changes = [optimizer, f"parallel.strategy={strategy}", f"train.micro_batch_size={rows}"]
+        run_world(size, recipe, run, *changes, stop=in_step(until - done))
+        done = until
+        assert checkpoints(run)[0].name == f"step-{until:08d}"
+    run_world(1, recipe, run, optimizer, "train.micro_batch_size=1")
+    assert_same_curve(run, alone)
