@@ -112,7 +112,7 @@ def timeless_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 class Death(NamedTuple):
-    """A moment at which a process gets a signal, `kill -9` if not said: the n-th call of a function, before or after."""
+    """A moment at which a process gets a signal, else `kill -9`: the n-th call of a function, before or after it."""
 
     function: str  # module:name
     call: int

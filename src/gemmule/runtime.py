@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import secrets
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from gemmule.errors import DeviceError, TrainingError
@@ -125,7 +129,8 @@ def joined(device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if launched:
-        dist.init_process_group(backend, timeout=_STEP)
+        store, rank, size = next(iter(rendezvous("env://", timeout=_STEP)))
+        dist.init_process_group(backend, store=_meet(store, rank, size), rank=rank, world_size=size, timeout=_STEP)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
@@ -138,6 +143,30 @@ def joined(device: torch.device) -> Iterator[World]:
         raise failure from error
     finally:
         dist.destroy_process_group()
+
+
+def _meet(store: Store, rank: int, size: int) -> Store:
+    """Return a part of the store that belongs to the processes alive now.
+
+    Those that torchrun starts again get the old store, and would look for each other where the dead ones listened. So
+    each puts down a word that nobody used before, the first reads them out until each has heard its own.
+    """
+    mine = secrets.token_hex(8)
+    store.set(f"word/{rank}", mine)
+    end = time.monotonic() + _STEP.total_seconds()
+    while time.monotonic() < end:
+        if rank == 0:
+            store.set("words", " ".join(store.get(f"word/{other}").decode() for other in range(size)))
+        words = store.get("words").decode()
+        place = hashlib.sha256(words.encode()).hexdigest()
+        if mine in words.split():
+            store.set(f"{place}/{rank}", "heard")
+        if rank == 0 and store.check([f"{place}/{other}" for other in range(size)]):
+            store.set(f"{place}/all", "heard")
+        if store.check([f"{place}/all"]):
+            return PrefixStore(place, store)
+        time.sleep(0.02)
+    raise TrainingError(f"process {rank}: the {size} processes of the run did not all come within {_STEP}")
 
 
 def _world(device: torch.device) -> World:

@@ -1,0 +1,112 @@
+"""A process that dies ends the run with its reason, and what torchrun starts again goes on; signals save."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from gemmule.train.checkpoint import checkpoints
+from runs import Death, final_weights, overrides, start_world, steps_done, timeless_metrics, wait_until
+
+pytestmark = pytest.mark.slow
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@contextmanager
+def torchrun(recipe: Path, run: Path, *options: str, steps: int = 30) -> "Iterator[subprocess.Popen[str]]":
+    """Start a run of two processes as a user would; it does not outlive the block."""
+    command = [*TORCHRUN, *options, "-m", "gemmule", "train", str(recipe), *overrides(f"train.steps={steps}")]
+    command += ["--out", str(run)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def workers(launcher: int) -> list[int]:
+    """Return the processes that torchrun started, by rank."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    ranks = {}
+    for child in children:
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks |= {int(name[5:]): int(child) for name in variables if name.startswith(b"RANK=")}
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
+    """The run of two processes that nothing happened to."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    with torchrun(tiny_recipe, run) as process:
+        _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    return run
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_ends_the_run_at_once(tiny_recipe: Path, tmp_path: Path, rank: int) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    death = Death("gemmule.train.loop:learning_rate_factor", 8)
+    processes = start_world(2, "train", tiny_recipe, "--out", run, log=log, deaths={rank: death})
+    for process in processes:
+        process.join(120)
+    other = 1 - rank
+    assert processes[rank].exitcode == -signal.SIGKILL
+    assert processes[other].exitcode == 1
+    told = log.with_name(f"log.{other}").read_text(errors="replace")
+    sentence = told[told.index("gemmule: ") :]
+    assert sentence.startswith(f"gemmule: process {other}: lost contact with another process of the run (")
+    assert "the same command with --resume goes on" in sentence
+    assert "Traceback" not in told
+    assert checkpoints(run)[-1].name == "step-00000003", "that of step 6 may have been whole already"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_torchrun_starts_again_goes_on_to_the_same_end(
+    tiny_recipe: Path, tmp_path: Path, straight: Path, rank: int
+) -> None:
+    run = tmp_path / "run"
+    with torchrun(tiny_recipe, run, "--max-restarts", "3") as process:
+        wait_until(lambda: len(checkpoints(run)) > 0)
+        os.kill(workers(process.pid)[rank], signal.SIGKILL)
+        _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    assert re.search(r"going on from .*step-\d+, after step", told)
+    assert final_weights(run) == final_weights(straight)
+    assert timeless_metrics(run) == timeless_metrics(straight)
+
+
+def test_a_failure_of_one_process_is_the_reason_that_torchrun_gives(tiny_recipe: Path, tmp_path: Path) -> None:
+    with torchrun(tiny_recipe, tmp_path / "run", steps=0) as process:
+        _, told = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "train.steps = 0: value should be greater than 0" in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_saves_and_says_how_to_go_on(
+    tiny_recipe: Path, tmp_path: Path, straight: Path, number: int
+) -> None:
+    run = tmp_path / "run"
+    with torchrun(tiny_recipe, run) as process:
+        wait_until(lambda: steps_done(run) >= 4)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=300)
+    assert process.returncode != 0
+    ((step, again),) = re.findall(r"stopped after step (\d+), which is saved; go on with:  (.*)", told)
+    assert checkpoints(run)[0].name == f"step-{int(step):08d}"
+    words = shlex.split(again)
+    assert words[:3] == ["torchrun", "...", "-m"]
+    ended = subprocess.run([*TORCHRUN, *words[2:]], capture_output=True, text=True, errors="replace", check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert final_weights(run) == final_weights(straight)
+    assert timeless_metrics(run) == timeless_metrics(straight)
