@@ -32,6 +32,7 @@ from gemmule.runtime import (
 from gemmule.tokenizer import Tokenizer, TokenizerSettings
 from gemmule.train.checkpoint import Position, Saver, load_checkpoint, newest_checkpoint, prune_checkpoints
 from gemmule.train.loop import Hooks, TrainSettings, accumulate_gradients, train
+from gemmule.train.memory import out_of_memory_explained
 from gemmule.train.metrics import JsonLines
 from gemmule.train.optim import OptimizerSettings, Updater
 from gemmule.train.parallel import Parallel, ParallelSettings, gather, parallelise
@@ -109,18 +110,39 @@ def _run(recipe: Recipe, out: Path, resume: bool, audience: Audience, device: to
     rows = PackedRows(dataset.train, context, recipe.train.seed, recipe.data.mask_documents, tokenizer.bos_id)
     audience.say(describe(recipe, device, precision, world))
     recipe = world.agree(_settle_compile(recipe, device, audience))
-    recipe = _settle_steps(recipe, rows, device, precision, world, audience)
-    seen = recipe.train.steps * recipe.train.batch_size * context
-    audience.say(f"{recipe.train.steps:,} steps: {seen:,} tokens, {seen / dataset.train.tokens:.2f} epochs")
-    parallel, updater = build(recipe, device, precision, world)
-    position = _restore(out, parallel, updater, audience) if resume else Position()
-    if world.first:
-        with written_aside(out / "recipe.toml") as aside:
-            write_recipe(recipe, aside, "The recipe of this run, resolved: it repeats the run.")
-        prune_checkpoints(out, recipe.train.keep_checkpoints, position)  # a kill may have come before that
-    saver = Saver(out, parallel, tokenizer, updater, recipe.train.keep_checkpoints, audience.say)
+    with out_of_memory_explained(recipe.model, recipe.train, recipe.parallel, precision):
+        recipe = _settle_steps(recipe, rows, device, precision, world, audience)
+        seen = recipe.train.steps * recipe.train.batch_size * context
+        audience.say(f"{recipe.train.steps:,} steps: {seen:,} tokens, {seen / dataset.train.tokens:.2f} epochs")
+        parallel, updater = build(recipe, device, precision, world)
+        position = _restore(out, parallel, updater, audience) if resume else Position()
+        if world.first:
+            with written_aside(out / "recipe.toml") as aside:
+                write_recipe(recipe, aside, "The recipe of this run, resolved: it repeats the run.")
+            prune_checkpoints(out, recipe.train.keep_checkpoints, position)  # a kill may have come before that
+        position = _learn(recipe, out, dataset, rows, parallel, updater, precision, position, audience)
+    model = gather(parallel, recipe.train.attention)
+    if model is not None:
+        with folder_written_aside(out / "model") as folder:
+            save_folder(model.eval(), tokenizer, folder)
+    return Outcome(recipe, position, dataset, model)
+
+
+def _learn(
+    recipe: Recipe,
+    out: Path,
+    dataset: Dataset,
+    rows: PackedRows,
+    parallel: Parallel,
+    updater: Updater,
+    precision: Literal["bf16", "fp32"],
+    position: Position,
+    audience: Audience,
+) -> Position:
+    """Train from `position` on, with checkpoints, metrics and samples in the run folder `out`."""
+    saver = Saver(out, parallel, dataset.tokenizer, updater, recipe.train.keep_checkpoints, audience.say)
     measure = validation(dataset, recipe, parallel, precision)
-    paper = out.joinpath if world.first else lambda _: Path(os.devnull)
+    paper = out.joinpath if parallel.world.first else lambda _: Path(os.devnull)
     with (
         interruptible() as interrupt,
         JsonLines(paper("metrics.jsonl"), position.metrics_bytes) as metrics,
@@ -139,7 +161,7 @@ def _run(recipe: Recipe, out: Path, resume: bool, audience: Audience, device: to
                 return
             prompts, tokens = recipe.train.sample_prompts, recipe.train.sample_tokens
             seed = derive_seed(recipe.train.seed, "sample")
-            texts = audience.tell(model.eval(), tokenizer, prompts, tokens, seed)
+            texts = audience.tell(model.eval(), dataset.tokenizer, prompts, tokens, seed)
             model.train()
             for prompt, text in zip(prompts, texts, strict=True):
                 samples.write({"step": step, "prompt": prompt, "text": text})
@@ -149,14 +171,9 @@ def _run(recipe: Recipe, out: Path, resume: bool, audience: Audience, device: to
 
         hooks = Hooks(record, audience.say, measure.score, sample, save, lambda: interrupt.requested)
         try:
-            position = train(parallel, updater, rows, recipe.train, recipe.schedule, precision, position, hooks)
+            return train(parallel, updater, rows, recipe.train, recipe.schedule, precision, position, hooks)
         finally:
             saver.finish()
-    model = gather(parallel, recipe.train.attention)
-    if model is not None:
-        with folder_written_aside(out / "model") as folder:
-            save_folder(model.eval(), tokenizer, folder)
-    return Outcome(recipe, position, dataset, model)
 
 
 def claim_folder(recipe: Recipe, out: Path, resume: bool) -> Recipe:
