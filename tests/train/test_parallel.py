@@ -61,7 +61,7 @@ def test_recomputing_everything_keeps_a_fraction() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, when inductor is loaded
+@pytest.mark.filterwarnings("default")  # the compiler warns itself
 @pytest.mark.parametrize("how", HOW)
 def test_compiled_blocks_that_recompute_have_the_same_gradients(how: str) -> None:
     loss, gradients, _ = learn(placed("none"))

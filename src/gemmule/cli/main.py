@@ -15,6 +15,7 @@ from gemmule.cli.export import export
 from gemmule.cli.generate import generate
 from gemmule.cli.import_ import import_
 from gemmule.cli.prepare import prepare
+from gemmule.cli.resume_check import resume_check
 from gemmule.cli.train import train
 from gemmule.errors import GemmuleError
 
@@ -22,6 +23,7 @@ from gemmule.errors import GemmuleError
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "prepare": prepare,
+    "resume-check": resume_check,
     "generate": generate,
     "evaluate": evaluate,
     "doctor": doctor,
