@@ -14,12 +14,14 @@ from gemmule.cli.evaluate import evaluate
 from gemmule.cli.export import export
 from gemmule.cli.generate import generate
 from gemmule.cli.import_ import import_
+from gemmule.cli.plan import plan
 from gemmule.cli.prepare import prepare
 from gemmule.cli.train import train
 from gemmule.errors import GemmuleError
 
 # Their files import what they need when they are called, so that `--help` loads no torch.
 COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan,
     "train": train,
     "prepare": prepare,
     "generate": generate,
