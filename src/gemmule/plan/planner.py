@@ -276,8 +276,8 @@ class Planner:
         if self.sharing.gpus > 1:
             here = min(self.sharing.gpus, self.device.per_machine)
             said.append(
-                f"machines of {here}: {self.device.inside / 1e9:g} GB/s inside, {self.device.between / 1e9:g} GB/s for each "
-                f"GPU between them, of which {LINK_SHARE:.0%} are reached; exchanges hide behind computing"
+                f"machines of {here}: {self.device.inside / 1e9:g} GB/s inside, {self.device.between / 1e9:g} GB/s for "
+                f"each GPU between them, of which {LINK_SHARE:.0%} are reached; exchanges hide behind computing"
             )
         return said
 
