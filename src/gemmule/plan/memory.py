@@ -24,8 +24,9 @@ CUDA_CONTEXT = 0.6e9
 # What torch's caching allocator, or glibc's, holds in pieces that fit nothing, as a share of what comes and goes.
 FRAGMENTS = 0.10
 _LASTING = ("weights", "gradients", "optimizer")
-# Bytes that a process of this project grows by when torch.compile loads and works, beside its tensors.
-COMPILER = 230e6
+# Bytes by which a run's process grows beside its tensors, as benchmarks/plan.py found on one machine: what is loaded on
+# the way (curves, kernels and their buffers, this plan), and the compiler.
+GROWTH, COMPILER = 160e6, 20e6
 
 
 class Count(NamedTuple):
@@ -201,7 +202,7 @@ def _around(
     beside = {"allocator's fragments": FRAGMENTS * passing}
     if device == "gpu":
         return beside | {"CUDA context": CUDA_CONTEXT}
-    return beside | {"Python, torch, compiler": process + COMPILER * compiled}
+    return beside | {"Python and libraries": process + GROWTH + COMPILER * compiled}
 
 
 def process_bytes() -> float:

@@ -19,8 +19,8 @@ from gemmule.plan.trace import Operation
 _LARGEST = 2048
 # Elements that no cache holds.
 _COLD = 2**24
-# Seconds that Python and torch are busy with one small operation on a CPU.
-_CALL = 5e-6
+# Elements of a tensor that two threads share, small enough to take no time beside that of waking them.
+_SMALL = 2**16
 
 
 def this_machine() -> Device:
@@ -40,6 +40,8 @@ class Probe:
         twos = [torch.empty_like(one) for one in ones]
         seconds = _time(lambda: [torch.mul(one, 2.0, out=two) for one, two in zip(ones, twos, strict=True)])
         self._bandwidth = 8 * elements * len(ones) / seconds
+        small = torch.ones(_SMALL)
+        self._call = _time(lambda: small * 2.0)
         self._known: dict[Any, float] = {}
 
     @property
@@ -49,7 +51,7 @@ class Probe:
         middle = statistics.median(rates) if rates else 0.0
         return [
             f"measured here: products at the model's shapes, {middle / 1e9:,.0f} GFLOP/s in the middle of them; memory "
-            f"{self._bandwidth / 1e9:.1f} GB/s; nothing else runs"
+            f"{self._bandwidth / 1e9:.1f} GB/s; {self._call * 1e6:.0f} us to start anything; nothing else runs"
         ]
 
     def seconds(self, operations: Iterable[Operation]) -> float:
@@ -57,9 +59,9 @@ class Probe:
         total = 0.0
         for operation in operations:
             if is_product(operation.name):
-                total += operation.flops / self._rate(operation) + _CALL
+                total += operation.flops / self._rate(operation)
             elif operation.bytes:
-                total += operation.bytes / self._bandwidth + _CALL
+                total += operation.bytes / self._bandwidth + self._call
         return total
 
     def _rate(self, operation: Operation) -> float:
@@ -70,14 +72,14 @@ class Probe:
 
 
 def _time(work: Callable[[], Any]) -> float:
-    """Return the shortest of a few times: what else the machine does makes work slower, never faster."""
+    """Return the median of a few times, the first left out."""
     work()
     times: list[float] = []
-    while len(times) < 3 or (sum(times) < 0.01 and len(times) < 30):
+    while len(times) < 3 or (sum(times) < 0.02 and len(times) < 50):
         began = time.perf_counter()
         work()
         times.append(time.perf_counter() - began)
-    return min(times)
+    return statistics.median(times)
 
 
 def _product_rate(operation: Operation) -> float:
