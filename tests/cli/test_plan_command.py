@@ -29,7 +29,7 @@ def test_this_machine_is_measured(tiny_recipe: Path) -> None:
 
 
 def test_what_does_not_fit_is_said_with_what_would_help_and_ends_well(tiny_recipe: Path) -> None:
-    changes = ["model.hidden_size=8192", "model.intermediate_size=65536", "model.num_hidden_layers=48"]
+    changes = ["model.hidden_size=8192", "model.intermediate_size=16384", "model.num_hidden_layers=48"]
     options = [part for change in changes for part in ("--set", change)]
     ended = gemmule("plan", tiny_recipe, "--device", "4090", *options)
     assert ended.code == 0

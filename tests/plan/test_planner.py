@@ -25,6 +25,8 @@ def recipe(**sections: dict[str, Any]) -> Recipe:
         "tokenizer": {"vocab_size": 512},
         "train": {"steps": 100, "batch_size": 16, "context": 32},
     }
+    if "size" in sections.get("model", {}):
+        given["model"] = {}
     merged = {name: given.get(name, {}) | sections.get(name, {}) for name in given.keys() | sections.keys()}
     return check_recipe(merged, Recipe, "of the test")
 

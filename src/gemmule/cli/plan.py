@@ -64,7 +64,7 @@ def _show(console: "object", name: str, planner: "Planner", found: "Plan") -> No
     how = f", {found.sharing.strategy}" if found.sharing.gpus > 1 else ""
     console.print(f"[bold]{name}[/] on {number}{found.device.title}, {found.precision}{how}")
     for sentence in _verdict(planner, found):
-        console.print(sentence)
+        console.print(sentence, soft_wrap=True)
     tables = [_parameters(found), _memory(found), _time(found), _budget(found)]
     if found.exchanged:
         tables.append(_exchange(found))
@@ -85,14 +85,13 @@ def _verdict(planner: "Planner", found: "Plan") -> list[str]:
     lines = [f"[red]It does not fit[/]: {total} are needed in {found.memory.moment}, a device has {room}"]
     for setting, saved in savings(planner, found.micro_batch)[:3]:
         lines.append(f"  --set {setting.replace(' ', '')} saves {size(saved)}")
-    if (
-        found.device.name != "cpu"
-        and found.memory.classes["weights"] + found.memory.classes["optimizer"] > found.capacity
-    ):
+    lasting = found.memory.classes["weights"] + found.memory.classes["optimizer"]
+    if found.device.name != "cpu" and lasting > found.capacity:
         gpus = fewest_gpus(planner)
         lines.append(
-            "  weights and optimizer alone are too large for one device: "
-            + (f"--gpus {gpus} --set parallel.strategy=fsdp would do, a row at a time" if gpus else "no 4,096 would do")
+            f"  Weights and optimizer alone are too large: --gpus {gpus} --set parallel.strategy=fsdp would do, row by row"
+            if gpus
+            else "  Weights and optimizer alone are too large, and so is one block that fsdp gathers: make the model smaller"
         )
     return lines
 

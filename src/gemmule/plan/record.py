@@ -11,6 +11,7 @@ from gemmule.data.prepare import DATASET_FILE, prepared_folder
 from gemmule.files import written_aside
 from gemmule.plan.memory import process_bytes
 from gemmule.plan.planner import OPTIMAL, Plan, Planner
+from gemmule.runtime import choose_device
 from gemmule.train.run import Recipe
 
 
@@ -57,7 +58,9 @@ class Witness:
         self._prepares = prepared_folder(recipe.data) is None and not (run / "data" / DATASET_FILE).is_file()
         self._plan: Plan | None = None
         try:
-            self._plan = Planner(recipe, "cpu" if recipe.train.device == "cpu" else None, gpus).plan(search=False)
+            kind = choose_device(recipe.train.device).type
+            if kind != "mps":  # which of Apple's chips it is cannot be told
+                self._plan = Planner(recipe, "cpu" if kind == "cpu" else None, gpus).plan(search=False)
         except Exception:
             return
 

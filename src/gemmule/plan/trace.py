@@ -5,7 +5,7 @@ a few chunks of the loss; a step of any depth is made of these parts. So what is
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -305,4 +305,5 @@ def _assemble(recorder: Recorder, loss_share: float) -> Trace:
         for (start, part, forward), stop in zip(marks, ends, strict=True)
         if start < stop
     ]
-    return Trace(recorder.operations, segments, recorder.buffers, loss_share)
+    buffers = [replace(buffer) for buffer in recorder.buffers]  # the model's own are freed when it is let go
+    return Trace(recorder.operations, segments, buffers, loss_share)
