@@ -10,6 +10,7 @@ import typer
 from gemmule.cli.screen import print_json
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from gemmule.plan.planner import Plan, Planner
@@ -54,12 +55,10 @@ def plan(
         print_json(json.dumps(summary(found)))
 
 
-def _show(console: "object", name: str, planner: "Planner", found: "Plan") -> None:
+def _show(console: "Console", name: str, planner: "Planner", found: "Plan") -> None:
     """Print the verdict, then the tables side by side where there is room, then what it all rests on."""
     from rich.columns import Columns
-    from rich.console import Console
 
-    assert isinstance(console, Console)
     number = f"{found.sharing.gpus:,} x " if found.sharing.gpus > 1 else ""
     how = f", {found.sharing.strategy}" if found.sharing.gpus > 1 else ""
     console.print(f"[bold]{name}[/] on {number}{found.device.title}, {found.precision}{how}")
@@ -87,13 +86,14 @@ def _verdict(planner: "Planner", found: "Plan") -> list[str]:
         lines.append(f"  --set {setting.replace(' ', '')} saves {size(saved)}")
     lasting = found.memory.classes["weights"] + found.memory.classes["optimizer"]
     if found.device.name != "cpu" and lasting > found.capacity:
-        gpus = fewest_gpus(planner)
-        lines.append(
-            f"  Weights and optimizer alone are too large: --gpus {gpus} --set parallel.strategy=fsdp would do, row by row"
-            if gpus
-            else "  Weights and optimizer alone are too large, and so is one block that fsdp gathers: make the model smaller"
-        )
+        lines.append(f"  Weights and optimizer alone are too large for one: {_spread(fewest_gpus(planner))}")
     return lines
+
+
+def _spread(gpus: int | None) -> str:
+    if gpus is None:
+        return "and so is one block that fsdp gathers; make the model smaller"
+    return f"--gpus {gpus} --set parallel.strategy=fsdp would do, row by row"
 
 
 def _table(title: str) -> "Table":

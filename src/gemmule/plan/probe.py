@@ -16,7 +16,7 @@ from gemmule.plan.fusion import is_attention, is_product
 from gemmule.plan.trace import Operation
 
 # Larger dimensions are measured at this size, which is large enough to be as fast as any.
-_LARGEST = 2048
+_LARGEST = 1024
 # Elements that no cache holds.
 _COLD = 2**24
 # Elements of a tensor that two threads share, small enough to take no time beside that of waking them.
@@ -72,14 +72,14 @@ class Probe:
 
 
 def _time(work: Callable[[], Any]) -> float:
-    """Return the median of a few times, the first left out."""
+    """Return the lower quartile of a few times: what else the machine does makes work slower, never faster."""
     work()
     times: list[float] = []
-    while len(times) < 3 or (sum(times) < 0.02 and len(times) < 50):
+    while len(times) < 3 or (sum(times) < 0.01 and len(times) < 50):
         began = time.perf_counter()
         work()
         times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return statistics.quantiles(times, n=4)[0]
 
 
 def _product_rate(operation: Operation) -> float:
