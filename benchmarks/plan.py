@@ -4,8 +4,9 @@
     python benchmarks/plan.py --train train.txt --validation valid.txt --device cuda
 
 Prepares the data of each case, trains it for some steps in a process of its own, and compares the plan that the run
-made before its first step (RUN/plan.json) with the time of a step and the peak memory that it then measured. Prints a
-table, and writes benchmarks/results/plan.json with the machine and versions.
+made before its first step (RUN/plan.json) with the time of a step and the peak memory that it then measured. A second
+plan after the run tells whether the machine has kept its speed. Prints a table, and writes it to
+benchmarks/results/plan.json with the machine and versions.
 """
 
 import argparse
@@ -48,10 +49,11 @@ CASES = (
 )
 
 
-def gemmule(*arguments: object) -> None:
-    """Run a command to its end, in a process of its own."""
+def gemmule(*arguments: object) -> str:
+    """Run a command to its end, in a process of its own; return what it printed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    subprocess.run([sys.executable, "-m", "gemmule", *map(str, arguments)], check=True, env=environment)
+    command = [sys.executable, "-m", "gemmule", *map(str, arguments)]
+    return subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
 
 
 def vocabulary_of(case: Case) -> int:
@@ -87,6 +89,9 @@ def run(case: Case, data: Path, out: Path, device: str) -> dict[str, Any]:
     recipe.write_text("\n".join(line for line in text.splitlines() if not line.startswith(("minutes", "validation ="))))
     gemmule("train", recipe, "--out", out, *settings)
     found: dict[str, Any] = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    options = ["--device", "cpu"] if device == "cpu" else []
+    after = json.loads(gemmule("plan", recipe, *options, "--json", *settings))
+    found["predicted"]["step_seconds_after_the_run"] = after["seconds"]["step"]
     return {"case": case.name, "changes": list(case.cpu)} | {
         key: found[key] for key in ("predicted", "measured", "off")
     }
@@ -139,12 +144,13 @@ def main() -> None:
     if all(before.get(key) == value for key, value in content.items()):
         rows = {found["case"]: found for found in [*before["runs"], *runs]}
         runs = [rows[case.name] for case in CASES if case.name in rows]
-    print(f"{'case':36}{'ms a step, plan':>17}{'run':>8}{'off':>7}{'MB, plan':>11}{'run':>7}{'off':>7}")
+    print(f"{'case':36}{'ms a step, plan':>17}{'run':>8}{'off':>7}{'again':>8}{'MB, plan':>11}{'run':>7}{'off':>7}")
     for found in runs:
         plan, real, off = found["predicted"], found["measured"], found["off"]
         print(
             f"{found['case']:36}{1e3 * plan['step_seconds']:17,.0f}{1e3 * real['step_seconds']:8,.0f}"
-            f"{off['step_seconds']:+7.0%}{plan['peak_memory'] / 1e6:11,.0f}{real['peak_memory'] / 1e6:7,.0f}"
+            f"{off['step_seconds']:+7.0%}{1e3 * plan['step_seconds_after_the_run']:8,.0f}"
+            f"{plan['peak_memory'] / 1e6:11,.0f}{real['peak_memory'] / 1e6:7,.0f}"
             f"{off['peak_memory']:+7.0%}"
         )
     content["runs"] = runs
