@@ -20,6 +20,7 @@ def test_a_run_folder_holds_what_is_promised(tiny_run: Path) -> None:
         "recipe.toml",
         "metrics.jsonl",
         "loss.png",
+        "plan.json",
         "tensorboard",
         "checkpoints",
         "model",

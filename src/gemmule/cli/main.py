@@ -14,6 +14,7 @@ from gemmule.cli.evaluate import evaluate
 from gemmule.cli.export import export
 from gemmule.cli.generate import generate
 from gemmule.cli.import_ import import_
+from gemmule.cli.plan import plan
 from gemmule.cli.prepare import prepare
 from gemmule.cli.resume_check import resume_check
 from gemmule.cli.train import train
@@ -21,6 +22,7 @@ from gemmule.errors import GemmuleError
 
 # Their files import what they need when they are called, so that `--help` loads no torch.
 COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan,
     "train": train,
     "prepare": prepare,
     "resume-check": resume_check,

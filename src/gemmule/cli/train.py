@@ -12,6 +12,7 @@ from gemmule.cli.screen import Screen, print_json
 
 if TYPE_CHECKING:
     from gemmule.model.gemma3 import Gemma3
+    from gemmule.plan.record import Witness
     from gemmule.train.run import Audience, Outcome, Recipe
 
 INTERRUPTED = 130
@@ -36,6 +37,7 @@ def train(
 
         gemmule train recipes/story.toml --out runs/story --resume
     """
+    from gemmule.plan.record import Witness
     from gemmule.recipe import read_recipe
     from gemmule.train.run import SILENT, Recipe, run_recipe
 
@@ -43,7 +45,9 @@ def train(
     run = out or Path("runs") / recipe.stem
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one speaks
     with Screen(quiet=not first) as screen:
-        outcome = run_recipe(settings, run, resume, _audience(screen, run) if first else SILENT)
+        witness = Witness(settings, run, int(os.environ.get("WORLD_SIZE", "1"))) if first else None
+        audience = SILENT if witness is None else _audience(screen, run, witness)
+        outcome = run_recipe(settings, run, resume, audience)
     if outcome.position.step < outcome.recipe.train.steps:
         changes = [part for item in overrides or [] for part in ("--set", item)]
         launcher = ["torchrun", "...", "-m"] if "TORCHELASTIC_RUN_ID" in os.environ else []
@@ -52,13 +56,15 @@ def train(
         raise typer.Exit(INTERRUPTED)
     if outcome.model is None:
         return
+    if witness is not None and (sentence := witness.conclude()):
+        screen.say(sentence)
     summary = _conclude(screen, outcome, outcome.model, run)
     if as_json:
         print_json(json.dumps(summary))
 
 
-def _audience(screen: Screen, run: Path) -> "Audience":
-    """Tell the screen, the picture and TensorBoard of the run."""
+def _audience(screen: Screen, run: Path, witness: "Witness") -> "Audience":
+    """Tell the screen, the picture, TensorBoard and the plan's witness of the run."""
     from gemmule.generate.engine import complete
     from gemmule.generate.sampling import STORYTELLING
     from gemmule.report.curves import draw_curves
@@ -70,6 +76,7 @@ def _audience(screen: Screen, run: Path) -> "Audience":
     def record(line: dict[str, Any], steps: int) -> None:
         screen.training(line, steps)
         board(line)
+        witness.note(line)
         if "val_loss" in line:
             draw_curves(run, screen.say)
 

@@ -54,7 +54,7 @@ class Muon(Optimizer):
         """Move every matrix that has a gradient; there is no use for a closure."""
         assert closure is None
         for group in self.param_groups:
-            for matrices in _stacks(p for p in group["params"] if p.grad is not None):
+            for matrices in stacks(p for p in group["params"] if p.grad is not None):
                 self._move(matrices, group["lr"], group["weight_decay"], group["momentum"])
 
     def _move(self, matrices: list[Tensor], rate: float, decay: float, momentum: float) -> None:
@@ -70,7 +70,7 @@ class Muon(Optimizer):
         torch._foreach_add_(matrices, list(steps), alpha=-rate * size)
 
 
-def _stacks(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def stacks(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the matrices in lists of one shape."""
     shapes: dict[torch.Size, list[Tensor]] = {}
     for matrix in matrices:

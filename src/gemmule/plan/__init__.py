@@ -1,0 +1,1 @@
+"""Planning: what a recipe needs and how long it takes, before anything runs."""

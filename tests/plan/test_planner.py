@@ -1,0 +1,138 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemmule.errors import DeviceError, RecipeError
+from gemmule.plan.planner import Planner, fewest_gpus, savings
+from gemmule.plan.record import Witness, summary
+from gemmule.plan.text import text_of
+from gemmule.recipe import check_recipe
+from gemmule.train.run import Recipe
+
+
+def recipe(**sections: dict[str, Any]) -> Recipe:
+    given: dict[str, Any] = {
+        "data": {"train": "storybook:100", "validation": "storybook:10"},
+        "model": {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 7,
+            "head_dim": 16,
+            "vocab_size": 512,
+        },
+        "tokenizer": {"vocab_size": 512},
+        "train": {"steps": 100, "batch_size": 16, "context": 32},
+    }
+    if "size" in sections.get("model", {}):
+        given["model"] = {}
+    merged = {name: given.get(name, {}) | sections.get(name, {}) for name in given.keys() | sections.keys()}
+    return check_recipe(merged, Recipe, "of the test")
+
+
+def test_a_plan_adds_up() -> None:
+    plan = Planner(recipe(train={"micro_batch_size": 4}), "h100", gpus=2, price=2.0).plan()
+    assert (plan.micro_batch, plan.micro_batches, plan.tokens) == (4, 2, 100 * 16 * 32)
+    assert plan.times.step == plan.times.forward + plan.times.backward + plan.times.update + plan.times.exchange
+    assert plan.tokens_per_second == pytest.approx(512 / plan.times.step)
+    assert plan.cost == pytest.approx(plan.hours * 2 * 2.0)
+    assert plan.kilowatt_hours == pytest.approx(plan.hours * 2 * 0.7)
+    assert plan.fits
+    assert plan.largest == 8
+    assert json.loads(json.dumps(summary(plan)))["memory"]["all"] == plan.memory.total
+
+
+def test_a_time_budget_becomes_steps() -> None:
+    plan = Planner(recipe(train={"minutes": 0.01, "steps": 10**9}), "h100").plan(search=False)
+    assert plan.steps == int(0.6 / plan.times.step)
+
+
+def test_larger_devices_take_larger_micro_batches() -> None:
+    large = {
+        "model": {"size": "270m", "vocab_size": 262_144},
+        "train": {"steps": 10, "batch_size": 64, "context": 2048},
+    }
+    small, big = (Planner(recipe(**large), name) for name in ("4090", "h200"))
+    found, more = small.plan(), big.plan()
+    assert not found.fits
+    assert 0 < found.largest < more.largest
+    assert small.memory(found.largest).total <= small.capacity < small.memory(2 * found.largest).total
+
+
+def test_what_does_not_fit_is_told_what_would_help() -> None:
+    large = {"model": {"size": "1b", "vocab_size": 262_144}, "train": {"batch_size": 8, "context": 2048, "steps": 10}}
+    planner = Planner(recipe(**large), "4090")
+    found = savings(planner, 8)
+    assert [saved for _, saved in found] == sorted((saved for _, saved in found), reverse=True)
+    assert found[0][0] in ("train.micro_batch_size = 1", 'parallel.activation_checkpointing = "full"')
+    assert all(saved > 0 for _, saved in found)
+
+
+def test_a_model_too_large_for_a_device_is_spread() -> None:
+    planner = Planner(recipe(model={"size": "27b", "vocab_size": 262_208}), "h100")
+    gpus = fewest_gpus(planner)
+    assert gpus is not None
+    weights_and_moments = 16 * 27_009_346_304
+    assert weights_and_moments / 80e9 < gpus < 4 * weights_and_moments / 80e9
+
+
+def test_devices_without_bf16_plan_in_fp32() -> None:
+    assert Planner(recipe(), "t4").precision == "fp32"
+    assert Planner(recipe(), "l4").precision == "bf16"
+    assert Planner(recipe(train={"precision": "fp32"}), "h100").precision == "fp32"
+    with pytest.raises(DeviceError, match="fp16"):
+        Planner(recipe(train={"precision": "fp16"}), "h100")
+
+
+def test_apples_devices_keep_the_table_of_attention() -> None:
+    kept = {
+        name: Planner(recipe(train={"context": 512}), name).memory(8).classes["activations"] for name in ("m4", "t4")
+    }
+    assert kept["m4"] > 2 * kept["t4"]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"train.batch_size = 16: must be a multiple of 5 GPUs, such as 15"):
+        Planner(recipe(), "h100", gpus=5)
+    with pytest.raises(DeviceError, match="counts GPUs"):
+        Planner(recipe(), "cpu", gpus=2)
+
+
+def test_data_is_counted_as_far_as_it_is_known(tmp_path: Path) -> None:
+    file = tmp_path / "train.txt"
+    file.write_bytes(b"x" * 4000)
+    assert text_of(recipe()).tokens == 16_500
+    assert text_of(recipe(data={"train": str(file), "validation": str(file)})).tokens == 1000
+    unknown = text_of(recipe(data={"train": "hf:someone/something"}))
+    assert unknown.tokens is None
+    assert "gemmule prepare" in unknown.how
+
+
+def test_a_prepared_folder_tells_its_tokens(tiny_run: Path) -> None:
+    from gemmule.data import open_dataset
+
+    corpus = open_dataset(tiny_run / "data")
+    text = text_of(recipe(data={"train": str(tiny_run / "data")}))
+    assert (text.tokens, text.validation_tokens) == (corpus.train.tokens, corpus.validation.tokens)
+
+
+def test_a_run_writes_how_far_its_plan_was_off(tiny_run: Path) -> None:
+    found = json.loads((tiny_run / "plan.json").read_text())
+    assert found["measured"]["step_seconds"] > 0
+    for key, off in found["off"].items():
+        assert off == pytest.approx(found["predicted"][key] / found["measured"][key] - 1)
+    # It prepared its data itself, which may have taken more memory than training.
+    assert "peak_memory" not in found["measured"]
+    assert found["plan"]["parameters"]["all"] == 86_656
+
+
+def test_a_run_goes_on_without_a_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such thing as a plan")
+
+    monkeypatch.setattr("gemmule.plan.record.Planner", fail)
+    witness = Witness(recipe(), tmp_path, 1)
+    witness.note({"tokens_per_second": 1.0})
+    assert witness.conclude() is None
+    assert not (tmp_path / "plan.json").exists()
