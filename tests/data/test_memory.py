@@ -7,7 +7,8 @@ import pytest
 PREPARE = """
 import sys
 from pathlib import Path
-from gemmule.data import DataSettings, prepare_dataset
+from gemmule.data import DataSettings
+from gemmule.data.prepare import prepare_dataset
 from gemmule.tokenizer import TokenizerSettings
 source, tokenizer, out = sys.argv[1:]
 prepare_dataset(DataSettings(train=source), TokenizerSettings(path=tokenizer), Path(out))
