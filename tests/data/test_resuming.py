@@ -23,25 +23,30 @@ WORDS = "the fox ran over hills and far away to find its little den warm dry und
 
 # Runs the command with small units; dies at the n-th call of a function, in whichever process that comes.
 PROGRAM = """
-import os, signal, sys, time
-from gemmule.data import sources
-sources.UNIT = int(sys.argv.pop(1))
-victim, call = sys.argv.pop(1), int(sys.argv.pop(1))
-if victim:
-    import importlib
-    module = importlib.import_module(victim.partition(":")[0])
-    name = victim.partition(":")[2]
-    original = getattr(module, name)
+import importlib, os, signal, sys
+
+def arm(function, call):
+    module = importlib.import_module(function.partition(":")[0])
+    original = getattr(module, function.partition(":")[2])
+
     def deadly(*arguments, **options):
-        global call
+        nonlocal call
         call -= 1
         if call < 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments, **options)
-    setattr(module, name, deadly)
+
+    setattr(module, function.partition(":")[2], deadly)
+
 if __name__ == "__main__":
     from gemmule.cli.main import main
-    sys.argv[0] = "gemmule"
+    from gemmule.data import sources
+
+    _, unit, victim, call, *arguments = sys.argv
+    sources.UNIT = int(unit)
+    if victim:
+        arm(victim, int(call))
+    sys.argv = ["gemmule", *arguments]
     main()
 """
 
@@ -81,10 +86,13 @@ def expected(corpus: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     return content(out)
 
 
-def start(corpus: dict[str, str], out: Path, victim: str = "", call: int = 0, workers: int = 1) -> "subprocess.Popen[str]":
+def start(
+    corpus: dict[str, str], out: Path, victim: str = "", call: int = 0, workers: int = 1, engine: str = "local"
+) -> "subprocess.Popen[str]":
     script = out.parent / "program.py"
     script.write_text(PROGRAM, encoding="utf-8")
     options = ["--set", "data.near_duplicates=0.9", "--vocab-size", "330", "--workers", str(workers), "--out", str(out)]
+    options += ["--engine", engine]
     command = [sys.executable, str(script), str(UNIT), victim, str(call), "prepare", corpus["text"], corpus["rows"]]
     return subprocess.Popen(
         [*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -255,15 +263,7 @@ def test_ray_makes_the_same_bytes(
     corpus: dict[str, str], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     pytest.importorskip("ray.data", reason="ray is not installed: pip install 'gemmule[ray]'")
-    process = start_ray(corpus, tmp_path / "out")
+    process = start(corpus, tmp_path / "out", engine="ray", workers=2)
     _, said = process.communicate()
     assert process.returncode == 0, said
     assert content(tmp_path / "out") == expected
-
-
-def start_ray(corpus: dict[str, str], out: Path) -> "subprocess.Popen[str]":
-    script = out.parent / "program.py"
-    script.write_text(PROGRAM, encoding="utf-8")
-    options = ["--set", "data.near_duplicates=0.9", "--vocab-size", "330", "--engine", "ray", "--out", str(out)]
-    command = [sys.executable, str(script), str(UNIT), "", "0", "prepare", corpus["text"], corpus["rows"]]
-    return subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
