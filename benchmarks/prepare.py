@@ -176,7 +176,12 @@ def main() -> None:
         report = json.loads(ours.pop("printed"))["train"]
         command = prepare_command(corpus, folder / "killed", options.workers, more)
         moments = killed_and_resumed(command, ours["seconds"], options.kills, random.Random(options.megabytes))
-        peer_command = [str(rows), str(folder / "small" / "tokenizer.json"), str(options.workers), str(folder / "cache")]
+        peer_command = [
+            str(rows),
+            str(folder / "small" / "tokenizer.json"),
+            str(options.workers),
+            str(folder / "cache"),
+        ]
         theirs = Run([sys.executable, "-c", PEER, *peer_command]).finish()
         theirs |= json.loads(theirs.pop("printed"))
         result = {
@@ -192,7 +197,9 @@ def main() -> None:
             "killed_and_resumed_is_byte_identical": digest(folder / "killed") == digest(folder / "first"),
             "platform": platform.platform(),
             "cores": os.cpu_count(),
-            "versions": {name: version(name) for name in ("gemmule", "tokenizers", "datasets", "transformers", "numpy")},
+            "versions": {
+                name: version(name) for name in ("gemmule", "tokenizers", "datasets", "transformers", "numpy")
+            },
         }
     text = json.dumps(result, indent=2)
     print(text)

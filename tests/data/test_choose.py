@@ -1,6 +1,7 @@
 import math
 import random
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def test_duplicates_are_dropped_across_units_and_train_does_without_what_is_in_v
 def test_fates_are_those_of_reading_in_order(folder: Path, documents: list[str], cuts: set[int]) -> None:
     border = len(documents) // 3
     places = sorted({0, border, len(documents), *(cut for cut in cuts if cut < len(documents))})
-    units = [(start, documents[start:stop]) for start, stop in zip(places, places[1:], strict=False)]
+    units = [(start, documents[start:stop]) for start, stop in pairwise(places)]
     validation = [texts for start, texts in units if start < border]
     seen: dict[str, int] = {}
     expected = []
@@ -68,7 +69,9 @@ def test_what_is_held_out_is_decided_by_the_text_and_leaves_no_copy_in_train(fol
 
 
 def test_texts_of_known_probability_are_kept_as_often_as_they_come(folder: Path) -> None:
-    told = write_part(folder, "known", ["a", "a", "once upon a time there was", "once upon a time there is"], known=True)
+    told = write_part(
+        folder, "known", ["a", "a", "once upon a time there was", "once upon a time there is"], known=True
+    )
     plain = write_part(folder, "plain", ["a", "b"])
     chosen = settings(near_duplicates=0.6)
     assert choose_documents([], [told, plain], chosen).tolist() == [T, T, T, T, D, T]
@@ -96,7 +99,9 @@ def test_near_duplicates_and_what_nearly_is_in_validation_are_dropped(folder: Pa
 def test_a_near_duplicate_is_never_held_out_while_train_has_the_other(folder: Path) -> None:
     draw = random.Random(2)
     pairs = [(changed(words, []), changed(words, [7])) for words in (story(draw) for _ in range(100))]
-    found = fates(folder, [], [[a for a, _ in pairs], [b for _, b in pairs]], validation=None, holdout=0.5, near_duplicates=0.8)
+    found = fates(
+        folder, [], [[a for a, _ in pairs], [b for _, b in pairs]], validation=None, holdout=0.5, near_duplicates=0.8
+    )
     assert found.count(V) > 20
     assert found[100:] == [ND] * 100
 

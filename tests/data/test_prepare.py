@@ -239,9 +239,10 @@ def test_no_space_left_names_the_folder_and_what_is_finished_is_kept(
     def open_on_full_device(path: Path, *args: Any, **more: Any) -> Any:
         return real_open(Path("/dev/full") if path.name == victim and "wb" in args else path, *args, **more)
 
-    with monkeypatch.context() as patched, pytest.raises(OutputError, match="out: no space left on the device"):
+    with monkeypatch.context() as patched:
         patched.setattr(Path, "open", open_on_full_device)
-        prepare_dataset(settings, VOCABULARY, tmp_path / "out")
+        with pytest.raises(OutputError, match="out: no space left on the device"):
+            prepare_dataset(settings, VOCABULARY, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial" / "clean" / "validation-00000.json").exists()
     prepare_dataset(settings, VOCABULARY, tmp_path / "out")

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from gemmule.data import sources
-from gemmule.data.settings import DataSettings
 from gemmule.data.prepare import prepare_dataset
+from gemmule.data.settings import DataSettings
 from gemmule.errors import OutputError, SourceError
 from gemmule.tokenizer import TokenizerSettings
 
 VOCABULARY = TokenizerSettings(vocab_size=330)
 UNIT = 12_000
-WORDS = "the fox ran over hills and far away to find its little den warm dry under old oak trees by a stream".split()
+WORDS = "the fox ran over hills and far away to find its little den warm dry under oak trees by a stream".split()  # noqa: SIM905
 
 # Runs the command with small units; dies at the n-th call of a function, in whichever process that comes.
 PROGRAM = """
@@ -245,7 +245,9 @@ def test_ctrl_c_says_how_to_go_on(corpus: dict[str, str], expected: dict[str, by
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "Traceback" not in said
-    assert f"what is finished is kept in {tmp_path / '.out.partial'}; to go on:  gemmule prepare {corpus['text']}" in said
+    assert (
+        f"what is finished is kept in {tmp_path / '.out.partial'}; to go on:  gemmule prepare {corpus['text']}" in said
+    )
     finish(corpus, out)
     assert content(out) == expected
 
@@ -259,9 +261,7 @@ def test_two_preparations_do_not_write_to_one_place(corpus: dict[str, str], tmp_
 
 
 @pytest.mark.slow
-def test_ray_makes_the_same_bytes(
-    corpus: dict[str, str], expected: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_ray_makes_the_same_bytes(corpus: dict[str, str], expected: dict[str, bytes], tmp_path: Path) -> None:
     pytest.importorskip("ray.data", reason="ray is not installed: pip install 'gemmule[ray]'")
     process = start(corpus, tmp_path / "out", engine="ray", workers=2)
     _, said = process.communicate()

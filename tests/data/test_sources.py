@@ -162,7 +162,9 @@ def test_spans_of_json_lines_are_its_documents_wherever_they_are_cut(folders: Pa
 
 
 @given(rows=st.lists(st.text("ab", max_size=20), max_size=12), step=st.integers(1, 60))
-def test_spans_of_parquet_are_its_documents_wherever_it_is_cut(folders: Path, rows: list[str | None], step: int) -> None:
+def test_spans_of_parquet_are_its_documents_wherever_it_is_cut(
+    folders: Path, rows: list[str | None], step: int
+) -> None:
     check_spans(write_parquet(folders / "a.parquet", rows), SETTINGS, step)
 
 

@@ -19,7 +19,9 @@ def prepare(
     validation: Annotated[
         list[str] | None, typer.Option(help="A SOURCE to validate on; without it, a part is held out.")
     ] = None,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="Tokens of the vocabulary to train.  [default: 4096]")] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the vocabulary to train.  [default: 4096]")
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Use this tokenizer.json or folder instead of training one.")
     ] = None,

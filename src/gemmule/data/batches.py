@@ -134,7 +134,9 @@ class MixedRows:
         """Return rows `first` to `first + count`; a pure function of them and the seed."""
         owners = torch.from_numpy(self._pattern[np.arange(first, first + count) % _PATTERN])
         order, parts = [], []
-        for number, (start, stop) in enumerate(zip(self._rows_before(first), self._rows_before(first + count), strict=True)):
+        for number, (start, stop) in enumerate(
+            zip(self._rows_before(first), self._rows_before(first + count), strict=True)
+        ):
             if stop > start:
                 parts.append(self.sources[number].rows(int(start), int(stop - start)))
                 order.append(torch.nonzero(owners == number)[:, 0])

@@ -27,9 +27,7 @@ class Fate(IntEnum):
     NEAR_SHARED = 5
 
 
-def choose_documents(
-    validation: Sequence[Part], train: Sequence[Part], settings: DataSettings
-) -> Fates:
+def choose_documents(validation: Sequence[Part], train: Sequence[Part], settings: DataSettings) -> Fates:
     """Return the fate of each document, those of validation first.
 
     Texts of known probability are kept as often as they come, unless train has what is in validation. Memory holds some
@@ -118,9 +116,7 @@ def _leader_of(leader: Numbers, document: int) -> int:
     return document
 
 
-def _take(
-    signatures: Sequence[npt.NDArray[np.uint16]], offsets: Numbers, documents: Numbers
-) -> npt.NDArray[np.uint16]:
+def _take(signatures: Sequence[npt.NDArray[np.uint16]], offsets: Numbers, documents: Numbers) -> npt.NDArray[np.uint16]:
     """Return the signatures (N, BANDS, ROWS) of some documents."""
     taken = np.empty((len(documents), BANDS, ROWS), np.uint16)
     owners = np.searchsorted(offsets, documents, side="right") - 1

@@ -27,7 +27,7 @@ class Dataset(NamedTuple):
     sources: tuple[int, ...]  # of each train shard, among the sources that the report names
 
     def mixture(self, weights: tuple[float, ...] | None) -> list[tuple[Corpus, float]]:
-        """Return the train corpora with their weights: all of it as one, or by source; RecipeError if they don't fit."""
+        """Return train corpora and weights: all as one, or by source; RecipeError if they do not fit."""
         if weights is None:
             return [(self.train, 1.0)]
         names = [source.source for source in self.report.sources]

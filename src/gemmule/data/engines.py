@@ -22,7 +22,9 @@ class Engine(Protocol):
 
     def __call__(
         self, function: Callable[[T], R], items: Sequence[T], workers: int, told: Callable[[R], None]
-    ) -> list[R]: ...
+    ) -> list[R]:
+        """Return the results in the order of the items."""
+        ...
 
 
 def local(function: Callable[[T], R], items: Sequence[T], workers: int, told: Callable[[R], None]) -> list[R]:
@@ -38,9 +40,10 @@ def local(function: Callable[[T], R], items: Sequence[T], workers: int, told: Ca
     try:
         with ProcessPoolExecutor(min(workers, len(items)), context, _begin, (watched,)) as pool:
             try:
-                for result in pool.map(function, items):
-                    results.append(result)
-                    told(result)
+                # Not `pool.map`, which cancels what is left over; Python 3.11 then trips over it.
+                for future in [pool.submit(function, item) for item in items]:
+                    results.append(future.result())
+                    told(results[-1])
             except BaseException:
                 alive.close()  # and the workers end at once, whatever they are doing
                 raise

@@ -1,4 +1,4 @@
-"""Clean documents on disk, between the stage that cleans them and those that choose and encode: a part for each unit."""
+"""Clean documents on disk, a part for each unit: between the stage that cleans and those that choose and encode."""
 
 import math
 from array import array

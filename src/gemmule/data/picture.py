@@ -45,7 +45,9 @@ def _draw_fates(axes: Any, split: SplitReport) -> None:
     """Draw a bar for what was kept and for each reason to drop; on a logarithm, for some reasons are rare."""
     bars = [("kept", split.kept, _KEPT), ("held out", split.held_out, _VALIDATION)]
     reasons = {label: name for label, name in LABELS.items() if "dropped" in label}
-    bars += [(label.strip().removeprefix("dropped: "), getattr(split, name), _DROPPED) for label, name in reasons.items()]
+    bars += [
+        (label.strip().removeprefix("dropped: "), getattr(split, name), _DROPPED) for label, name in reasons.items()
+    ]
     shown: Sequence[tuple[str, int, str]] = [bar for bar in bars if bar[1]][::-1]
     axes.barh([bar[0] for bar in shown], [bar[1] for bar in shown], color=[bar[2] for bar in shown], height=0.6)
     for place, (_, count, _) in enumerate(shown):

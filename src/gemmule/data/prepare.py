@@ -1,6 +1,6 @@
 """From sources to a prepared dataset, in stages that many processes share and that a killed preparation takes up again.
 
-    SOURCEs -> units -> clean (each unit apart) -> choose (all together) -> tokenizer -> encode (each unit apart) -> dataset
+    SOURCEs -> units -> clean (each apart) -> choose (all together) -> tokenizer -> encode (each apart) -> dataset
 
 What is finished lies in the folder `.NAME.partial` beside the dataset until that is whole.
 """

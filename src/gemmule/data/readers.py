@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import IO, Any, NamedTuple
 
 from gemmule.data.settings import DataSettings
@@ -192,12 +193,16 @@ def _read_lines(span: Span, settings: DataSettings) -> Iterator[Document]:
                 row = json.loads(line.decode())
                 if not isinstance(row, dict):
                     raise SourceError(f"{span.place}: line {_lines_before(span) + number} is not a JSON object")
-                yield text_of(row, settings.column, lambda: f"{span.place}: line {_lines_before(span) + number}")
+                yield text_of(row, settings.column, partial(_line_of, span, number))
             except UnicodeDecodeError:
                 yield Document(line)
             except json.JSONDecodeError as error:
                 line_number = _lines_before(span) + number
                 raise SourceError(f"{span.place}: line {line_number} is not valid JSON ({error.msg})") from None
+
+
+def _line_of(span: Span, number: int) -> str:
+    return f"{span.place}: line {_lines_before(span) + number}"
 
 
 def _lines_before(span: Span) -> int:

@@ -91,7 +91,7 @@ def describe_epochs(sources: Sequence[str], tokens: Sequence[int], weights: Sequ
 
 def _histogram(lengths: Sequence[int]) -> Iterator[str]:
     """Draw the lengths of train documents, a line for each doubling."""
-    doubled = [sum(lengths[bin : bin + 2]) for bin in range(0, len(lengths), 2)]
+    doubled = [sum(lengths[place : place + 2]) for place in range(0, len(lengths), 2)]
     if not doubled:
         return
     yield "tokens of a document"

@@ -30,7 +30,8 @@ class DataSettings(Settings):
         None, description="the SOURCE to validate on, or a list; without it, train documents are held out"
     )
     weights: Weights | None = Field(
-        None, description="the share of the training tokens that each SOURCE gives, such as [3, 1]; without it, all of each"
+        None,
+        description="the share of the training tokens that each SOURCE gives, such as [3, 1]; without it, all of each",
     )
     holdout: float = Field(0.01, description="share of the train documents to hold out where validation is not set")
     separator: str = Field("<|endoftext|>", description="what stands between the documents of a .txt file")
@@ -38,10 +39,13 @@ class DataSettings(Settings):
     min_characters: int = Field(0, description="drop documents that are shorter")
     max_characters: int | None = Field(None, description="drop documents that are longer")
     keep_matching: str | None = Field(None, description="drop documents in which this regular expression finds nothing")
-    drop_matching: str | None = Field(None, description="drop documents in which this regular expression finds something")
+    drop_matching: str | None = Field(
+        None, description="drop documents in which this regular expression finds something"
+    )
     quality: bool = Field(False, description="drop what looks like tables, keys, markup, boilerplate or loops")
     near_duplicates: float | None = Field(
-        None, description="drop documents this similar to an earlier or validation one: 0.8 is sensible, 1 the strictest"
+        None,
+        description="drop documents this similar to an earlier or validation one: 0.8 is sensible, 1 the strictest",
     )
     mask_documents: bool = Field(False, description="whether a token sees its own document only")
 
@@ -67,7 +71,9 @@ class DataSettings(Settings):
         if self.weights is None:
             return
         if not all(0 < weight < float("inf") for weight in self.weights):
-            yield Problem("weights", self.weights, "must be numbers above 0; leave out a SOURCE that is to give nothing")
+            yield Problem(
+                "weights", self.weights, "must be numbers above 0; leave out a SOURCE that is to give nothing"
+            )
         # A single SOURCE may be a prepared folder, which holds several.
         if len(self.train) > 1 and len(self.weights) != len(self.train):
             yield Problem("weights", self.weights, f"must have one number for each of the {len(self.train)} SOURCEs")

@@ -131,7 +131,9 @@ def find_files(source: str) -> list[Path]:
             raise SourceError(f"{source}: no file matches")
     for file in files:
         if not file.exists():
-            raise SourceError(f"{file}: no such file or folder; a SOURCE may also be a glob, hf:owner/name or storybook")
+            raise SourceError(
+                f"{file}: no such file or folder; a SOURCE may also be a glob, hf:owner/name or storybook"
+            )
         _check_file(str(file))
     return files
 

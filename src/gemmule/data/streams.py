@@ -1,4 +1,4 @@
-"""The bytes of a file, on this machine or on the Hugging Face Hub, below its compression; what is wrong with it is said."""
+"""The bytes of a file, here or on the Hugging Face Hub, below its compression; what is wrong with it is said."""
 
 import gzip
 import io

@@ -168,7 +168,10 @@ def claim_folder(recipe: Recipe, out: Path, resume: bool) -> Recipe:
     found = {file.name for file in out.iterdir()} if out.is_dir() else set()
     if stored.name not in found and (found or (out.exists() and not out.is_dir())):
         raise OutputError(f"--out {out}: holds other files and no run; name a new or empty folder")
-    if found <= {stored.name, aside_of(out / "data").name}:  # nothing, or what a run left that failed before it had read its data
+    if found <= {
+        stored.name,
+        aside_of(out / "data").name,
+    }:  # nothing, or what a run left that failed before it had read its data
         with written_aside(stored) as aside:
             write_recipe(recipe, aside, "The recipe of this run, as given.", given_only=True)
         return recipe
@@ -222,9 +225,7 @@ def _dataset(recipe: Recipe, out: Path, audience: Audience, world: World) -> Dat
         from gemmule.data.prepare import prepare_dataset
 
         workers = available_cores()
-        prepare_dataset(
-            recipe.data, recipe.tokenizer, folder, audience.progress, workers=workers, say=audience.say
-        )
+        prepare_dataset(recipe.data, recipe.tokenizer, folder, audience.progress, workers=workers, say=audience.say)
     dataset = open_dataset(world.agree(folder))
     audience.say(str(dataset.report))
     return dataset
