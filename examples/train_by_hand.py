@@ -13,7 +13,7 @@ from gemmule.generate.sampling import STORYTELLING
 from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
 from gemmule.model.initialise import initialise
-from gemmule.tokenizer import train_tokenizer
+from gemmule.tokenizer.training import train_tokenizer
 from gemmule.train.loss import IGNORED, summed_loss
 from gemmule.train.optim import OptimizerSettings, Updater
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from gemmule.tokenizer import Tokenizer, train_tokenizer
+from gemmule.tokenizer import Tokenizer
+from gemmule.tokenizer.training import train_tokenizer
 from sentences import SENTENCES
 
 # A busy machine is not a failure.

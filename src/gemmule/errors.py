@@ -69,6 +69,8 @@ class MissingExtra(UserError):  # noqa: N818 - it names what is missing
     """An optional library is not installed."""
 
     def __init__(self, library: str, extra: str, purpose: str) -> None:
-        super().__init__(
-            f"{purpose} needs the library {library}, which is not installed: pip install 'gemmule[{extra}]'"
-        )
+        super().__init__(library, extra, purpose)  # as they were given, so that it can go from process to process
+
+    def __str__(self) -> str:
+        library, extra, purpose = self.args
+        return f"{purpose} needs the library {library}, which is not installed: pip install 'gemmule[{extra}]'"

@@ -62,7 +62,7 @@ def read_recipe(path: Path, schema: type[S], overrides: Sequence[str] = ()) -> S
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"recipe {path}: not valid TOML: {error}") from None
     for override in overrides:
-        _apply_override(table, override)
+        apply_override(table, override)
     return check_recipe(table, schema, str(path))
 
 
@@ -124,7 +124,8 @@ def _toml(value: object) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _apply_override(table: dict[str, Any], override: str) -> None:
+def apply_override(table: dict[str, Any], override: str) -> None:
+    """Put a value written `a.b=c` into a nested table; RecipeError where it is not written so."""
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):

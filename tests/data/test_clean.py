@@ -4,17 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemmule.data.clean import KeySet, clean_documents, repair_mojibake, text_key
+from gemmule.data.clean import clean_document, repair_mojibake, text_key
 from gemmule.data.readers import Document
+from gemmule.data.settings import DataSettings
 
 
-def clean(*texts: str | bytes | Document, withheld: tuple[str, ...] = ()) -> tuple[list[str], dict[str, int]]:
+def clean(*texts: str | bytes | Document, **settings: object) -> tuple[list[str], dict[str, int]]:
     documents = [text if isinstance(text, Document) else Document(text) for text in texts]
     tally: Counter[str] = Counter()
-    kept_back = KeySet()
-    for text in withheld:
-        kept_back.add(text_key(text))
-    kept = [document.text for document in clean_documents(documents, tally, KeySet(), kept_back)]
+    chosen = DataSettings.model_validate({"train": "unused", **settings})
+    kept = [made.text for document in documents if (made := clean_document(document, chosen, tally))]
     return kept, {reason: count for reason, count in tally.items() if count}
 
 
@@ -24,13 +23,14 @@ def mangled(text: str) -> str:
 
 
 def test_each_reason_is_counted_once() -> None:
-    kept, tally = clean("one", b"\xff", "\ud800", "  \n", "", "two", "one", "three", withheld=("three",))
+    kept, tally = clean("one", b"\xff", "\ud800", "  \n", "", "two", min_characters=2)
     assert kept == ["one", "two"]
-    assert tally == {"read": 8, "not_utf8": 2, "empty": 2, "duplicate": 1, "shared": 1}
+    assert tally == {"read": 6, "not_utf8": 2, "empty": 2}
 
 
-def test_duplicates_are_told_by_their_words_alone() -> None:
-    assert clean("a b\nc", "a  b c", "a bc", "A b c")[0] == ["a b\nc", "a bc", "A b c"]
+def test_texts_are_told_apart_by_their_words_alone() -> None:
+    assert text_key("a b\nc") == text_key(" a  b c") == text_key("a\tb c\n")
+    assert len({text_key(text) for text in ("a b c", "a bc", "A b c")}) == 3
 
 
 def test_space_around_goes_and_space_within_stays() -> None:
@@ -61,25 +61,6 @@ def test_repair_undoes_exactly_what_was_done(text: str) -> None:
 
 def test_text_of_known_probability_stays_as_it_is() -> None:
     story = Document("  " + mangled("caf\u00e9") + "\r\n", -3.0)
-    kept, tally = clean(story, story)
+    kept, tally = clean(story, story, min_characters=1000, quality=True)
     assert kept == [story.text] * 2
     assert tally == {"read": 2}
-
-
-@given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 3) | st.integers(0, 40).map(lambda n: n << 32)))
-def test_key_set_is_a_set(keys: list[int]) -> None:
-    ours, theirs = KeySet(), set[int]()
-    for key in keys:
-        # Zero marks an empty slot, so the set takes zero and one for the same key.
-        assert ours.add(key) == ((key or 1) not in theirs)
-        theirs.add(key or 1)
-        assert key in ours
-    assert len(ours) == len(theirs)
-
-
-def test_key_set_grows_and_forgets_nothing() -> None:
-    keys = [text_key(str(number)) for number in range(20_000)]
-    known = KeySet()
-    assert all(known.add(key) for key in keys)
-    assert not any(known.add(key) for key in keys)
-    assert text_key("another") not in known

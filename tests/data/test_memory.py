@@ -7,8 +7,10 @@ import pytest
 PREPARE = """
 import sys
 from pathlib import Path
-from gemmule.data import DataSettings, prepare_dataset
+from gemmule.data import DataSettings
+from gemmule.data.prepare import prepare_dataset
 from gemmule.tokenizer import TokenizerSettings
+from gemmule.tokenizer.training import train_tokenizer
 source, tokenizer, out = sys.argv[1:]
 prepare_dataset(DataSettings(train=source), TokenizerSettings(path=tokenizer), Path(out))
 status = Path("/proc/self/status").read_text()

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gemmule.data.readers import split_stream
+from gemmule.data import sources
+from gemmule.data.readers import Span, cut_file, read_file_span, split_stream
 from gemmule.data.settings import DataSettings
-from gemmule.data.sources import SOURCES, read_source, text_size
+from gemmule.data.sources import SOURCES, plan_units, read_source, read_span
 from gemmule.errors import MissingExtra, RecipeError, SourceError
 from gemmule.recipe import check_recipe
 
@@ -138,10 +139,88 @@ def test_globs_are_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert texts("**/a.txt") == ["a.txt"]
 
 
-def test_text_size_is_known_for_plain_text_alone(tmp_path: Path) -> None:
-    assert text_size(str(write(tmp_path / "a.txt", "12345"))) == 5
-    assert text_size(str(write(tmp_path / "a.jsonl", json_lines(ROWS)))) is None
-    assert text_size("storybook:10") is None
+# Units.
+
+
+@given(
+    parts=st.lists(st.text("ab\n\u00e9 <|", max_size=30), min_size=1, max_size=12),
+    separator=st.sampled_from(["<|>", "\n\n", "aa", "aba", "|"]),
+    step=st.integers(1, 40),
+    marked=st.booleans(),
+)
+def test_spans_of_a_text_file_are_its_documents_wherever_it_is_cut(
+    folders: Path, parts: list[str], separator: str, step: int, marked: bool
+) -> None:
+    settings = SETTINGS.replace(separator=separator)
+    content = (b"\xef\xbb\xbf" if marked else b"") + separator.join(parts).encode()
+    check_spans(write(folders / "a.txt", content), settings, step)
+
+
+@given(rows=st.lists(st.text("ab\n\u00e9\r", max_size=20), max_size=12), step=st.integers(1, 60))
+def test_spans_of_json_lines_are_its_documents_wherever_they_are_cut(folders: Path, rows: list[str], step: int) -> None:
+    check_spans(write(folders / "a.jsonl", json_lines(rows)), SETTINGS, step)
+
+
+@given(rows=st.lists(st.text("ab", max_size=20), max_size=12), step=st.integers(1, 60))
+def test_spans_of_parquet_are_its_documents_wherever_it_is_cut(
+    folders: Path, rows: list[str | None], step: int
+) -> None:
+    check_spans(write_parquet(folders / "a.parquet", rows), SETTINGS, step)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("spans")
+
+
+def check_spans(file: Path, settings: DataSettings, step: int) -> None:
+    """Check that a file's spans, read apart, are the documents that reading it from end to end gives."""
+    spans = list(cut_file(str(file), settings, step))
+    whole = [Span(spans[0].kind, str(file), stamp=spans[0].stamp)] if spans else []
+    apart, together = ([d for span in some for d in read_file_span(span, settings)] for some in (spans, whole))
+    assert apart == together
+
+
+def test_a_file_is_cut_into_spans_of_about_the_size_asked_for(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt", "four<|end|>" * 1000)
+    spans = list(cut_file(str(file), SETTINGS, 1100))
+    assert [span.size for span in spans] == [1111] * 9 + [1001]
+    assert [span.start for span in spans] == [1111 * number for number in range(10)]
+
+
+def test_documents_longer_than_the_limit_are_cut_alike_in_every_span(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(split_stream, "__defaults__", (10, None))
+    check_spans(write(tmp_path / "a.txt", "<|end|>".join(["line\n" * 7, "x" * 35, "", "short"] * 9)), SETTINGS, 20)
+    assert max(len(text) for text in texts(tmp_path / "a.txt")) == 10
+
+
+def test_units_join_small_files_and_divide_large_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "UNIT", 100)
+    for number in range(10):
+        write(tmp_path / "small" / f"{number}.txt", "x" * 40)
+    large = write(tmp_path / "large.txt", "y" * 30 + ("<|end|>" + "y" * 30) * 19)
+    settings = SETTINGS.replace(train=(str(tmp_path / "small"), str(large)), validation=str(large))
+    units = plan_units(settings, "train")
+    assert [len(unit.spans) for unit in units if unit.source == 0] == [2] * 5
+    assert [unit.name for unit in units] == [f"train-{number:05d}" for number in range(len(units))]
+    assert len([unit for unit in units if unit.source == 1]) == 7
+    assert [unit.spans for unit in plan_units(settings, "validation")] == [u.spans for u in units if u.source == 1]
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt", "one<|end|>two")
+    (span,) = cut_file(str(file), SETTINGS, 100)
+    write(file, "one<|end|>two<|end|>three")
+    with pytest.raises(SourceError, match=r"a\.txt: has changed since it was first looked at"):
+        list(read_file_span(span, SETTINGS))
+
+
+def test_a_wrong_line_is_counted_from_the_beginning_of_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", json_lines(["a"] * 40) + b"{}\n" + json_lines(["b"] * 40))
+    with pytest.raises(SourceError, match="line 41: no column 'text'"):
+        [list(read_file_span(span, SETTINGS)) for span in cut_file(str(file), SETTINGS, 100)]
 
 
 # What the user gets wrong.
@@ -258,42 +337,96 @@ def test_settings_that_cannot_work_are_refused() -> None:
 
 # The Hub, laid out on disk as it is there.
 
+README = """---
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: data/train-*}
+  - {split: validation, path: data/validation-*}
+---
+"""
+TALES = [f"tale {number}" for number in range(30)]
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+
+@pytest.fixture(params=["parquet", "jsonl"])
+def hub(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with its shards, as roneneldan/TinyStories has them."""
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    for split, rows in (("train", ROWS), ("validation", ["held back"])):
-        write_parquet(tmp_path / "owner" / "stories" / "data" / f"{split}-00000-of-00001.parquet", list(rows))
+    repository = tmp_path / "roneneldan" / "TinyStories"
+    write(repository / "README.md", README)
+    shards = [("train", number, 4, TALES[number * 7 : number * 7 + 7]) for number in range(4)]
+    for split, number, count, rows in [*shards, ("validation", 0, 1, ["held back"])]:
+        file = repository / "data" / f"{split}-{number:05d}-of-{count:05d}-2d5a1467fff1081b.{request.param}"
+        if request.param == "parquet":
+            write_parquet(file, list(rows))
+        else:
+            write(file, json_lines(rows))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return repository
 
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.usefixtures("hub")
 def test_the_hub_is_streamed_with_split_and_column() -> None:
-    assert texts("hf:owner/stories") == ROWS
-    assert texts("hf:owner/stories:validation") == ["held back"]
-    assert texts("hf:owner/stories:validation:text") == ["held back"]
-    assert [d.text for d in read_source("hf:owner/stories", SETTINGS, "validation")] == ["held back"]
+    name = "hf:roneneldan/TinyStories"
+    assert texts(name) == TALES[:28]
+    assert texts(f"{name}:validation") == ["held back"]
+    assert texts(f"{name}:validation:text") == ["held back"]
+    assert [d.text for d in read_source(name, SETTINGS, "validation")] == ["held back"]
     with pytest.raises(SourceError, match=r"no column 'story'; set data\.column to one of 'id', 'text'"):
-        texts("hf:owner/stories:train:story")
-    with pytest.raises(SourceError, match="hf:owner/stories:test: cannot be read"):
-        texts("hf:owner/stories:test")
+        texts(f"{name}:train:story")
+    with pytest.raises(SourceError, match="TinyStories:test:text: cannot be read"):
+        texts(f"{name}:test")
 
 
-def test_one_file_of_a_hub_repository_is_read_like_a_local_one(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
+@pytest.mark.filterwarnings("default")
+@pytest.mark.usefixtures("hub")
+def test_each_shard_of_the_hub_is_a_unit_of_its_own() -> None:
+    units = plan_units(SETTINGS.replace(train="hf:roneneldan/TinyStories"), "train")
+    assert [[d.text for span in unit.spans for d in read_span(span, SETTINGS)] for unit in units] == [
+        TALES[first : first + 7] for first in range(0, 28, 7)
+    ]
 
-    asked: list[tuple[str, str, str]] = []
 
-    def download(repository: str, name: str, repo_type: str) -> str:
-        asked.append((repository, name, repo_type))
-        return str(write(hub / "blob.txt", "one<|end|>two"))
+@pytest.fixture
+def hub_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files of the Hub that lie in a folder here, and are read as the Hub's are: opened, and from any place."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert texts("hf:owner/stories/texts/train.txt") == ["one", "two"]
-    assert asked == [("owner/stories", "texts/train.txt", "dataset")]
+    class Files:
+        def info(self, place: str) -> dict[str, object]:
+            return {"size": (tmp_path / place).stat().st_size, "blob_id": "1a2b"}
+
+        def open(self, place: str, mode: str) -> io.BufferedReader:
+            assert mode == "rb"
+            return (tmp_path / place).open("rb")
+
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", Files)
+    return tmp_path / "datasets"
+
+
+def test_a_text_file_of_the_hub_is_read_in_units(hub_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "UNIT", 100)
+    stories = [f"Once there was number {number}." for number in range(50)]
+    write(hub_files / "roneneldan/TinyStories/TinyStoriesV2-GPT4-train.txt", "\n<|end|>\n".join(stories))
+    source = "hf:roneneldan/TinyStories/TinyStoriesV2-GPT4-train.txt"
+    assert [str(text).strip() for text in texts(source)] == stories
+    units = plan_units(SETTINGS.replace(train=source), "train")
+    assert len(units) > 10
+    found = [str(d.text).strip() for unit in units for span in unit.spans for d in read_span(span, SETTINGS)]
+    assert found == stories
+
+
+def test_other_files_of_the_hub_are_read_like_local_ones(hub_files: Path) -> None:
+    write(hub_files / "owner/name/deep/a.jsonl.gz", gzip.compress(json_lines(ROWS)))
+    write_parquet(hub_files / "owner/name/b.parquet", list(ROWS))
+    assert texts("hf:owner/name/deep/a.jsonl.gz") == ROWS
+    assert texts("hf:owner/name/b.parquet") == ROWS
+    with pytest.raises(SourceError, match=r"datasets/owner/name/c\.txt: cannot be read"):
+        texts("hf:owner/name/c.txt")
+    with pytest.raises(SourceError, match=r"c\.csv: not a kind of file that is read"):
+        texts("hf:owner/name/c.csv")
 
 
 @pytest.mark.parametrize("source", ["hf:", "hf:a/b:train:text:more"])

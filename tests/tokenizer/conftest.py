@@ -4,7 +4,8 @@ import pytest
 from awkward_text import WORDS, sentences
 from hypothesis import strategies as st
 
-from gemmule.tokenizer import Tokenizer, train_tokenizer
+from gemmule.tokenizer import Tokenizer
+from gemmule.tokenizer.training import train_tokenizer
 
 
 @pytest.fixture(scope="session")

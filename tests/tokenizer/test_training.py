@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from gemmule.errors import RecipeError, TokenizerError
 from gemmule.recipe import check_recipe
-from gemmule.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
-from gemmule.tokenizer.training import BYTES, FIRST_PIECE, SPECIALS
+from gemmule.tokenizer import Tokenizer, TokenizerSettings
+from gemmule.tokenizer.training import BYTES, FIRST_PIECE, SPECIALS, train_tokenizer
 
 
 def test_ids_follow_gemma(tokenizer: Tokenizer) -> None:

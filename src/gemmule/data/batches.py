@@ -1,7 +1,7 @@
 """Rows of tokens for training and validation, cut from a corpus; which row holds what is pure arithmetic."""
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from operator import itemgetter
 from typing import NamedTuple
@@ -109,6 +109,61 @@ class PackedRows:
         keys = np.random.PCG64(np.random.SeedSequence([self.seed, number])).random_raw(self.corpus.documents)
         order = np.argsort(keys, kind="stable")
         return Epoch(order, np.cumsum(self.corpus.lengths[order], dtype=np.int64))
+
+
+_PATTERN = 4096  # rows after which a mixture repeats which source they are of
+
+
+class MixedRows:
+    """An endless stream of rows from several corpora, each with a fixed share of the rows, spread evenly.
+
+    Which source a row is of repeats after 4,096 rows, so shares are exact to one of these. A source's rows are those of
+    its own `PackedRows`, one after the other.
+    """
+
+    def __init__(self, sources: Sequence[PackedRows], weights: Sequence[float]) -> None:
+        self.sources = tuple(sources)
+        counts = _share_out(_PATTERN, weights)
+        places = [(np.arange(count) + 0.5) / count for count in counts]
+        owners = np.repeat(np.arange(len(counts)), counts)
+        self._pattern = owners[np.argsort(np.concatenate(places), kind="stable")]
+        one_hot = self._pattern[:, None] == np.arange(len(counts))
+        self._before = np.concatenate([np.zeros((1, len(counts)), np.int64), np.cumsum(one_hot, axis=0)])
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Return rows `first` to `first + count`; a pure function of them and the seed."""
+        owners = torch.from_numpy(self._pattern[np.arange(first, first + count) % _PATTERN])
+        order, parts = [], []
+        for number, (start, stop) in enumerate(
+            zip(self._rows_before(first), self._rows_before(first + count), strict=True)
+        ):
+            if stop > start:
+                parts.append(self.sources[number].rows(int(start), int(stop - start)))
+                order.append(torch.nonzero(owners == number)[:, 0])
+        back = torch.argsort(torch.cat(order))
+        documents = [part.documents for part in parts if part.documents is not None]
+        return Batch(
+            torch.cat([part.tokens for part in parts])[back],
+            torch.cat([part.targets for part in parts])[back],
+            torch.cat(documents)[back] if documents else None,
+        )
+
+    def _rows_before(self, row: int) -> npt.NDArray[np.int64]:
+        """Return how many of the rows before this one are of each source."""
+        rounds, within = divmod(row, _PATTERN)
+        before: npt.NDArray[np.int64] = rounds * self._before[-1] + self._before[within]
+        return before
+
+
+def _share_out(whole: int, weights: Sequence[float]) -> list[int]:
+    """Divide a number in proportion to weights: at least 1 for each, the largest remainders rounded up."""
+    exact = [whole * weight / sum(weights) for weight in weights]
+    counts = [max(1, int(share)) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda number: counts[number] - exact[number])
+    for number in by_remainder[: max(0, whole - sum(counts))]:
+        counts[number] += 1
+    counts[counts.index(max(counts))] -= sum(counts) - whole
+    return counts
 
 
 class Piece(NamedTuple):

@@ -1,87 +1,72 @@
-"""What is done to documents before they are learned, and the count of it."""
+"""What is done to documents before they are learned, unit by unit, and the count of it."""
 
-from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from hashlib import blake2b
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from gemmule.data.readers import Document
+from gemmule.data.filters import reason_to_drop
+from gemmule.data.parts import PartWriter
+from gemmule.data.readers import Document, Misread
+from gemmule.data.settings import DataSettings
+from gemmule.data.sources import Unit, read_span
+from gemmule.data.work import finish, finished
 
 # What cp1252 makes of the bytes 80 to 9F, back to the byte; the five that it leaves undefined stand for themselves.
 _CP1252 = {ord(bytes([byte]).decode("cp1252", errors="ignore") or chr(byte)): byte for byte in range(0x80, 0xA0)}
 
 
 class CleanDocument(NamedTuple):
-    """A document worth learning."""
+    """A document worth learning, as far as it alone can tell."""
 
     text: str
     key: int  # 64 bits that tell texts apart, whitespace aside
     log_probability: float | None
 
 
-class KeySet:
-    """A set of 64-bit keys in at most 32 bytes each: ten million documents fit where a `set` would take a gigabyte."""
+def clean_unit(unit: Unit, settings: DataSettings, folder: Path) -> dict[str, Any]:
+    """Write the clean documents of a unit to a part in `folder`, unless it is there; return what was counted.
 
-    def __init__(self) -> None:
-        self._slots = array("Q", bytes(8 * 1024))
-        self._count = 0
-
-    def add(self, key: int) -> bool:
-        """Add a key; return whether it is new."""
-        if 2 * self._count >= len(self._slots):
-            self._grow()
-        slot = self._find(key)
-        if self._slots[slot]:
-            return False
-        self._slots[slot] = key or 1
-        self._count += 1
-        return True
-
-    def __contains__(self, key: int) -> bool:
-        return bool(self._slots[self._find(key)])
-
-    def __len__(self) -> int:
-        return self._count
-
-    def _find(self, key: int) -> int:
-        """Return the slot where the key is or would go; an empty slot holds 0."""
-        key = key or 1
-        mask = len(self._slots) - 1
-        slot = key & mask
-        while self._slots[slot] not in (0, key):
-            slot = (slot + 1) & mask
-        return slot
-
-    def _grow(self) -> None:
-        old = self._slots
-        self._slots = array("Q", bytes(8 * 2 * len(old)))
-        for key in old:
-            if key:
-                self._slots[self._find(key)] = key
-
-
-def clean_documents(
-    documents: Iterable[Document], tally: Counter[str], seen: KeySet, withheld: KeySet
-) -> Iterator[CleanDocument]:
-    """Yield each document worth learning once, repaired; count in `tally` what is dropped and why.
-
-    Texts whose probability is known stay as they are, and as often as they come. `seen` is added to; nothing of
-    `withheld` is yielded.
+    The same unit makes the same bytes, in whatever process.
     """
-    for document in documents:
-        tally["read"] += 1
-        text = document.text if document.log_probability is not None else _clean_text(document.text, tally)
-        if not isinstance(text, str):
-            tally["not_utf8"] += 1
-        elif not text:
-            tally["empty"] += 1
-        elif (key := text_key(text)) in withheld:
-            tally["shared"] += 1
-        elif not seen.add(key) and document.log_probability is None:
-            tally["duplicate"] += 1
-        else:
-            yield CleanDocument(text, key, document.log_probability)
+    note = folder / f"{unit.name}.json"
+    known = finished(note)
+    return _clean_unit(unit, settings, note) if known is None else known
+
+
+def _clean_unit(unit: Unit, settings: DataSettings, note: Path) -> dict[str, Any]:
+    tally: Counter[str] = Counter()
+    misread = []
+    with PartWriter(note.parent, unit.name, with_signatures=settings.near_duplicates is not None) as part:
+        for span in unit.spans:
+            found = Misread()
+            for document in read_span(span, settings):
+                found = found.after(document)
+                if clean := clean_document(document, settings, tally):
+                    part.append(clean.text, clean.key, clean.log_probability)
+            misread.append(found)
+    result = {"tally": tally, "misread": misread, "documents": part.documents, "bytes": part.bytes}
+    finish(note, result, part.files)
+    return result
+
+
+def clean_document(document: Document, settings: DataSettings, tally: Counter[str]) -> CleanDocument | None:
+    """Return the document repaired, or None where it is to be dropped; count in `tally` what was done and why.
+
+    A text whose probability is known stays as it is.
+    """
+    tally["read"] += 1
+    known = document.log_probability is not None
+    text = document.text if known else _clean_text(document.text, tally)
+    if not isinstance(text, str):
+        tally["not_utf8"] += 1
+    elif not text:
+        tally["empty"] += 1
+    elif not known and (reason := reason_to_drop(text, settings)):
+        tally[reason] += 1
+    else:
+        return CleanDocument(text, text_key(text), document.log_probability)
+    return None
 
 
 def text_key(text: str) -> int:

@@ -1,19 +1,18 @@
-"""Files of documents: a reader for each format, all streaming, and the decompression beneath them."""
+"""Documents out of files: for each format where a file may be cut into spans, and how a span of it is read."""
 
-import gzip
-import io
 import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from typing import IO, Any, NamedTuple
 
 from gemmule.data.settings import DataSettings
+from gemmule.data.streams import Stamp, damage_explained, ending_of, is_compressed, open_bytes, open_raw, stamp_of
 from gemmule.errors import MissingExtra, SourceError
 
 LONGEST = 1 << 20  # bytes; a longer document of a text file is cut at line ends, so that memory stays bounded
 _BLOCK = 1 << 20
+_EXPANSION = 4  # how many bytes of text a byte of a compressed file is taken for
 _TOLERATED = 0.01  # the share of a file's documents that may be invalid UTF-8 before the file is not text
 
 
@@ -22,44 +21,105 @@ class Document(NamedTuple):
 
     text: str | bytes  # bytes where it is not UTF-8
     log_probability: float | None = None  # nats, where the source knows it; such a text is not to be changed
+    wrong_at: int | None = None  # the place in a text file of the first byte that is not UTF-8
 
 
-def read_file(file: Path, settings: DataSettings) -> Iterator[Document]:
-    """Yield the documents of a file; raises SourceError where it is damaged or not what its name says."""
-    with _damage_explained(file):
-        yield from FORMATS[format_of(file)](file, settings)
+class Span(NamedTuple):
+    """Consecutive documents of a source that are read in one go: those of a whole file, or of a part of one."""
+
+    kind: str  # who reads it: a key of FORMATS or of SOURCES
+    place: str  # a file, or whatever `kind` understands
+    start: int = 0  # bytes of a text file, row groups of a Parquet file, stories, shards
+    stop: int | None = None  # None: to the end
+    size: int = 0  # bytes of text, about
+    stamp: Stamp | None = None  # of the file when it was cut
 
 
-def format_of(file: Path) -> str:
-    """Return the ending that says what a file holds, below its compression."""
-    return (file.with_suffix("") if file.suffix in COMPRESSIONS else file).suffix
+class Format(NamedTuple):
+    """A kind of file: how it is cut into spans of about so many bytes, and how one is read."""
+
+    cut: Callable[[str, Stamp, DataSettings, int], Iterator[Span]]
+    read: Callable[[Span, DataSettings], Iterator[Document]]
 
 
-def _read_text(file: Path, settings: DataSettings) -> Iterator[Document]:
-    documents = 0
-    invalid: list[int] = []  # the place of the first wrong byte of each document that has one
-    with _open(file) as stream:
-        for offset, raw in split_stream(stream, settings.separator.encode()):
-            documents += 1
+def cut_file(place: str, settings: DataSettings, step: int) -> Iterator[Span]:
+    """Yield the spans of a file, of about `step` bytes each: read one after the other they are the file."""
+    kind = ending_of(place)
+    with damage_explained(place):
+        stamp = stamp_of(place)
+        if is_compressed(place):
+            yield Span(kind, place, size=_EXPANSION * stamp.size, stamp=stamp)
+        else:
+            yield from FORMATS[kind].cut(place, stamp, settings, step)
+
+
+def read_file_span(span: Span, settings: DataSettings) -> Iterator[Document]:
+    """Yield the documents of a span of a file; SourceError where it is damaged, not what its name says, or changed."""
+    with damage_explained(span.place):
+        if span.stamp != stamp_of(span.place):
+            raise SourceError(f"{span.place}: has changed since it was first looked at; start again")
+        yield from FORMATS[span.kind].read(span, settings)
+
+
+# Text files: documents between separators.
+
+
+def _cut_text(place: str, stamp: Stamp, settings: DataSettings, step: int) -> Iterator[Span]:
+    yield from _cut_after(settings.separator.encode(), ".txt", place, stamp, step)
+
+
+def _cut_after(separator: bytes, kind: str, place: str, stamp: Stamp, step: int) -> Iterator[Span]:
+    start = 0
+    with open_raw(place) as file:
+        while start < stamp.size:
+            stop = place_after(file, separator, start + step) if start + step < stamp.size else None
+            yield Span(kind, place, start, stop, (stop or stamp.size) - start, stamp)
+            start = stop or stamp.size
+
+
+def place_after(file: IO[bytes], separator: bytes, start: int) -> int | None:
+    """Return where the first separator ends that begins at `start` or after, and at which reading from 0 cuts too.
+
+    Separators that overlap ("\\n\\n" in "\\n\\n\\n") are not told apart from the middle of a file: such a place is left
+    out. None where there is none.
+    """
+    begin = max(0, start - len(separator) + 1)
+    before = begin - len(separator)  # where the last separator began
+    file.seek(begin)
+    text = b""
+    while block := file.read(_BLOCK):
+        text += block
+        found = text.find(separator)
+        while found >= 0:
+            place = begin + found
+            if place >= start and place - before >= len(separator):
+                return place + len(separator)
+            before = place
+            found = text.find(separator, found + 1)
+        kept = min(len(text), len(separator) - 1)
+        begin += len(text) - kept
+        text = text[len(text) - kept :]
+    return None
+
+
+def _read_text(span: Span, settings: DataSettings) -> Iterator[Document]:
+    with open_bytes(span.place, span.start) as stream:
+        for offset, raw in split_stream(stream, settings.separator.encode(), stop=span.stop):
             try:
                 yield Document(raw.decode())
             except UnicodeDecodeError as error:
-                invalid.append(offset + error.start)
-                yield Document(raw)
-    if len(invalid) > _TOLERATED * documents:
-        raise SourceError(
-            f"{file}: not UTF-8: {len(invalid)} of {documents} documents, the first at byte {invalid[0]}; "
-            "convert it, for instance with iconv -f WINDOWS-1252 -t UTF-8"
-        )
+                yield Document(raw, wrong_at=offset + error.start)
 
 
-def split_stream(stream: IO[bytes], separator: bytes, longest: int = LONGEST) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, document) for what stands between separators; memory holds one block and one document.
+def split_stream(
+    stream: IO[bytes], separator: bytes, longest: int = LONGEST, stop: int | None = None
+) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, document) for what stands between separators up to `stop`; memory holds a block and a document.
 
     Documents longer than `longest` bytes are cut after a line end, or else anywhere between two characters.
     """
     offset, rest = stream.tell(), b""
-    while block := stream.read(_BLOCK):
+    while block := stream.read(_BLOCK if stop is None else min(_BLOCK, stop - stream.tell())):
         *whole, rest = (rest + block).split(separator)
         for document in whole:
             yield from _cut(offset, document, longest)
@@ -89,48 +149,79 @@ def _cutting_place(text: bytes, longest: int) -> int:
     return next((end for end in range(longest, max(longest - 4, 0), -1) if text[end] & 0xC0 != 0x80), longest)
 
 
-def _read_json_lines(file: Path, settings: DataSettings) -> Iterator[Document]:
-    with _open(file) as stream:
-        for number, line in enumerate(stream, start=1):
+class Misread(NamedTuple):
+    """How much of a text file, or of a span of it, is not UTF-8."""
+
+    documents: int = 0
+    wrong: int = 0
+    first: int | None = None  # the first wrong byte
+
+    def after(self, document: Document) -> "Misread":
+        """Count one more document."""
+        return self.joined(Misread(1, int(document.wrong_at is not None), document.wrong_at))
+
+    def joined(self, later: "Misread") -> "Misread":
+        """Count what comes after, too."""
+        first = later.first if self.first is None else self.first
+        return Misread(self.documents + later.documents, self.wrong + later.wrong, first)
+
+
+def check_encoding(place: str, found: Misread) -> None:
+    """Raise SourceError where too many documents of a file are not UTF-8 for it to be text."""
+    if found.wrong > _TOLERATED * found.documents:
+        raise SourceError(
+            f"{place}: not UTF-8: {found.wrong} of {found.documents} documents, the first at byte {found.first}; "
+            "convert it, for instance with iconv -f WINDOWS-1252 -t UTF-8"
+        )
+
+
+# JSON Lines: a document in a column of each line.
+
+
+def _cut_lines(place: str, stamp: Stamp, _settings: DataSettings, step: int) -> Iterator[Span]:
+    yield from _cut_after(b"\n", ".jsonl", place, stamp, step)
+
+
+def _read_lines(span: Span, settings: DataSettings) -> Iterator[Document]:
+    with open_bytes(span.place, span.start) as stream:
+        number, offset = 0, stream.tell()
+        while (span.stop is None or offset < span.stop) and (line := stream.readline()):
+            number, offset = number + 1, offset + len(line)
             if not line.strip():
                 continue
             try:
                 row = json.loads(line.decode())
+                if not isinstance(row, dict):
+                    raise SourceError(f"{span.place}: line {_lines_before(span) + number} is not a JSON object")
+                yield text_of(row, settings.column, partial(_line_of, span, number))
             except UnicodeDecodeError:
                 yield Document(line)
-                continue
             except json.JSONDecodeError as error:
-                raise SourceError(f"{file}: line {number} is not valid JSON ({error.msg})") from None
-            if not isinstance(row, dict):
-                raise SourceError(f"{file}: line {number} is not a JSON object")
-            yield text_of(row, settings.column, f"{file}: line {number}")
+                line_number = _lines_before(span) + number
+                raise SourceError(f"{span.place}: line {line_number} is not valid JSON ({error.msg})") from None
 
 
-def _read_parquet(file: Path, settings: DataSettings) -> Iterator[Document]:
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise MissingExtra("pyarrow", "sources", f"reading {file.name}") from None
-    try:
-        with parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            if settings.column not in names:
-                raise SourceError(_column_missing(str(file), settings.column, names))
-            for batch in table.iter_batches(batch_size=1024, columns=[settings.column]):
-                for row in batch.to_pylist():
-                    yield text_of(row, settings.column, str(file))
-    except arrow.ArrowException as error:
-        raise SourceError(f"{file}: not a readable Parquet file ({error})") from None
+def _line_of(span: Span, number: int) -> str:
+    return f"{span.place}: line {_lines_before(span) + number}"
 
 
-def text_of(row: Mapping[str, Any], column: str, place: str) -> Document:
+def _lines_before(span: Span) -> int:
+    """Count the lines of a file before a span, to say where a mistake is."""
+    with open_raw(span.place) as file:
+        lines, left = 0, span.start
+        while left and (block := file.read(min(left, _BLOCK))):
+            lines += block.count(b"\n")
+            left -= len(block)
+    return lines
+
+
+def text_of(row: Mapping[str, Any], column: str, place: Callable[[], str]) -> Document:
     """Return the document in a column of a row; null is an empty one."""
     if column not in row:
-        raise SourceError(_column_missing(place, column, row))
+        raise SourceError(_column_missing(place(), column, row))
     text = row[column]
     if text is not None and not isinstance(text, str):
-        raise SourceError(f"{place}: column {column!r} holds {type(text).__name__}, not text; set data.column")
+        raise SourceError(f"{place()}: column {column!r} holds {type(text).__name__}, not text; set data.column")
     return Document(text or "")
 
 
@@ -138,61 +229,57 @@ def _column_missing(place: str, column: str, names: Iterable[str]) -> str:
     return f"{place}: no column {column!r}; set data.column to one of {', '.join(map(repr, names))}"
 
 
-FORMATS: dict[str, Callable[[Path, DataSettings], Iterator[Document]]] = {
-    ".txt": _read_text,
-    ".jsonl": _read_json_lines,
-    ".parquet": _read_parquet,
-}
+# Parquet: a document in a column of each row.
 
 
-def _open_zstd(file: Path) -> io.BufferedReader:
-    return io.BufferedReader(_zstandard(file).open(file, "rb"))
+def _cut_table(place: str, stamp: Stamp, settings: DataSettings, step: int) -> Iterator[Span]:
+    with _open_table(place) as table:
+        _check_column(place, table, settings.column)
+        sizes = [_text_size(table.metadata.row_group(group), settings.column) for group in range(table.num_row_groups)]
+    start = size = 0
+    for group, more in enumerate(sizes):
+        size += more
+        if size >= step or group == len(sizes) - 1:
+            yield Span(".parquet", place, start, group + 1, size, stamp)
+            start, size = group + 1, 0
 
 
-def _zstandard(file: Path) -> Any:
+def _text_size(group: Any, column: str) -> int:
+    columns = (group.column(number) for number in range(group.num_columns))
+    return sum(part.total_uncompressed_size for part in columns if part.path_in_schema.partition(".")[0] == column)
+
+
+def _read_table(span: Span, settings: DataSettings) -> Iterator[Document]:
+    with _open_table(span.place) as table:
+        _check_column(span.place, table, settings.column)
+        groups: Sequence[int] = range(table.num_row_groups)[span.start : span.stop]
+        for batch in table.iter_batches(batch_size=1024, row_groups=groups, columns=[settings.column]):
+            for row in batch.to_pylist():
+                yield text_of(row, settings.column, lambda: span.place)
+
+
+@contextmanager
+def _open_table(place: str) -> Iterator[Any]:
     try:
-        import zstandard
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
     except ImportError:
-        raise MissingExtra("zstandard", "sources", f"reading {file.name}") from None
-    return zstandard
-
-
-COMPRESSIONS: dict[str, Callable[[Path], io.BufferedReader]] = {
-    ".gz": lambda file: io.BufferedReader(gzip.GzipFile(file)),
-    ".zst": _open_zstd,
-}
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[io.BufferedReader]:
-    """Open a file for reading its uncompressed bytes, after a UTF-8 byte-order mark if it has one."""
-    with COMPRESSIONS[file.suffix](file) if file.suffix in COMPRESSIONS else file.open("rb") as stream:
-        start = stream.peek(3)
-        if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise SourceError(
-                f"{file}: not UTF-8 but UTF-16 (byte-order mark at byte 0); convert it with iconv -f UTF-16 -t UTF-8"
-            )
-        if start.startswith(b"\xef\xbb\xbf"):
-            stream.read(3)
-        yield stream
-        if file.suffix == ".zst":
-            _check_frame_was_whole(file, stream.tell())
-
-
-def _check_frame_was_whole(file: Path, size: int) -> None:
-    # The library ends the stream of a truncated file without a word.
-    with file.open("rb") as frame:
-        expected = _zstandard(file).frame_content_size(frame.read(18))  # the longest header; -1 where it does not tell
-    if size < expected:
-        raise SourceError(f"{file}: truncated: {size} bytes of text, expected {expected}; fetch it anew")
-
-
-@contextmanager
-def _damage_explained(file: Path) -> Iterator[None]:
-    damage: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
-    if file.suffix == ".zst":
-        damage += (_zstandard(file).ZstdError,)
+        raise MissingExtra("pyarrow", "sources", f"reading {place.rpartition('/')[2]}") from None
     try:
-        yield
-    except damage as error:
-        raise SourceError(f"{file}: cannot be read ({error.args[-1] if error.args else error})") from error
+        with open_raw(place) as file, parquet.ParquetFile(file) as table:
+            yield table
+    except arrow.ArrowException as error:
+        raise SourceError(f"{place}: not a readable Parquet file ({error})") from None
+
+
+def _check_column(place: str, table: Any, column: str) -> None:
+    names = table.schema_arrow.names
+    if column not in names:
+        raise SourceError(_column_missing(place, column, names))
+
+
+FORMATS: dict[str, Format] = {
+    ".txt": Format(_cut_text, _read_text),
+    ".jsonl": Format(_cut_lines, _read_lines),
+    ".parquet": Format(_cut_table, _read_table),
+}

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from gemmule.data.prepare import prepared_folder
+from gemmule.data.dataset import prepared_folder
 from gemmule.errors import DeviceError, RecipeError
 from gemmule.plan.clock import flops, micro_batch_seconds, update_seconds
 from gemmule.plan.devices import DEVICES, Device, find_device

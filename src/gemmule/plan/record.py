@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gemmule.data.prepare import DATASET_FILE, prepared_folder
+from gemmule.data.dataset import DATASET_FILE, prepared_folder
 from gemmule.files import written_aside
 from gemmule.plan.memory import process_bytes
 from gemmule.plan.planner import OPTIMAL, Plan, Planner

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from gemmule.data.prepare import REPORT_FILE, prepared_folder
+from gemmule.data.dataset import REPORT_FILE, prepared_folder
 from gemmule.data.report import CorpusReport
-from gemmule.data.sources import text_size
+from gemmule.data.sources import SOURCES, find_files
 from gemmule.errors import GemmuleError
 from gemmule.train.run import Recipe
 
@@ -52,7 +52,8 @@ def _tokens(source: str, split: str = "train") -> float | None:
         count = rest.partition(":")[0]
         return STORY_TOKENS * int(count) if count.isdigit() else STORY_TOKENS * STORIES[split]
     try:
-        size = text_size(source)
+        files = [] if kind in SOURCES else find_files(source)
     except GemmuleError:
         return None
-    return None if size is None else size / BYTES_A_TOKEN
+    sizes = [file.stat().st_size for file in files if file.suffix == ".txt"]  # what others hold, only reading tells
+    return sum(sizes) / BYTES_A_TOKEN if sizes and len(sizes) == len(files) else None

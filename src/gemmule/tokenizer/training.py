@@ -5,17 +5,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers
-from pydantic import Field
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from gemmule.errors import TokenizerError
-from gemmule.recipe import Problem, Settings
 from gemmule.tokenizer.pieces import WORD_MARK
+from gemmule.tokenizer.settings import BYTES, FIRST_PIECE, SPECIALS
 from gemmule.tokenizer.tokenizer import Tokenizer
-
-SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")  # ids 0 to 5
-BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # ids 6 to 261; ordinary entries, what no piece covers
-FIRST_PIECE = len(SPECIALS) + len(BYTES)
 
 # Runs of one class, with spaces joined to the word or punctuation after them and digits alone. Whether there is a
 # boundary depends on the two adjacent characters alone, so no piece holds one, and a tokenizer that knows only the
@@ -25,19 +20,6 @@ BOUNDARIES = r" *[\p{L}\p{M}]+| *[^\s\p{L}\p{M}\p{N}]+|\p{N}|\n+|\t+| +|[^\S\n\t
 _LONGEST_PIECE = 32  # characters; keeps a ruler of dashes or a base64 blob out of the vocabulary
 _UNCOVERED = 1e-5  # the share of the text whose rare characters may be spelt in bytes, of which they cost a few
 _FEWEST_CHARACTERS = 64  # what a vocabulary must have room for, where the text has that many
-
-
-class TokenizerSettings(Settings):
-    """The vocabulary: trained on the training documents, or taken as it is from a file."""
-
-    vocab_size: int = Field(4096, description="ids in all: 6 special tokens, 256 bytes, then characters and pieces")
-    path: str | None = Field(None, description="an existing tokenizer.json or a folder with one; its size is its own")
-
-    def problems(self) -> Iterator[Problem]:
-        """Yield a vocabulary too small for any text."""
-        if self.path is None and self.vocab_size <= FIRST_PIECE:
-            advice = f"too small: special tokens and bytes alone take {FIRST_PIECE}; use 512 or more"
-            yield Problem("vocab_size", self.vocab_size, advice)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 
-from gemmule.data.batches import Batch, PackedRows
+from gemmule.data.batches import Batch, MixedRows, PackedRows
 from gemmule.errors import TrainingError
 from gemmule.model.attention import KERNELS
 from gemmule.model.gemma3 import Gemma3
@@ -79,7 +79,7 @@ class Hooks(NamedTuple):
 def train(
     parallel: Parallel,
     updater: Updater,
-    rows: PackedRows,
+    rows: PackedRows | MixedRows,
     settings: TrainSettings,
     schedule: ScheduleSettings,
     precision: Literal["bf16", "fp32"],

@@ -10,11 +10,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from gemmule.data import Dataset, DataSettings, open_dataset, prepare_dataset
-from gemmule.data.batches import PackedRows, WholeDocuments
-from gemmule.data.prepare import DATASET_FILE, prepared_folder
+from gemmule.data import Dataset, DataSettings, open_dataset, prepared_folder
+from gemmule.data.batches import MixedRows, PackedRows, WholeDocuments
+from gemmule.data.dataset import DATASET_FILE
+from gemmule.data.report import describe_epochs
 from gemmule.errors import OutputError, RecipeError
-from gemmule.files import folder_written_aside, held, written_aside
+from gemmule.files import aside_of, folder_written_aside, held, written_aside
 from gemmule.formats.folder import save_folder
 from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
@@ -105,15 +106,14 @@ def _run(recipe: Recipe, out: Path, resume: bool, audience: Audience, device: to
     precision = choose_precision(recipe.train.precision, device)
     _check_shares(recipe, world)
     dataset = _dataset(recipe, out, audience, world)
-    tokenizer, context = dataset.tokenizer, recipe.train.context
+    tokenizer = dataset.tokenizer
     recipe = _settle_vocabulary(recipe, tokenizer)
-    rows = PackedRows(dataset.train, context, recipe.train.seed, recipe.data.mask_documents, tokenizer.bos_id)
+    rows = training_rows(dataset, recipe)
     audience.say(describe(recipe, device, precision, world))
     recipe = world.agree(_settle_compile(recipe, device, audience))
     with out_of_memory_explained(recipe.model, recipe.train, recipe.parallel, precision):
         recipe = _settle_steps(recipe, rows, device, precision, world, audience)
-        seen = recipe.train.steps * recipe.train.batch_size * context
-        audience.say(f"{recipe.train.steps:,} steps: {seen:,} tokens, {seen / dataset.train.tokens:.2f} epochs")
+        audience.say(implied_epochs(dataset, recipe))
         parallel, updater = build(recipe, device, precision, world)
         position = _restore(out, parallel, updater, audience) if resume else Position()
         if world.first:
@@ -132,7 +132,7 @@ def _learn(
     recipe: Recipe,
     out: Path,
     dataset: Dataset,
-    rows: PackedRows,
+    rows: PackedRows | MixedRows,
     parallel: Parallel,
     updater: Updater,
     precision: Literal["bf16", "fp32"],
@@ -185,7 +185,10 @@ def claim_folder(recipe: Recipe, out: Path, resume: bool) -> Recipe:
     found = {file.name for file in out.iterdir()} if out.is_dir() else set()
     if stored.name not in found and (found or (out.exists() and not out.is_dir())):
         raise OutputError(f"--out {out}: holds other files and no run; name a new or empty folder")
-    if found <= {stored.name}:  # nothing, or what a run left that failed before it had read its data
+    if found <= {
+        stored.name,
+        aside_of(out / "data").name,
+    }:  # nothing, or what a run left that failed before it had read its data
         with written_aside(stored) as aside:
             write_recipe(recipe, aside, "The recipe of this run, as given.", given_only=True)
         return recipe
@@ -235,10 +238,32 @@ def _dataset(recipe: Recipe, out: Path, audience: Audience, world: World) -> Dat
         audience.say(f"data.validation is not read: {prepared} brings its own validation documents")
     folder = prepared or out / "data"
     if world.first and not (folder / DATASET_FILE).is_file():
-        prepare_dataset(recipe.data, recipe.tokenizer, folder, audience.progress)
+        from gemmule.data.engines import available_cores
+        from gemmule.data.prepare import prepare_dataset
+
+        workers = available_cores()
+        prepare_dataset(recipe.data, recipe.tokenizer, folder, audience.progress, workers=workers, say=audience.say)
     dataset = open_dataset(world.agree(folder))
     audience.say(str(dataset.report))
     return dataset
+
+
+def training_rows(dataset: Dataset, recipe: Recipe) -> PackedRows | MixedRows:
+    """Return the rows to train on: of all train documents, or of each source as its weight says."""
+    context, seed, masked = recipe.train.context, recipe.train.seed, recipe.data.mask_documents
+    corpora = dataset.mixture(recipe.data.weights)
+    packed = [PackedRows(corpus, context, seed, masked, dataset.tokenizer.bos_id) for corpus, _ in corpora]
+    return MixedRows(packed, [weight for _, weight in corpora]) if recipe.data.weights else packed[0]
+
+
+def implied_epochs(dataset: Dataset, recipe: Recipe) -> str:
+    """Say how many tokens a recipe trains on, and how often that goes through the dataset or each of its sources."""
+    steps = recipe.train.steps
+    seen = steps * recipe.train.batch_size * recipe.train.context
+    corpora = dataset.mixture(recipe.data.weights)
+    names = [source.source for source in dataset.report.sources]
+    tokens, weights = [corpus.tokens for corpus, _ in corpora], [weight for _, weight in corpora]
+    return f"{steps:,} steps: {seen:,} tokens, {describe_epochs(names, tokens, weights, seen)}"
 
 
 def _settle_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
@@ -305,7 +330,7 @@ def _settle_compile(recipe: Recipe, device: torch.device, audience: Audience) ->
 
 def _settle_steps(
     recipe: Recipe,
-    rows: PackedRows,
+    rows: PackedRows | MixedRows,
     device: torch.device,
     precision: Literal["bf16", "fp32"],
     world: World,

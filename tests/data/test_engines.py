@@ -1,0 +1,85 @@
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from gemmule.data.engines import ENGINES, available_cores, local
+from gemmule.errors import DeviceError, MissingExtra, SourceError
+
+
+def ignore(_: object) -> None:
+    pass
+
+
+def square(number: int) -> tuple[int, int]:
+    time.sleep(0.02 * (number % 3))
+    return number * number, os.getpid()
+
+
+def fail_at_three(number: int) -> int:
+    if number == 3:
+        raise SourceError("three: not a number that is read")
+    time.sleep(0 if number < 3 else 600)
+    return number
+
+
+def miss(_: int) -> int:
+    raise MissingExtra("tap", "water", "washing")
+
+
+def die(number: int) -> int:
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def mark_and_wait(number: int, folder: Path) -> int:
+    (folder / str(os.getpid())).touch()
+    time.sleep(600 if number else 0)
+    return number
+
+
+def test_results_come_in_order_from_several_processes() -> None:
+    told: list[tuple[int, int]] = []
+    results = local(square, range(8), 2, told.append)
+    assert [number for number, _ in results] == [number * number for number in range(8)]
+    assert told == results
+    assert os.getpid() not in {process for _, process in results}
+
+
+def test_one_worker_is_this_process() -> None:
+    assert {process for _, process in local(square, range(3), 1, ignore)} == {os.getpid()}
+
+
+def test_an_error_arrives_as_it_was_and_the_other_workers_end_at_once() -> None:
+    began = time.monotonic()
+    with pytest.raises(SourceError, match="three: not a number that is read"):
+        local(fail_at_three, range(8), 2, ignore)
+    assert time.monotonic() - began < 300  # not the sleep of the others
+    with pytest.raises(MissingExtra, match=r"washing needs the library tap.*gemmule\[water\]"):
+        local(miss, range(4), 2, ignore)
+
+
+def test_a_worker_that_is_killed_is_explained() -> None:
+    with pytest.raises(DeviceError, match=r"a worker process was killed.*--workers"):
+        local(die, range(4), 2, ignore)
+
+
+def test_workers_end_when_they_are_no_longer_wanted(tmp_path: Path) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        local(partial(mark_and_wait, folder=tmp_path), range(4), 2, interrupt)
+    assert not any(Path(f"/proc/{file.name}").exists() for file in tmp_path.iterdir())
+
+
+def test_there_is_a_core() -> None:
+    assert available_cores() >= 1
+
+
+def test_the_engines_are_these() -> None:
+    assert set(ENGINES) == {"local", "ray"}

@@ -1,0 +1,269 @@
+"""A preparation that is killed and goes on makes the same bytes as one that was not, whoever worked on it."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gemmule.data import sources
+from gemmule.data.prepare import prepare_dataset
+from gemmule.data.settings import DataSettings
+from gemmule.errors import OutputError, SourceError
+from gemmule.tokenizer import TokenizerSettings
+
+VOCABULARY = TokenizerSettings(vocab_size=330)
+UNIT = 12_000
+WORDS = "the fox ran over hills and far away to find its little den warm dry under oak trees by a stream".split()  # noqa: SIM905
+
+# Runs the command with small units; dies at the n-th call of a function, in whichever process that comes.
+PROGRAM = """
+import importlib, os, signal, sys
+
+def arm(function, call):
+    module = importlib.import_module(function.partition(":")[0])
+    original = getattr(module, function.partition(":")[2])
+
+    def deadly(*arguments, **options):
+        nonlocal call
+        call -= 1
+        if call < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(module, function.partition(":")[2], deadly)
+
+if __name__ == "__main__":
+    from gemmule.cli.main import main
+    from gemmule.data import sources
+
+    _, unit, victim, call, *arguments = sys.argv
+    sources.UNIT = int(unit)
+    if victim:
+        arm(victim, int(call))
+    sys.argv = ["gemmule", *arguments]
+    main()
+"""
+
+
+def write(path: Path, documents: int, seed: int) -> str:
+    draw = random.Random(seed)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(5, 60))) + f" {seed}-{n}." for n in range(documents)]
+    texts += texts[::9]
+    path.write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = [json.dumps({"text": f"row {n} {' '.join(WORDS[n % 7 :])}"}) for n in range(300)]
+    (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return {"text": write(folder / "train.txt", 500, 1), "rows": str(folder / "rows.jsonl")}
+
+
+def settings(corpus: dict[str, str]) -> DataSettings:
+    return DataSettings(train=(corpus["text"], corpus["rows"]), near_duplicates=0.9)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def expected(corpus: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The dataset, made in one go by one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "UNIT", UNIT)
+        out = tmp_path_factory.mktemp("expected") / "out"
+        prepare_dataset(settings(corpus), VOCABULARY, out)
+    assert len(list(out.glob("train-*.tokens"))) > 6
+    return content(out)
+
+
+def start(
+    corpus: dict[str, str], out: Path, victim: str = "", call: int = 0, workers: int = 1, engine: str = "local"
+) -> "subprocess.Popen[str]":
+    script = out.parent / "program.py"
+    script.write_text(PROGRAM, encoding="utf-8")
+    options = ["--set", "data.near_duplicates=0.9", "--vocab-size", "330", "--workers", str(workers), "--out", str(out)]
+    options += ["--engine", engine]
+    command = [sys.executable, str(script), str(UNIT), victim, str(call), "prepare", corpus["text"], corpus["rows"]]
+    return subprocess.Popen(
+        [*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def finish(corpus: dict[str, str], out: Path) -> str:
+    process = start(corpus, out, workers=2)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    return said
+
+
+def test_several_processes_make_the_same_bytes_as_one(
+    corpus: dict[str, str], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    finish(corpus, tmp_path / "out")
+    assert content(tmp_path / "out") == expected
+    assert not (tmp_path / ".out.partial").exists()
+
+
+MOMENTS = {
+    "before anything is finished": ("gemmule.data.clean:finish", 0),
+    "after some units are clean": ("gemmule.data.clean:finish", 4),
+    "before documents are chosen": ("gemmule.data.prepare:choose_documents", 0),
+    "before the choice is finished": ("gemmule.data.prepare:finish", 0),
+    "before the tokenizer is finished": ("gemmule.data.prepare:finish", 1),
+    "in the middle of a shard": ("gemmule.data.encode:_portions", 2),
+    "after some shards": ("gemmule.data.encode:finish", 3),
+    "before the report": ("gemmule.data.prepare:draw_report", 0),
+    "before it is a dataset": ("gemmule.data.prepare:written_aside", 0),
+    "before it takes its name": ("gemmule.data.prepare:put_in_place", 0),
+    "while it takes its name": ("gemmule.files:_exchange", 0),
+}
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
+    corpus: dict[str, str], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """One preparation, killed at every moment in turn; each process takes up what the one before left."""
+    out, finished_units = tmp_path / "out", []
+    for moment, (victim, call) in MOMENTS.items():
+        process = start(corpus, out, victim, call)
+        _, said = process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"{moment}: {said}"
+        assert not out.exists(), moment
+        work = tmp_path / ".out.partial"
+        finished_units.append(len(list(work.glob("clean/*.json"))) + len(list(work.glob("encode/t*-*.json"))))
+    assert finished_units[:2] == [0, 4]
+    assert finished_units == sorted(finished_units[:-2]) + finished_units[-2:], "what is finished stays finished"
+    finish(corpus, out)
+    assert content(out) == expected
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_all_processes_killed_at_random_it_goes_on_to_the_same_bytes(
+    corpus: dict[str, str], expected: dict[str, bytes], tmp_path: Path, seed: int
+) -> None:
+    draw, out, kills = random.Random(seed), tmp_path / "out", 0
+    while kills < 3:
+        process = start(corpus, out, workers=2)
+        time.sleep(draw.uniform(0.3, 2.0))
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    assert kills
+    if not out.exists():
+        finish(corpus, out)
+    assert content(out) == expected
+
+
+def test_what_is_finished_is_not_done_again_and_what_is_damaged_is(
+    corpus: dict[str, str], expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "UNIT", UNIT)
+    out = tmp_path / "out"
+
+    def stop(label: str, done: int, total: int | None) -> None:
+        if label.startswith("encoding") and done > 100:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_dataset(settings(corpus), VOCABULARY, out, stop)
+    work = tmp_path / ".out.partial"
+    before = {file: file.stat().st_mtime_ns for file in work.rglob("*.text")}
+    damaged = sorted(work.glob("clean/train-*.text"))[2]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    shard = sorted(work.glob("encode/dataset/train-*.tokens"))[0]
+    shard.write_bytes(shard.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(KeyboardInterrupt):
+        prepare_dataset(settings(corpus), VOCABULARY, out, stop)
+    assert [file for file, time in before.items() if file.stat().st_mtime_ns != time] == [damaged]
+    prepare_dataset(settings(corpus), VOCABULARY, out)
+    assert content(out) == expected
+
+
+def test_other_settings_do_anew_what_depends_on_them_and_say_so(
+    corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "UNIT", UNIT)
+    out, said = tmp_path / "out", list[str]()
+
+    def stop(label: str, *_: object) -> None:
+        if label.startswith("encoding"):
+            raise KeyboardInterrupt
+
+    def prepare(chosen: DataSettings, vocabulary: TokenizerSettings = VOCABULARY) -> float:
+        with pytest.raises(KeyboardInterrupt):
+            prepare_dataset(chosen, vocabulary, out, stop, say=said.append)
+        return (tmp_path / ".out.partial" / "clean" / "train-00000.text").stat().st_mtime_ns
+
+    first = prepare(settings(corpus))
+    assert prepare(settings(corpus)) == first
+    assert said == []
+    assert prepare(settings(corpus), TokenizerSettings(vocab_size=340)) == first, "cleaning does not depend on it"
+    assert len(said) == 1
+    assert "made from other settings or sources in part, which is done anew" in said[0]
+    assert prepare(settings(corpus).replace(weights=(3.0, 1.0), mask_documents=True)) == first
+    assert prepare(settings(corpus).replace(quality=True)) > first
+    assert len(said) == 3
+    os.utime(corpus["text"])
+    second = prepare(settings(corpus).replace(quality=True))
+    assert second > first
+    assert len(said) == 4
+
+
+def test_a_unit_that_cannot_be_read_keeps_what_was_and_is_mended(
+    corpus: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "UNIT", UNIT)
+    bad = tmp_path / "rows.jsonl"
+    bad.write_text(Path(corpus["rows"]).read_text() + "\n{broken", encoding="utf-8")
+    chosen = settings(corpus).replace(train=(corpus["text"], str(bad)))
+    with pytest.raises(SourceError, match=r"rows\.jsonl: line 301 is not valid JSON"):
+        prepare_dataset(chosen, VOCABULARY, tmp_path / "out")
+    assert list(tmp_path.glob(".out.partial/clean/*.json"))
+    bad.write_text(Path(corpus["rows"]).read_text(), encoding="utf-8")
+    prepare_dataset(chosen, VOCABULARY, tmp_path / "out")
+
+
+def test_ctrl_c_says_how_to_go_on(corpus: dict[str, str], expected: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(corpus, out, workers=2)
+    while not list(tmp_path.glob(".out.partial/clean/*.json")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert (
+        f"what is finished is kept in {tmp_path / '.out.partial'}; to go on:  gemmule prepare {corpus['text']}" in said
+    )
+    finish(corpus, out)
+    assert content(out) == expected
+
+
+def test_two_preparations_do_not_write_to_one_place(corpus: dict[str, str], tmp_path: Path) -> None:
+    from gemmule.files import held
+
+    (tmp_path / ".out.partial").mkdir()
+    with held(tmp_path / ".out.partial"), pytest.raises(OutputError, match="another process is writing there"):
+        prepare_dataset(settings(corpus), VOCABULARY, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_ray_makes_the_same_bytes(corpus: dict[str, str], expected: dict[str, bytes], tmp_path: Path) -> None:
+    pytest.importorskip("ray.data", reason="ray is not installed: pip install 'gemmule[ray]'")
+    process = start(corpus, tmp_path / "out", engine="ray", workers=2)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    assert content(tmp_path / "out") == expected
