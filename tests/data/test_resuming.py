@@ -151,18 +151,17 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
 def test_all_processes_killed_at_random_it_goes_on_to_the_same_bytes(
     corpus: dict[str, str], expected: dict[str, bytes], tmp_path: Path, seed: int
 ) -> None:
-    draw, out, kills = random.Random(seed), tmp_path / "out", 0
-    while kills < 3:
+    draw, out, work = random.Random(seed), tmp_path / "out", tmp_path / ".out.partial"
+    for units in sorted(draw.sample(range(len(expected)), 3)):
         process = start(corpus, out, workers=2)
-        time.sleep(draw.uniform(0.3, 2.0))
-        if process.poll() is not None:
-            break
+        while len(list(work.rglob("*.json"))) < units:
+            assert process.poll() is None
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.05))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        kills += 1
-    assert kills
-    if not out.exists():
-        finish(corpus, out)
+        assert process.returncode == -signal.SIGKILL
+    finish(corpus, out)
     assert content(out) == expected
 
 

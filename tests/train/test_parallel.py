@@ -68,7 +68,8 @@ def test_compiled_blocks_that_recompute_have_the_same_gradients(how: str) -> Non
     again, others, _ = learn(placed(how, compile_blocks=True))
     assert again == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+        scale = gradient.abs().max().item()  # what is small beside it is a sum of what is not
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
 def test_one_process_has_its_model_whole() -> None:

@@ -3,10 +3,12 @@
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -40,8 +42,10 @@ def local(function: Callable[[T], R], items: Sequence[T], workers: int, told: Ca
     try:
         with ProcessPoolExecutor(min(workers, len(items)), context, _begin, (watched,)) as pool:
             try:
-                # Not `pool.map`, which cancels what is left over; Python 3.11 then trips over it.
-                for future in [pool.submit(function, item) for item in items]:
+                with _deaf_to_ctrl_c():
+                    # Not `pool.map`, which cancels what is left over; Python 3.11 then trips over it.
+                    futures = [pool.submit(function, item) for item in items]
+                for future in futures:
                     results.append(future.result())
                     told(results[-1])
             except BaseException:
@@ -56,11 +60,18 @@ def local(function: Callable[[T], R], items: Sequence[T], workers: int, told: Ca
     return results
 
 
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Hold Ctrl-C back; a process that starts meanwhile never hears it, as its parent ends it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(watched: Connection) -> None:
     """Make a process a worker: one that ends with its parent, however that ends, and has one thread of its own."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, args=(watched,), daemon=True).start()
 
