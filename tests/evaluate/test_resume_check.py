@@ -41,16 +41,17 @@ def test_differences_are_named(tiny_run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_kills_resumes_and_finds_the_same_run(tiny_recipe: Path) -> None:
-    ended = gemmule("resume-check", tiny_recipe, "--kills", 3, "--json")
+    ended = gemmule("resume-check", tiny_recipe, "--kills", 4, "--json")
     assert ended.code == 0, ended.err
     verdict = json.loads(ended.out)
     assert verdict["same"]
     assert verdict["steps"] == 12
-    assert 1 <= len(verdict["kills"]) <= 3
+    assert len(verdict["kills"]) == 4
+    assert verdict["while_saving"] >= 1
 
 
 def test_a_run_that_is_not_the_same_is_a_failure(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resume, "resume_check", lambda *_: Verdict(12, [3], ["optimizer.safetensors"]))
+    monkeypatch.setattr(resume, "resume_check", lambda *_: Verdict(12, [3], 0, ["optimizer.safetensors"]))
     ended = gemmule("resume-check", tiny_recipe)
     assert ended.code == 1
     assert "NOT the same run: optimizer.safetensors differ" in ended.err

@@ -40,7 +40,8 @@ def resume_check(
         screen.say(f"NOT the same run: {'; '.join(verdict.differences)} differ")
     else:
         screen.say(
-            f"the same run: after {verdict.steps} steps and {len(verdict.kills)} kills, "
+            f"the same run: after {verdict.steps} steps and {len(verdict.kills)} kills, {verdict.while_saving} of them "
+            "while a checkpoint was written, "
             "weights, optimizer, metrics and samples are equal bit for bit"
         )
     if as_json:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ class Verdict(NamedTuple):
 
     steps: int
     kills: list[int]  # the steps that metrics.jsonl had seen at each
+    while_saving: int  # how many of the kills came while a checkpoint was being written
     differences: list[str]  # none where all bits are the same
 
 
@@ -54,17 +56,25 @@ def resume_check(recipe: Recipe, folder: Path, kills: int, seed: int, say: Calla
     shutil.copy(straight / "recipe.toml", killed)
     if (straight / "data").exists():
         (killed / "data").symlink_to((straight / "data").absolute())
+    pace = read_json_lines(straight / "metrics.jsonl")[-1]["seconds"] / steps
     moments: list[int] = []
-    while len(moments) < kills:
+    while_saving = 0
+    # Several may fall into one step: the run then goes back to the checkpoint before it, and is killed there again.
+    last = max(1, steps - recipe.train.checkpoint_every)
+    for number, target in enumerate(sorted(draw.randrange(last) for _ in range(kills))):
+        left_over = _half_written(killed)
         with _training(straight / "recipe.toml", killed) as process:
-            if not _wait_for_a_moment(process, killed, steps, draw):
+            saving = number % 3 == 2  # moments that random ones seldom meet
+            if not _wait_for_a_moment(process, killed, target, saving, draw.uniform(0, 2 * pace)):
                 break  # it came to its end before the moment did
             process.kill()
         moments.append(_steps_seen(killed))
-        say(f"killed when step {moments[-1]} of {steps} was done")
+        saved = bool(_half_written(killed) - left_over)
+        while_saving += saved
+        say(f"killed when step {moments[-1]} of {steps} was done" + ", while saving" * saved)
     with _training(straight / "recipe.toml", killed) as process:
         _expect_success(process)
-    return Verdict(steps, moments, list(_differences(straight, killed)))
+    return Verdict(steps, moments, while_saving, list(_differences(straight, killed)))
 
 
 def _training(recipe: Path, run: Path) -> "subprocess.Popen[str]":
@@ -78,19 +88,28 @@ def _expect_success(process: "subprocess.Popen[str]") -> None:
         raise GemmuleError(f"the run ended with exit code {process.returncode}: {told.strip().splitlines()[-1:]}")
 
 
-def _wait_for_a_moment(process: "subprocess.Popen[str]", run: Path, steps: int, draw: random.Random) -> bool:
-    """Wait until the process has done a random step, and a random while longer; False where it has ended before."""
-    metrics, saved = run / "metrics.jsonl", checkpoints(run)
-    done = int(saved[0].name.removeprefix("step-")) if saved else 0
-    target, delay = draw.randint(done, steps), draw.uniform(0, 0.5)
-    before = _changed(metrics)  # lines of steps that were not saved stand there until the process repeats them
+def _wait_for_a_moment(process: "subprocess.Popen[str]", run: Path, target: int, saving: bool, delay: float) -> bool:
+    """Wait until the process has done a step, and then a while longer or for a checkpoint; False where it has ended."""
+    metrics = run / "metrics.jsonl"
+    # Lines of steps that were not saved stand there until the process repeats them, and half-written folders too.
+    before, left_over = _changed(metrics), _half_written(run)
     while process.poll() is None:
-        if _changed(metrics) != before and _steps_seen(run) >= target:
-            time.sleep(delay)  # somewhere in a step, a validation, or the writing of a checkpoint
+        reached = _changed(metrics) != before and _steps_seen(run) >= target
+        if reached and (not saving or _half_written(run) - left_over):
+            time.sleep(0 if saving else delay)  # somewhere in a step, a validation, or the writing of a checkpoint
             return process.poll() is None
-        time.sleep(0.01)
+        time.sleep(0.002)
     _expect_success(process)
     return False
+
+
+def _half_written(run: Path) -> set[int]:
+    """Return the inodes of the folders in which a checkpoint is being written, or was when a kill came."""
+    inodes = set()
+    for folder in (run / "checkpoints").glob(".step-*"):
+        with suppress(FileNotFoundError):  # it is whole by now
+            inodes.add(folder.stat().st_ino)
+    return inodes
 
 
 def _changed(file: Path) -> int:
