@@ -14,10 +14,11 @@ from runs import gemmule
 
 def test_a_recipe_is_shortened_so_that_it_can_be_interrupted(tiny_recipe: Path) -> None:
     long = read_recipe(tiny_recipe, Recipe, ["train.steps=1000", "train.minutes=5"])
-    short = shortened(long, 70).train
+    short = shortened(long, 70, 5).train
     assert (short.steps, short.minutes, short.log_every) == (70, None, 1)
-    assert (short.checkpoint_every, short.validate_every) == (10, 35)
-    assert shortened(long.replace(train=long.train.replace(steps=3)), 70).train.steps == 3
+    assert (short.checkpoint_every, short.validate_every) == (10, 30)
+    assert shortened(long.replace(train=long.train.replace(steps=3)), 70, 5).train.steps == 3
+    assert shortened(long, 70, 35).train.checkpoint_every == 2
 
 
 def test_differences_are_named(tiny_run: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def resume_check(
     from gemmule.recipe import read_recipe
     from gemmule.train.run import Recipe
 
-    settings = shortened(read_recipe(recipe, Recipe, overrides or []), steps)
+    settings = shortened(read_recipe(recipe, Recipe, overrides or []), steps, kills)
     with Screen() as screen, tempfile.TemporaryDirectory(prefix="gemmule-resume-") as folder:
         verdict = resume_check(settings, Path(folder), kills, seed, screen.say)
     if verdict.differences:

@@ -1,5 +1,6 @@
 """Is a resumed run the run that was never stopped? Run it, run it again under `kill -9`, and compare the bits."""
 
+import json
 import random
 import shutil
 import subprocess
@@ -30,11 +31,11 @@ class Verdict(NamedTuple):
     differences: list[str]  # none where all bits are the same
 
 
-def shortened(recipe: Recipe, steps: int) -> Recipe:
-    """Return a recipe of at most so many steps that saves, validates and logs often enough to be interrupted."""
+def shortened(recipe: Recipe, steps: int, kills: int) -> Recipe:
+    """Return a recipe of at most so many steps that saves about as often as it is killed, validates and logs."""
     steps = min(steps, recipe.train.steps)
-    often = max(1, steps // 7)
-    changes = {"steps": steps, "minutes": None, "checkpoint_every": often, "validate_every": max(1, steps // 2)}
+    often = max(1, steps // max(7, kills))
+    changes = {"steps": steps, "minutes": None, "checkpoint_every": often, "validate_every": 3 * often}
     return recipe.replace(train=recipe.train.replace(log_every=1, **changes))
 
 
@@ -65,7 +66,7 @@ def resume_check(recipe: Recipe, folder: Path, kills: int, seed: int, say: Calla
         left_over = _half_written(killed)
         with _training(straight / "recipe.toml", killed) as process:
             saving = number % 3 == 2  # moments that random ones seldom meet
-            if not _wait_for_a_moment(process, killed, target, saving, draw.uniform(0, 2 * pace)):
+            if not _wait_for_a_moment(process, killed, target, saving, draw.uniform(0, 0.01 if saving else 2 * pace)):
                 break  # it came to its end before the moment did
             process.kill()
         moments.append(_steps_seen(killed))
@@ -94,22 +95,25 @@ def _wait_for_a_moment(process: "subprocess.Popen[str]", run: Path, target: int,
     # Lines of steps that were not saved stand there until the process repeats them, and half-written folders too.
     before, left_over = _changed(metrics), _half_written(run)
     while process.poll() is None:
-        reached = _changed(metrics) != before and _steps_seen(run) >= target
-        if reached and (not saving or _half_written(run) - left_over):
-            time.sleep(0 if saving else delay)  # somewhere in a step, a validation, or the writing of a checkpoint
+        if saving:
+            reached = any(step >= target for step, _ in _half_written(run) - left_over)
+        else:
+            reached = _changed(metrics) != before and _steps_seen(run) >= target
+        if reached:
+            time.sleep(delay)  # somewhere in a step, a validation, or the writing of a checkpoint
             return process.poll() is None
-        time.sleep(0.002)
+        time.sleep(0.001)
     _expect_success(process)
     return False
 
 
-def _half_written(run: Path) -> set[int]:
-    """Return the inodes of the folders in which a checkpoint is being written, or was when a kill came."""
-    inodes = set()
-    for folder in (run / "checkpoints").glob(".step-*"):
+def _half_written(run: Path) -> set[tuple[int, int]]:
+    """Return the steps and inodes of the folders in which a checkpoint is being written, or was when a kill came."""
+    found = set()
+    for folder in (run / "checkpoints").glob(".step-*.partial"):
         with suppress(FileNotFoundError):  # it is whole by now
-            inodes.add(folder.stat().st_ino)
-    return inodes
+            found.add((int(folder.name.removeprefix(".step-").removesuffix(".partial")), folder.stat().st_ino))
+    return found
 
 
 def _changed(file: Path) -> int:
@@ -117,7 +121,10 @@ def _changed(file: Path) -> int:
 
 
 def _steps_seen(run: Path) -> int:
-    return int(next((line["step"] for line in reversed(read_json_lines(run / "metrics.jsonl"))), 0))
+    file = run / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    whole = [line for line in lines[-2:] if line.endswith(b"\n")]
+    return int(json.loads(whole[-1])["step"]) if whole else 0
 
 
 def _differences(one: Path, other: Path) -> Iterator[str]:
