@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemmule.model.attention import KERNELS, Visibility, reference
+from gemmule.model.attention import KERNELS, Kernel, Visibility, folded, reference
 from tiny import greatest_difference
 
 SCALE = 12**-0.5
@@ -99,9 +99,23 @@ def test_reference_is_the_softmax_over_visible_keys(name: str) -> None:
 @pytest.mark.parametrize("name", SCENES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernel_equals_reference(kernel: str, name: str) -> None:
-    case = SCENES[name]
+    compare(KERNELS[kernel], SCENES[name].visibility, SCENES[name])
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS, PADDING])
+@pytest.mark.parametrize("block", [1, 2, 4, 5, 13, 16])
+@pytest.mark.parametrize("window", [1, 2, 3, 6, 12])
+def test_blocks_of_any_size_change_nothing(window: int, block: int, documents: Tensor | None, key_heads: int) -> None:
+    now = PADDED if documents is PADDING else positions(0, T - 1)
+    blocks = Visibility(now, now, window, documents, documents, block=block)
+    compare(folded, blocks, Scene(Visibility(now, now, window, documents, documents), key_heads=key_heads))
+
+
+def compare(kernel: Kernel, visibility: Visibility, case: Scene) -> None:
+    """Compare a kernel with the reference: what comes out, and all gradients."""
     ours, theirs = inputs(case), inputs(case)
-    mixed = KERNELS[kernel](*ours, case.visibility, SCALE, 0.0)
+    mixed = kernel(*ours, visibility, SCALE, 0.0)
     expected = reference(*theirs, case.visibility, SCALE, 0.0)
     assert greatest_difference(mixed, expected) < 1e-5
     weights = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(9))

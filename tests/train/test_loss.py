@@ -1,3 +1,6 @@
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from gemmule.data import batches
-from gemmule.model.gemma3 import all_logits
 from gemmule.train import loss as loss_module
-from gemmule.train.loss import IGNORED, summed_loss
+from gemmule.train.loss import IGNORED, rows_at_once, summed_loss
 
 VOCABULARY = 11
 
@@ -51,6 +53,7 @@ def test_chunks_change_neither_value_nor_gradient(
     hidden, targets, vocabulary = draw(rows, length, ignored, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
+        patch.setattr(loss_module, "WORDS_AT_ONCE", 4)
         value = summed_loss(targets)(hidden, vocabulary)
         gradients = torch.autograd.grad(value, (hidden, vocabulary))
     expected = plain_loss(hidden, targets, vocabulary)
@@ -62,28 +65,80 @@ def test_chunks_change_neither_value_nor_gradient(
 
 def test_no_more_logits_than_the_limit_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
+    make = loss_module._losses_and_slopes
 
-    def watched(hidden: Tensor, vocabulary: Tensor) -> Tensor:
-        logits = all_logits(hidden, vocabulary)
+    def watched(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         sizes.append(logits.numel())
-        return logits
+        return make(logits, targets)
 
-    monkeypatch.setattr(loss_module, "all_logits", watched)
+    monkeypatch.setattr(loss_module, "_losses_and_slopes", watched)
     monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 4 * VOCABULARY)
     hidden, targets, vocabulary = draw(3, 5, 0.2, 0)
     summed_loss(targets)(hidden, vocabulary).backward()
-    assert sizes == [4 * VOCABULARY] * 3 + [3 * VOCABULARY] + sizes[4:]
-    assert len(sizes) == 8, "the way back makes the logits again"
+    assert sizes == [4 * VOCABULARY] * 3 + [3 * VOCABULARY]
 
 
-def test_chunks_keep_no_logits_for_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_keep_no_logits_for_the_way_back() -> None:
     hidden, targets, vocabulary = draw(3, 5, 0.2, 0)
-    for at_once, kept in ((15 * VOCABULARY, True), (4 * VOCABULARY, False)):
-        monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
-        saved: list[Any] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, into=saved: into.append(tensor) or tensor, id):
-            summed_loss(targets)(hidden, vocabulary)
-        assert any(tensor.shape[-1:] == (VOCABULARY,) for tensor in saved) == kept
+    saved: list[Any] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, id):
+        summed_loss(targets)(hidden, vocabulary)
+    assert sorted(tuple(tensor.shape) for tensor in saved) == [(VOCABULARY, 6), (15, 6)]
+
+
+def test_chunks_on_a_cpu_fit_its_caches_and_have_rows_enough() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert rows_at_once(4096, cpu) == 1024
+    assert rows_at_once(32_768, cpu) == 512
+    assert rows_at_once(262_144, cpu) == rows_at_once(262_144, gpu) == 128
+    assert rows_at_once(4096, gpu) == 8192
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler warns itself
+def test_compiled_losses_are_the_same() -> None:
+    hidden, targets, vocabulary = draw(3, 5, 0.4, 0)
+    results = []
+    for compiled in (False, True):
+        value = summed_loss(targets, compiled)(hidden, vocabulary)
+        results.append((value, *torch.autograd.grad(value, (hidden, vocabulary))))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+LARGE = """
+import torch
+from torch.nn import functional
+from gemmule.train.loss import summed_loss
+
+def peak(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 2**20
+
+hidden, vocabulary = torch.randn(1, 16384, 640, requires_grad=True), torch.randn(262144, 640).mul_(0.02)
+vocabulary.requires_grad_()
+targets = torch.randint(262144, (1, 16384))
+before = peak("VmRSS")
+with torch.autocast("cpu", torch.bfloat16):
+    loss = summed_loss(targets)(hidden, vocabulary)
+loss.backward()
+print(peak("VmHWM") - before)
+few = slice(0, 64)
+with torch.autocast("cpu", torch.bfloat16):
+    one = summed_loss(targets[:, few])(hidden[:, few], vocabulary)
+    plain = functional.cross_entropy((hidden[0, few] @ vocabulary.T).float(), targets[0, few], reduction="sum")
+torch.testing.assert_close(one, plain, rtol=1e-3, atol=0)
+for ours, theirs in zip(*(torch.autograd.grad(x, (hidden, vocabulary)) for x in (one, plain))):
+    assert ((ours - theirs).norm() / theirs.norm()).item() < 0.01
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_a_quarter_of_a_million_words_take_a_gigabyte_above_the_weights_gradients_included() -> None:
+    copy = 262_144 * 640 * 2 / 2**30  # the weights in the precision of autocast
+    told = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    assert float(told.stdout) < 1 + copy
 
 
 def test_half_precision_states_are_summed_in_fp32() -> None:

@@ -3,6 +3,7 @@
 Letters: B batch, T query time, S key time, N query heads, K key/value heads, H head dim.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,7 +18,8 @@ class Visibility:
 
     Positions and documents are (B or 1, T) for queries and (B or 1, S) for keys; window None means no limit, documents
     None means one document. `causal` promises that the rule comes down to the lower triangle, so kernels need no
-    table and `table` is None.
+    table and `table` is None. `block` promises that the queries are the keys, one position after the other, and asks
+    for the table of blocks of so many queries.
     """
 
     query_positions: Tensor
@@ -26,22 +28,49 @@ class Visibility:
     query_documents: Tensor | None = None
     key_documents: Tensor | None = None
     causal: bool = False
+    block: int | None = None
 
-    # The rule as booleans (B or 1, 1, T, S), True where the key is visible; made once for all layers of a kind.
+    # The rule as booleans, True where the key is visible; made once for all layers of a kind: (B or 1, 1, T, S), or for
+    # blocks (B or 1, 1, blocks, 1, block, reach + block).
     table: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "table", None if self.causal else self.rule())
+        table = None if self.causal else self.rule() if self.block is None else self._rule_of_blocks()
+        object.__setattr__(self, "table", table)
 
     def rule(self) -> Tensor:
         """Work the table out."""
-        distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
+        return self._rule(self.query_positions, self.key_positions, self.query_documents, self.key_documents)[:, None]
+
+    @property
+    def reach(self) -> int:
+        """How many keys before a block, in whole blocks, its first query may see."""
+        assert self.window is not None and self.block is not None  # noqa: PT018 - one promise
+        return math.ceil((self.window - 1) / self.block) * self.block
+
+    def _rule_of_blocks(self) -> Tensor:
+        never = torch.iinfo(self.key_positions.dtype).max // 2  # a position after all others: nobody looks there
+        queries, keys = self._cut(self.query_positions, never)
+        documents = (None, None) if self.query_documents is None else self._cut(self.query_documents, -1)
+        return self._rule(queries, keys, *documents)[:, None, :, None]
+
+    def _cut(self, marks: Tensor, filling: int) -> tuple[Tensor, Tensor]:
+        """(B,T) -> each block's own marks (B,blocks,block), and those of the keys before and in it."""
+        assert self.block is not None
+        padded = functional.pad(marks, (self.reach, -marks.shape[1] % self.block), value=filling)
+        keys = padded.unfold(1, self.reach + self.block, self.block)
+        return keys[..., self.reach :], keys
+
+    def _rule(
+        self, queries: Tensor, keys: Tensor, query_documents: Tensor | None, key_documents: Tensor | None
+    ) -> Tensor:
+        distance = queries[..., :, None] - keys[..., None, :]
         visible = distance >= 0
         if self.window is not None:
             visible = visible & (distance < self.window)
-        if self.query_documents is not None and self.key_documents is not None:
-            visible = visible & (self.query_documents[:, :, None] == self.key_documents[:, None, :])
-        return visible[:, None]
+        if query_documents is not None and key_documents is not None:
+            visible = visible & (query_documents[..., :, None] == key_documents[..., None, :])
+        return visible
 
 
 # (query (B,N,T,H), key (B,K,S,H), value (B,K,S,H), visibility, scale, dropout) -> (B,N,T,H)
@@ -55,8 +84,7 @@ def reference(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = torch.einsum("bnth,bnsh->bnts", query.float(), key.float()) * scale
-    table = visibility.rule() if visibility.table is None else visibility.table
-    scores = scores.masked_fill(~table, torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(~visibility.rule(), torch.finfo(scores.dtype).min)
     weights = functional.dropout(scores.softmax(dim=-1), dropout)
     return torch.einsum("bnts,bnsh->bnth", weights, value.float()).to(query.dtype)
 
@@ -75,4 +103,33 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scal
     )
 
 
-KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa}
+def folded(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scale: float, dropout: float) -> Tensor:
+    """Attend block by block, each to itself and the keys its window reaches; the cost grows with T, not with T x T.
+
+    Without a promise of blocks (no window, or keys from a cache) it is `sdpa`.
+    """
+    if visibility.block is None or visibility.table is None:
+        return sdpa(query, key, value, visibility, scale, dropout)
+    block, reach = visibility.block, visibility.reach
+    (batch, heads, length, size), groups = query.shape, key.shape[1]
+    blocks = math.ceil(length / block)
+    # All query heads of a key head, and all queries of a block, make one matrix: (B,K,blocks, N/K x block, H).
+    queries = functional.pad(query, (0, 0, 0, blocks * block - length))
+    queries = queries.reshape(batch, groups, -1, blocks, block, size).transpose(2, 3).flatten(3, 4)
+    keys, values = (_reached(x, block, reach) for x in (key, value))
+    scores = (queries @ keys.transpose(-1, -2)).reshape(batch, groups, blocks, -1, block, reach + block)
+    scores = (scores.float() * scale).masked_fill(~visibility.table, -math.inf)
+    weights = functional.dropout(scores.softmax(dim=-1).to(value.dtype), dropout)
+    mixed = (weights.flatten(3, 4) @ values).reshape(batch, groups, blocks, -1, block, size)
+    return mixed.transpose(2, 3).reshape(batch, heads, -1, size)[:, :, :length]
+
+
+def _reached(x: Tensor, block: int, reach: int) -> Tensor:
+    """(B,K,T,H) -> for each block the keys before and in it, (B,K,blocks,reach + block,H)."""
+    length = x.shape[2]
+    padded = functional.pad(x, (0, 0, reach, -length % block))
+    shifts = [padded[:, :, first : padded.shape[2] - reach + first] for first in range(0, reach + 1, block)]
+    return torch.cat([shift.reshape(*x.shape[:2], -1, block, x.shape[3]) for shift in shifts], dim=3)
+
+
+KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa, "folded": folded}

@@ -135,6 +135,7 @@ class Gemma3(nn.Module):
     def __init__(self, config: Gemma3Config, kernel: str = "sdpa") -> None:
         super().__init__()
         self.config = config
+        self.folds = kernel == "folded"
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer, kernel) for layer in range(config.num_hidden_layers))
@@ -168,7 +169,7 @@ class Gemma3(nn.Module):
         """Say, once for all layers of a kind, what each token sees and by which angles it is turned."""
         config, kinds = self.config, sorted(set(self.config.layer_kinds))
         length = tokens.shape[1]
-        in_order = positions is None and documents is None and cache is None
+        in_order = positions is None and cache is None
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + length, device=tokens.device)[None]
@@ -178,8 +179,10 @@ class Gemma3(nn.Module):
             visibility = {}
             for kind in kinds:
                 window = config.window(kind)
-                causal = in_order and (window is None or length <= window)
-                visibility[kind] = Visibility(positions, positions, window, documents, documents, causal)
+                short = window is None or length <= window
+                causal = in_order and short and documents is None
+                block = max(1, window // 2) if self.folds and in_order and window is not None and not short else None
+                visibility[kind] = Visibility(positions, positions, window, documents, documents, causal, block)
         frequencies = {
             "local": (config.rope_local_base_freq, 1.0),
             "global": (config.rope_theta, config.rope_scaling_factor),

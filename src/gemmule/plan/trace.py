@@ -246,7 +246,7 @@ def trace(shape: Shape) -> Trace:
             for parameter in model.parameters():
                 assert parameter.grad is not None
                 recorder.buffers[recorder.number(parameter.grad)].label = "gradients" if not grads else "given"
-    chunk = max(1, loss_of_training.LOGITS_AT_ONCE // config.vocab_size)
+    chunk = loss_of_training.rows_at_once(config.vocab_size, tokens.device)
     share = max(1.0, shape.rows * shape.context / (CHUNKS * chunk))
     return _assemble(recorder, share)
 
@@ -268,7 +268,7 @@ def _run(
 
     def readout(hidden: Tensor, vocabulary: Tensor) -> Tensor:
         recorder.mark("loss", True)
-        few = CHUNKS * max(1, loss_of_training.LOGITS_AT_ONCE // vocabulary.shape[0])
+        few = CHUNKS * loss_of_training.rows_at_once(vocabulary.shape[0], hidden.device)
         flat, goals = hidden.flatten(0, 1)[None], targets.flatten()[None]
         return loss_of_training.summed_loss(goals[:, :few])(flat[:, :few], vocabulary)
 

@@ -164,7 +164,9 @@ def accumulate_gradients(
         here = part.to(device)
         with parallel.micro_batch(number == len(parts) - 1):
             with autocast(device, precision):
-                loss = parallel.forward(here.tokens, documents=here.documents, readout=summed_loss(here.targets))
+                loss = parallel.forward(
+                    here.tokens, documents=here.documents, readout=summed_loss(here.targets, settings.compile)
+                )
                 loss = loss / trained
             torch.autograd.backward(loss * parallel.world.size)  # the mean over processes becomes their sum
         total += loss.detach()

@@ -1,39 +1,92 @@
 """The loss as a readout: cross-entropy summed over the trained targets, without ever holding all logits."""
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-from gemmule.model.gemma3 import Readout, all_logits
+from gemmule.model.gemma3 import Readout
 
 IGNORED = -100
 # Logits held at once: 2^25 in fp32 are 128 MiB.
 LOGITS_AT_ONCE = 2**25
+# On a CPU chunks that its caches hold are faster, unless they have fewer rows than pay for their share of a gradient.
+CACHED_LOGITS, WORTHWHILE_ROWS = 2**22, 512
+# Words whose part of the vocabulary's gradient is made at once.
+WORDS_AT_ONCE = 2**15
 
 
-def summed_loss(targets: Tensor) -> Readout:
+def summed_loss(targets: Tensor, compiled: bool = False) -> Readout:
     """Return a readout that sums -log p(target) in nats over targets (B,T) other than IGNORED, as a scalar.
 
     Divide by the number of trained targets of the whole optimizer step, not of this call.
     """
 
     def read(hidden: Tensor, vocabulary: Tensor) -> Tensor:
-        pieces = _pieces(hidden, targets, vocabulary.shape[0])
-        if len(pieces) == 1:
-            return _chunk_loss(*pieces[0], vocabulary)
-        # Each chunk's logits are made again on the way back instead of being kept.
-        losses = [checkpoint(_chunk_loss, *piece, vocabulary, use_reentrant=False) for piece in pieces]
-        return torch.stack(losses).sum()
+        losses = _compiled(_losses_and_slopes) if compiled else _losses_and_slopes
+        arguments = (hidden.flatten(0, 1), vocabulary, targets.flatten(), losses)
+        loss: Tensor = _SummedLoss.apply(*arguments)  # type: ignore[no-untyped-call]
+        return loss
 
     return read
 
 
-def _pieces(hidden: Tensor, targets: Tensor, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
-    flat, goals = hidden.flatten(0, 1), targets.flatten()
-    rows = max(1, LOGITS_AT_ONCE // vocabulary)
-    return list(zip(torch.split(flat, rows), torch.split(goals, rows), strict=True))
+class _SummedLoss(torch.autograd.Function):
+    """Chunk by chunk, the gradient of logits is made while they are at hand, and neither is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, vocabulary: Tensor, targets: Tensor, losses: Callable[..., tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """Sum the loss of hidden (M,D) against targets (M), and make the gradients of hidden and vocabulary (V,D)."""
+        kind, rows = hidden.device.type, rows_at_once(len(vocabulary), hidden.device)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        total = torch.zeros((), device=hidden.device)
+        to_hidden = to_vocabulary = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            to_hidden, to_vocabulary = torch.empty_like(hidden), torch.zeros_like(vocabulary, dtype=torch.float32)
+        with torch.autocast(kind, enabled=False):
+            words = vocabulary.to(dtype)
+            for first in range(0, len(hidden), rows):
+                chunk = slice(first, first + rows)
+                states = hidden[chunk].to(dtype)
+                loss, slope = losses(states @ words.T, targets[chunk])
+                total += loss
+                if to_hidden is not None and to_vocabulary is not None:
+                    to_hidden[chunk] = slope @ words
+                    for part in range(0, len(words), WORDS_AT_ONCE):
+                        some = slice(part, part + WORDS_AT_ONCE)
+                        to_vocabulary[some] += slope[:, some].T @ states
+        ctx.save_for_backward(to_hidden, to_vocabulary)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, wanted: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Scale what forward made; it is used up."""
+        to_hidden, to_vocabulary = ctx.saved_tensors
+        return to_hidden.mul_(wanted), to_vocabulary.mul_(wanted), None, None
 
 
-def _chunk_loss(hidden: Tensor, targets: Tensor, vocabulary: Tensor) -> Tensor:
-    return functional.cross_entropy(all_logits(hidden, vocabulary), targets, ignore_index=IGNORED, reduction="sum")
+def _losses_and_slopes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the losses of logits (rows,V), and return the gradient by the logits: softmax minus one-hot, 0 if ignored."""
+    likely = logits.log_softmax(dim=-1, dtype=torch.float32)
+    known = targets != IGNORED
+    targets = targets.where(known, 0)[:, None]
+    loss = -likely.gather(1, targets)[:, 0].where(known, 0.0).sum()
+    hit = torch.arange(logits.shape[1], device=logits.device) == targets
+    return loss, ((likely.exp() - hit.float()) * known[:, None]).to(logits.dtype)
+
+
+@cache
+def _compiled(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(function, dynamic=False)
+
+
+def rows_at_once(vocabulary: int, device: torch.device) -> int:
+    """Return how many rows of logits a chunk has."""
+    most = max(1, LOGITS_AT_ONCE // vocabulary)
+    return min(most, max(WORTHWHILE_ROWS, CACHED_LOGITS // vocabulary)) if device.type == "cpu" else most
