@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors import SafetensorError
 
@@ -182,3 +183,13 @@ def test_two_writers_of_one_folder_do_not_mix(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="another process is writing there"):
             write_folder(tmp_path / "folder", "second")
     assert contents(tmp_path) == {"folder/file": "first"}
+
+
+@needs_full_device
+def test_full_device_is_recognised_when_numpy_writes_less_than_it_was_asked_for(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match="no space left on the device"),
+        explained(tmp_path),
+        FULL.open("wb") as file,
+    ):
+        np.save(file, np.zeros(50_000))

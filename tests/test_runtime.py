@@ -1,13 +1,17 @@
 import os
 import signal
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gemmule.errors import DeviceError
 from gemmule.runtime import (
     Interrupt,
+    _meet,
     autocast,
     choose_device,
     choose_precision,
@@ -142,3 +146,16 @@ def test_outside_the_main_thread_there_are_no_signals_to_note() -> None:
     thread.start()
     thread.join()
     assert not seen[0].requested
+
+
+def test_processes_that_start_again_never_meet_the_dead() -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(2) as pool:
+        for generation in ("one", "two", "three"):
+            late = pool.submit(_meet, store, 1, 2)  # before the first, so that it finds what the dead left
+            time.sleep(0.1)
+            assert not late.done()
+            first = _meet(store, 0, 2)
+            assert not first.check(["address"])
+            first.set("address", generation)
+            assert late.result(timeout=10).get("address").decode() == generation

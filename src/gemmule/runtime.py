@@ -159,12 +159,12 @@ def _meet(store: Store, rank: int, size: int) -> Store:
             store.set("words", " ".join(store.get(f"word/{other}").decode() for other in range(size)))
         words = store.get("words").decode()
         place = hashlib.sha256(words.encode()).hexdigest()
-        if mine in words.split():
+        if mine in words.split():  # else they are words of the dead
             store.set(f"{place}/{rank}", "heard")
-        if rank == 0 and store.check([f"{place}/{other}" for other in range(size)]):
-            store.set(f"{place}/all", "heard")
-        if store.check([f"{place}/all"]):
-            return PrefixStore(place, store)
+            if rank == 0 and store.check([f"{place}/{other}" for other in range(size)]):
+                store.set(f"{place}/all", "heard")
+            if store.check([f"{place}/all"]):
+                return PrefixStore(place, store)
         time.sleep(0.02)
     raise TrainingError(f"process {rank}: the {size} processes of the run did not all come within {_STEP}")
 

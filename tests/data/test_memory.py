@@ -21,7 +21,7 @@ print(next(line.split()[1] for line in status.splitlines() if line.startswith("V
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_preparing_more_text_takes_no_more_memory(tmp_path: Path) -> None:
-    from gemmule.tokenizer import train_tokenizer
+    from gemmule.tokenizer.training import train_tokenizer
 
     lines = [
         f"On day {number} the fox number {number * number} ran over hill {number % 97}.\n" for number in range(500)

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from gemmule.train.checkpoint import checkpoints
+from damage import damaged
+from gemmule.train.checkpoint import checkpoints, newest_checkpoint
 from runs import Death, final_weights, overrides, start_world, steps_done, timeless_metrics, wait_until, workers
 
 pytestmark = pytest.mark.slow
@@ -100,3 +102,19 @@ def test_a_signal_to_torchrun_saves_and_says_how_to_go_on(
     assert ended.returncode == 0, ended.stderr
     assert final_weights(run) == final_weights(straight)
     assert timeless_metrics(run) == timeless_metrics(straight)
+
+
+def test_damaged_checkpoints_of_two_processes_are_named_and_passed_over(straight: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    newest, older = checkpoints(run)
+    files = {file.name for file in newest.glob("*.safetensors")}
+    assert files == {f"{kind}-0000{place}-of-00002.safetensors" for kind in ("model", "optimizer") for place in (1, 2)}
+    for name, how in damaged(newest, older):
+        good, sentences = newest_checkpoint(run)
+        assert good == older, f"{name}: {how}"
+        assert [newest.name in sentence for sentence in sentences] == [True], f"{name}: {how}"
+    one, other = (newest / f"model-0000{place}-of-00002.safetensors" for place in (1, 2))
+    swapped = other.read_bytes(), one.read_bytes()
+    one.write_bytes(swapped[0])
+    other.write_bytes(swapped[1])
+    assert newest_checkpoint(run)[0] == older

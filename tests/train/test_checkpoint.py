@@ -1,13 +1,14 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import gemmule
+from damage import damaged
 from gemmule.errors import CheckpointError, OutputError
 from gemmule.model.gemma3 import Gemma3
 from gemmule.model.initialise import initialise
@@ -97,14 +98,6 @@ def test_a_run_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) == (None, [])
 
 
-def truncate(file: Path) -> None:
-    os.truncate(file, file.stat().st_size - 1)
-
-
-def empty(file: Path) -> None:
-    os.truncate(file, 0)
-
-
 def flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -126,19 +119,41 @@ def test_every_file_of_a_checkpoint_is_among_those_that_are_damaged_here(run: Pa
     assert sorted(file.name for file in (run / "checkpoints" / "step-00000004").iterdir()) == FILES
 
 
-@pytest.mark.parametrize("damage", [truncate, empty, flip, Path.unlink])
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_named_and_passed_over(run: Path, name: str, damage: Callable[[Path], None]) -> None:
-    newest = run / "checkpoints" / "step-00000004"
-    if name == "state.json" and damage is truncate:
-        damage(newest / name)  # the line end, which means nothing
-    damage(newest / name)
-    with pytest.raises(CheckpointError, match="step-00000004"):
+def test_a_damaged_checkpoint_is_named_and_passed_over(run: Path) -> None:
+    newest, older = run / "checkpoints" / "step-00000004", run / "checkpoints" / "step-00000003"
+    cases = set()
+    for name, how in damaged(newest, older):
+        cases.add(f"{name}: {how}")
+        with pytest.raises(CheckpointError, match="step-00000004"):
+            verify_checkpoint(newest)
+        good, sentences = newest_checkpoint(run)
+        assert good == older, cases
+        assert ["step-00000004" in sentence for sentence in sentences] == [True]
+        assert name in sentences[0] or name == "state.json", "what is flipped there may be another file's name"
+    assert len(cases) >= 100
+    assert newest_checkpoint(run) == (newest, [])
+
+
+def test_foreign_files_and_folders_are_named(run: Path) -> None:
+    newest, older = run / "checkpoints" / "step-00000004", run / "checkpoints" / "step-00000003"
+    shutil.copy(older / "model.safetensors", newest / "model-00002-of-00002.safetensors")  # would be read as a piece
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors: is not of this checkpoint"):
         verify_checkpoint(newest)
+    later = run / "checkpoints" / "step-00000005"
+    shutil.copytree(newest, later)
+    (later / "state.json").unlink()  # a model folder that somebody put there
+    (run / "checkpoints" / "step-00000006").write_text("no folder")
+    (run / "checkpoints" / "step-00000007").mkdir()
     good, sentences = newest_checkpoint(run)
-    assert good == run / "checkpoints" / "step-00000003"
-    assert len(sentences) == 1
-    assert name in sentences[0]
+    assert good == older
+    assert [sentence.partition("step-0000000")[2][0] for sentence in sentences] == ["7", "6", "5", "4"]
+
+
+def test_a_whole_checkpoint_of_another_model_is_refused(run: Path) -> None:
+    other = Gemma3(SHAPE.replace(intermediate_size=44))
+    updater = Updater(other, OptimizerSettings.model_validate({"name": "muon"}))
+    with pytest.raises(CheckpointError, match="step-00000004: does not fit this run"):
+        load_checkpoint(run / "checkpoints" / "step-00000004", alone(other), updater)
 
 
 def test_no_changed_bit_of_the_state_goes_unnoticed(run: Path) -> None:

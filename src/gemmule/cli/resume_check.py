@@ -33,14 +33,15 @@ def resume_check(
     from gemmule.recipe import read_recipe
     from gemmule.train.run import Recipe
 
-    settings = shortened(read_recipe(recipe, Recipe, overrides or []), steps)
+    settings = shortened(read_recipe(recipe, Recipe, overrides or []), steps, kills)
     with Screen() as screen, tempfile.TemporaryDirectory(prefix="gemmule-resume-") as folder:
         verdict = resume_check(settings, Path(folder), kills, seed, screen.say)
     if verdict.differences:
         screen.say(f"NOT the same run: {'; '.join(verdict.differences)} differ")
     else:
         screen.say(
-            f"the same run: after {verdict.steps} steps and {len(verdict.kills)} kills, "
+            f"the same run: after {verdict.steps} steps and {len(verdict.kills)} kills, {verdict.while_saving} of them "
+            "while a checkpoint was written, "
             "weights, optimizer, metrics and samples are equal bit for bit"
         )
     if as_json:
