@@ -14,6 +14,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from typer.testing import CliRunner
 
 from gemmule.cli.main import build_app, main
@@ -57,6 +58,9 @@ adamw_learning_rate = 0.005
 """
 
 TIMING = {"seconds", "tokens_per_second"}
+
+# Dropout is drawn for each micro-batch by its first row, so that it depends on how the rows are cut.
+STEADY = ("train.steps=20", "train.validate_every=20", "model.dropout=0.0", "model.attention_dropout=0.0")
 
 
 def write_text(path: Path, documents: int, seed: int = 0) -> Path:
@@ -109,6 +113,15 @@ def timeless_metrics(run: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl without what the clock decides."""
     lines = read_json_lines(run / "metrics.jsonl")
     return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+
+
+def assert_same_curve(run: Path, straight: Path) -> None:
+    """Losses are equal within 1e-6, and as many targets were trained in each step."""
+    one, other = (read_json_lines(folder / "metrics.jsonl") for folder in (run, straight))
+    assert [line["tokens"] for line in one] == [line["tokens"] for line in other]
+    for key in ("loss", "val_loss"):
+        values, wanted = ([line[key] for line in lines if key in line] for lines in (one, other))
+        assert values == pytest.approx(wanted, rel=1e-6), key
 
 
 class Death(NamedTuple):
@@ -186,6 +199,16 @@ def _run(arguments: list[str], log: Path, death: Death | None, threads: int, env
     sys.stdout = sys.stderr = log.open("w", encoding="utf-8")
     sys.argv = ["gemmule", *arguments]
     main()
+
+
+def workers(launcher: int) -> list[int]:
+    """Return the processes that torchrun started, by rank."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    ranks = {}
+    for child in children:
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks |= {int(name[5:]): int(child) for name in variables if name.startswith(b"RANK=")}
+    return [ranks[rank] for rank in sorted(ranks)]
 
 
 def wait_until(reached: Callable[[], bool], seconds: float = 120) -> None:

@@ -86,7 +86,7 @@ class World:
     device: torch.device
     # By which processes wait for each other for long, and checkpoints are agreed on in the background.
     patient: dist.ProcessGroup | None
-    # How often torchrun has started the processes again.
+    # How often torchrun has started the processes of this machine again.
     restarts: int = 0
 
     @property

@@ -31,8 +31,9 @@ def command_lines(text: str) -> Iterator[str]:
     fenced = False
     for line in text.replace("\\\n", " ").splitlines():
         fenced ^= line.lstrip().startswith("```")
-        if (match := re.match(r"\s*(?:\$ )?((?:gemmule|make) .*)", line)) and (fenced or line.startswith("    ")):
-            yield match[1]
+        command = re.match(r"\s*(?:\$ )?(?:torchrun .* -m )?((?:gemmule|make) .*)", line)
+        if command and (fenced or line.startswith("    ")):
+            yield command[1]
         yield from re.findall(r"`((?:gemmule|make) [^`]+)`", line)
 
 
@@ -96,7 +97,12 @@ def test_complaints_are_made() -> None:
     ]
     assert list(complaints("make story")) == []
     assert list(complaints("make storey")) == ["make has no target storey"]
-    assert list(command_lines("    gemmule train \\\n  --json\nuse `make test`\nmake things")) == [
+    assert list(
+        command_lines(
+            "    gemmule train \\\n  --json\nuse `make test`\nmake things\n    torchrun -x 2 -m gemmule plan x"
+        )
+    ) == [
         "gemmule train    --json",
         "make test",
+        "gemmule plan x",
     ]

@@ -1,9 +1,16 @@
+import gc
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from runs import gemmule
+from gemmule.plan import planner
+from runs import gemmule, overrides
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_plan_says_whether_it_fits_and_what_it_rests_on(tiny_recipe: Path) -> None:
@@ -26,6 +33,29 @@ def test_this_machine_is_measured(tiny_recipe: Path) -> None:
     ended = gemmule("plan", tiny_recipe, "--device", "cpu")
     assert ended.code == 0
     assert "measured here" in ended.out
+
+
+def test_a_recipe_for_the_cpu_is_planned_for_it_where_there_is_a_gpu_too(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "device_at_hand", lambda: planner.find_device("h100"))
+    assert json.loads(gemmule("plan", tiny_recipe, "--json").out)["device"] == "cpu"
+    elsewhere = gemmule("plan", tiny_recipe, "--set", "train.device=auto", "--json")
+    assert json.loads(elsewhere.out)["device"] == "h100"
+    assert gc.isenabled()
+
+
+@pytest.mark.slow
+def test_a_thousand_gpus_are_planned_in_seconds() -> None:
+    """Five seconds were asked for; counted are seconds of the CPU, which other work on the machine changes little."""
+    changes = ["model.size=27b", "parallel.strategy=hsdp", "train.batch_size=1024", "train.micro_batch_size=1"]
+    recipe = ROOT / "recipes" / "tinystories-90m.toml"
+    command = [sys.executable, "-m", "gemmule", "plan", recipe, "--device", "h100", "--gpus", "1024"]
+    command += overrides(*changes)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
 
 
 def test_what_does_not_fit_is_said_with_what_would_help_and_ends_well(tiny_recipe: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from damage import damaged
 from gemmule.train.checkpoint import checkpoints, newest_checkpoint
-from runs import Death, final_weights, overrides, start_world, steps_done, timeless_metrics, wait_until
+from runs import Death, final_weights, overrides, start_world, steps_done, timeless_metrics, wait_until, workers
 
 pytestmark = pytest.mark.slow
 
@@ -32,16 +32,6 @@ def torchrun(recipe: Path, run: Path, *options: str, steps: int = 30) -> "Iterat
             yield process
         finally:
             process.kill()
-
-
-def workers(launcher: int) -> list[int]:
-    """Return the processes that torchrun started, by rank."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    ranks = {}
-    for child in children:
-        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        ranks |= {int(name[5:]): int(child) for name in variables if name.startswith(b"RANK=")}
-    return [ranks[rank] for rank in sorted(ranks)]
 
 
 @pytest.fixture(scope="module")

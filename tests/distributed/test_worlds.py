@@ -6,13 +6,9 @@ from pathlib import Path
 import pytest
 
 from gemmule.train.checkpoint import checkpoints
-from gemmule.train.metrics import read_json_lines
-from runs import Death, gemmule, overrides, start_world, write_recipe_file
+from runs import STEADY, Death, assert_same_curve, gemmule, overrides, start_world, write_recipe_file
 
 pytestmark = pytest.mark.slow
-
-# Dropout is drawn for each micro-batch by its first row, so that it depends on how the rows are cut.
-STEADY = ("train.steps=20", "train.validate_every=20", "model.dropout=0.0", "model.attention_dropout=0.0")
 
 
 def run_world(
@@ -31,15 +27,6 @@ def run_world(
 def in_step(number: int) -> Death:
     """SIGTERM in the n-th step of a process, which all processes then finish."""
     return Death("gemmule.train.loop:learning_rate_factor", number, number=signal.SIGTERM)
-
-
-def assert_same_curve(run: Path, straight: Path) -> None:
-    """Losses are equal within 1e-6, and as many targets were trained in each step."""
-    one, other = (read_json_lines(folder / "metrics.jsonl") for folder in (run, straight))
-    assert [line["tokens"] for line in one] == [line["tokens"] for line in other]
-    for key in ("loss", "val_loss"):
-        values, wanted = ([line[key] for line in lines if key in line] for lines in (one, other))
-        assert values == pytest.approx(wanted, rel=1e-6), key
 
 
 @pytest.fixture(scope="module", params=["muon", "adamw"])

@@ -1,6 +1,9 @@
 """`gemmule plan RECIPE`: can my device do it, how long does it take, what does it cost?"""
 
+import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +22,8 @@ if TYPE_CHECKING:
 def plan(
     recipe: Annotated[Path, typer.Argument(help="A recipe, or the recipe.toml of a run folder.")],
     device: Annotated[
-        str | None, typer.Option(help="h100, a100-40, 4090, m4, cpu ...  [default: what this machine has]")
+        str | None,
+        typer.Option(help="h100, a100-40, 4090, m4, cpu ...  [default: what this machine has, or train.device = cpu]"),
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many of the device, on as many machines as they need.")] = 1,
     price: Annotated[
@@ -41,18 +45,29 @@ def plan(
 
         gemmule plan recipes/tinystories-90m.toml --device h100 --gpus 64 --set parallel.strategy=hsdp --price 2.5
     """
-    from rich.console import Console
+    with _no_collecting():
+        from rich.console import Console
 
-    from gemmule.plan.planner import Planner
-    from gemmule.plan.record import summary
-    from gemmule.recipe import read_recipe
-    from gemmule.train.run import Recipe
+        from gemmule.plan.planner import Planner
+        from gemmule.plan.record import summary
+        from gemmule.recipe import read_recipe
+        from gemmule.train.run import Recipe
 
-    planner = Planner(read_recipe(recipe, Recipe, overrides or []), device, gpus, price)
-    found = planner.plan()
-    _show(Console(stderr=as_json, highlight=False), str(recipe), planner, found)
-    if as_json:
-        print_json(json.dumps(summary(found)))
+        planner = Planner(read_recipe(recipe, Recipe, overrides or []), device, gpus, price)
+        found = planner.plan()
+        _show(Console(stderr=as_json, highlight=False), str(recipe), planner, found)
+        if as_json:
+            print_json(json.dumps(summary(found)))
+
+
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    """Let garbage lie inside the block: looking for it among all that torch brings took a tenth of the command."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _show(console: "Console", name: str, planner: "Planner", found: "Plan") -> None:

@@ -131,6 +131,8 @@ class Planner:
 
     def __init__(self, recipe: Recipe, device: str | None = None, gpus: int = 1, price: float | None = None) -> None:
         """Settle what the recipe leaves open; DeviceError or RecipeError where it cannot be run so."""
+        if device is None and recipe.train.device == "cpu":
+            device = "cpu"
         self.device = device_at_hand() if device is None else this_machine() if device == "cpu" else find_device(device)
         if self.device.name == "cpu" and gpus > 1:
             raise DeviceError(f"--gpus {gpus}: counts GPUs; name one by --device, such as h100")

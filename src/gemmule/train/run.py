@@ -96,7 +96,8 @@ def run_recipe(recipe: Recipe, out: Path, resume: bool, audience: Audience) -> O
     """
     device = choose_device(recipe.train.device)
     with joined(device) as world:
-        again = resume or world.restarts > 0
+        # Each machine's torchrun counts for itself, and a machine that came later has counted none.
+        again = resume or world.total(world.restarts) != [0]
         recipe = world.agree(claim_folder(recipe, out, again) if world.first else recipe)
         with held(out) if world.first else nullcontext():
             return _run(recipe, out, again, audience, device, world)
