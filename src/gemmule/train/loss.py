@@ -60,14 +60,14 @@ class _SummedLoss(torch.autograd.Function):
                     for part in range(0, len(words), WORDS_AT_ONCE):
                         some = slice(part, part + WORDS_AT_ONCE)
                         to_vocabulary[some] += slope[:, some].T @ states
-        ctx.save_for_backward(to_hidden, to_vocabulary)
+        ctx.gradients = to_hidden, to_vocabulary
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, wanted: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Scale what forward made; it is used up."""
-        to_hidden, to_vocabulary = ctx.saved_tensors
+        """Scale what forward made, and hand it over: what is kept here would be copied."""
+        (to_hidden, to_vocabulary), ctx.gradients = ctx.gradients, None
         return to_hidden.mul_(wanted), to_vocabulary.mul_(wanted), None, None
 
 
