@@ -21,7 +21,7 @@ class Effort(NamedTuple):
     rounds: int
     seconds: float
     steps: int | None
-    warmup: int = 3
+    warmup: int
 
 
 def run_rounds(sides: Sequence[Side], rounds: int, progress: Progress) -> Answers:

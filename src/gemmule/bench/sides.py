@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -39,6 +40,8 @@ class Side(NamedTuple):
     command: list[str]
     job: dict[str, Any]
     ours: bool = False
+    # Whether the memory of the processes that it starts is counted too, in "peak_memory_of_all".
+    family: bool = False
 
 
 def our_side(name: str, work: str, job: dict[str, Any]) -> Side:
@@ -89,10 +92,12 @@ def run_side(side: Side) -> dict[str, Any]:
             text=True,
             env=environment,
         )
+        watch = FamilyWatch(process.pid) if side.family else None
         try:
             answer = _answer(process)
             if answer is not None:
                 answer |= {"began": began, "peak_memory": _peak_memory(process.pid)}
+                answer |= {"peak_memory_of_all": watch.peak} if watch else {}
             process.communicate()
         finally:
             _end(process)
@@ -121,6 +126,32 @@ def _peak_memory(number: int) -> int | None:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return None
+
+
+class FamilyWatch:
+    """Looks ten times a second at the memory of a process and of all below it, until it has ended (Linux)."""
+
+    def __init__(self, number: int) -> None:
+        self.peak = 0
+        self._number = number
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while present := family_memory(self._number):
+            self.peak = max(self.peak, present)
+            time.sleep(0.1)
+
+
+def family_memory(number: int) -> int:
+    """Return the resident bytes of a process and of all below it, shared pages counted once for each."""
+    total, waiting = 0, [number]
+    while waiting:
+        number = waiting.pop()
+        with suppress(OSError, IndexError):  # it has ended
+            total += int(Path(f"/proc/{number}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            for task in Path(f"/proc/{number}/task").iterdir():
+                waiting += map(int, (task / "children").read_text().split())
+    return total
 
 
 def _end(process: "subprocess.Popen[str]") -> None:

@@ -1,7 +1,7 @@
 """One side of a comparison, in a process of its own: python stage.py PROGRAM JOB.
 
 PROGRAM is a file with `make(job)`; JOB is JSON. Needs nothing but Python, so that any interpreter can run it. The
-answer is a line of JSON on standard output; the process stays until its input ends, so that its memory can be looked at.
+answer is a line of JSON on standard output; the process stays until its input ends, so that its memory can be read.
 """
 
 import json
