@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from gemmule.data.storybook import stories
+from gemmule.errors import ModelError
 from gemmule.formats.folder import save_folder
 from gemmule.model.gemma3 import Gemma3
 from gemmule.model.initialise import initialise
@@ -25,7 +26,12 @@ def write_untrained(recipe: Recipe, folder: Path) -> None:
 
 
 def read_once(path: Path) -> int:
-    """Read a file, or all files of a folder, so that every side finds them in memory; return their bytes."""
+    """Read a file, or all files of a folder, so that every side finds them in memory; return their bytes.
+
+    ModelError where there is nothing.
+    """
+    if not path.exists():
+        raise ModelError(f"--model {path}: no such folder; name a model folder, which others can open too")
     size = 0
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.is_file():

@@ -14,6 +14,7 @@ from gemmule.data.engines import available_cores
 from gemmule.data.prepare import prepare_dataset
 from gemmule.data.settings import DataSettings
 from gemmule.data.storybook import stories
+from gemmule.errors import SourceError
 from gemmule.tokenizer import TokenizerSettings
 from gemmule.tokenizer.training import train_tokenizer
 
@@ -88,7 +89,11 @@ def summary(job: dict[str, Any], answers: Answers) -> dict[str, Any]:
 
 def read_documents(text: Path) -> list[str]:
     """Return the documents of a text file."""
-    return [part.strip() for part in text.read_text(encoding="utf-8").split("<|endoftext|>") if part.strip()]
+    try:
+        content = text.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SourceError(f"--text {text}: cannot be read: {error.strerror}") from None
+    return [part.strip() for part in content.split("<|endoftext|>") if part.strip()]
 
 
 def write_corpus(documents: Sequence[str], out: Path, megabytes: float) -> None:
