@@ -29,7 +29,7 @@ from gemmule.train.run import Recipe
 
 TOKENS = 4096  # of a step, where the batch is not what changes
 BASE: dict[str, Any] = {
-    "data": {"train": "storybook:500"},
+    "data": {"train": "storybook"},
     "tokenizer": {"vocab_size": 1024},
     "model": {
         "hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64,
@@ -77,23 +77,30 @@ def recipe_of(changes: dict[str, int], compiled: bool) -> Recipe:
 
 
 def processes(number: int, folder: Path, rounds: int) -> dict[str, Any]:
-    """Train the base shape by so many processes, the cores shared among them, on the storybook."""
-    recipe = folder / "base.toml"
-    lines = [f"[{g}]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in table.items()) for g, table in BASE.items()]
-    recipe.write_text("\n".join(lines).replace("steps = 1", "steps = 8"), encoding="utf-8")
-    cores = len(os.sched_getaffinity(0))
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // number)), "OMP_WAIT_POLICY": "passive"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+    """Train the base shape by so many processes, the cores shared among them, on stories."""
+    data, recipe = folder / "data", folder / "base.toml"
+    if not data.exists():
+        gemmule(["-m", "gemmule", "prepare", "storybook:2000", "--vocab-size", "1024", "--out", str(data)], 1)
+    table = BASE | {"data": {"train": str(data)}, "train": BASE["train"] | {"steps": 20, "log_every": 1}}
+    lines = [f"[{g}]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in group.items()) for g, group in table.items()]
+    recipe.write_text("\n".join(lines), encoding="utf-8")
     rates = []
     for turn in range(rounds):
         out = folder / f"run-{number}-{turn}"
-        command = [sys.executable, *launcher, "-m", "gemmule", "train", str(recipe), "--out", str(out)]
-        command += ["--set", "train.log_every=1", "--set", "train.sample_tokens=1"]
-        subprocess.run(command, check=True, env=environment, capture_output=True)
-        rates.append(
-            statistics.median(line["tokens_per_second"] for line in read_json_lines(out / "metrics.jsonl")[2:])
-        )
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+        gemmule([*launcher, "-m", "gemmule", "train", str(recipe), "--out", str(out)], number)
+        lines_of_metrics = read_json_lines(out / "metrics.jsonl")[5:]  # the first steps fill caches
+        rates.append(statistics.median(line["tokens_per_second"] for line in lines_of_metrics))
     return {"axis": "processes", "value": number, "tokens_per_second": spread(rates), "peak_memory": None}
+
+
+def gemmule(words: list[str], number: int) -> None:
+    """Run a command that starts so many processes to its end; what it told is shown where it fails."""
+    threads = str(max(1, len(os.sched_getaffinity(0)) // number))
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+    ended = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        sys.exit(ended.stderr)
 
 
 def measure(only: list[str], rounds: int, steps: int, compiled: bool) -> list[dict[str, Any]]:
@@ -149,7 +156,7 @@ def main() -> None:
     """Measure, print the table, write JSON and picture."""
     kinds = ["context", "window", "batch", "vocabulary", "width", "processes"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, help="what is changed")
+    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, help="what is changed; --out keeps the rest")
     parser.add_argument("--rounds", type=int, default=2, help="how often each point has its turn")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed at each")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, a minute for each point")
@@ -165,6 +172,10 @@ def main() -> None:
         print(
             f"{point['axis']:>12} {point['value']:>8,} {point['tokens_per_second']['median']:>12,.0f} tokens/s {memory}"
         )
+    if options.out and options.out.exists():
+        kept = json.loads(options.out.read_text(encoding="utf-8"))["points"]
+        found = [*(point for point in kept if point["axis"] not in options.only), *found]
+        found.sort(key=lambda point: kinds.index(point["axis"]))
     result = {"machine": machine(), "base": BASE, "compile": options.compile, "steps": options.steps, "points": found}
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
