@@ -11,6 +11,7 @@
         |-- CheckpointError a checkpoint that is missing, damaged or of another run
         |-- OutputError     the place to write to: taken by another run, not writable, full
         |-- DeviceError     the machine cannot do what was asked (no such device, fp16)
+        |-- PeerError       what a benchmark shall compare with is not there, or does not do that kind of work
         `-- MissingExtra    an optional library is not installed
 
 A message names the setting or file, the value, and what would work.
@@ -63,6 +64,10 @@ class OutputError(UserError):
 
 class DeviceError(UserError):
     """The machine cannot do what was asked."""
+
+
+class PeerError(UserError):
+    """What a benchmark shall compare with is not there, or does not do that kind of work."""
 
 
 class MissingExtra(UserError):  # noqa: N818 - it names what is missing

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gemmule import __version__
+from gemmule.cli.bench import bench
 from gemmule.cli.doctor import doctor
 from gemmule.cli.evaluate import evaluate
 from gemmule.cli.export import export
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "import": import_,
     "export": export,
+    "bench": bench,
 }
 
 INTERRUPTED = 130

@@ -15,7 +15,7 @@ IGNORED = -100
 LOGITS_AT_ONCE = 2**25
 # On a CPU chunks that its caches hold are faster, unless they have fewer rows than pay for their share of a gradient.
 CACHED_LOGITS, WORTHWHILE_ROWS = 2**22, 512
-# Words whose part of the vocabulary's gradient is made at once.
+# Words that are multiplied at once: libraries copy what they multiply into an order of their own.
 WORDS_AT_ONCE = 2**15
 
 
@@ -47,19 +47,19 @@ class _SummedLoss(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         to_hidden = to_vocabulary = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            to_hidden, to_vocabulary = torch.empty_like(hidden), torch.zeros_like(vocabulary, dtype=torch.float32)
+            to_hidden, to_vocabulary = torch.zeros_like(hidden), torch.zeros_like(vocabulary, dtype=torch.float32)
         with torch.autocast(kind, enabled=False):
             words = vocabulary.to(dtype)
+            parts = [slice(part, part + WORDS_AT_ONCE) for part in range(0, len(words), WORDS_AT_ONCE)]
             for first in range(0, len(hidden), rows):
                 chunk = slice(first, first + rows)
                 states = hidden[chunk].to(dtype)
-                loss, slope = losses(states @ words.T, targets[chunk])
+                loss, slope = losses(torch.cat([states @ words[part].T for part in parts], dim=1), targets[chunk])
                 total += loss
                 if to_hidden is not None and to_vocabulary is not None:
-                    to_hidden[chunk] = slope @ words
-                    for part in range(0, len(words), WORDS_AT_ONCE):
-                        some = slice(part, part + WORDS_AT_ONCE)
-                        to_vocabulary[some] += slope[:, some].T @ states
+                    for part in parts:
+                        to_hidden[chunk] += slope[:, part] @ words[part]
+                        to_vocabulary[part] += slope[:, part].T @ states
         ctx.gradients = to_hidden, to_vocabulary
         return total
 
@@ -78,7 +78,7 @@ def _losses_and_slopes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     targets = targets.where(known, 0)[:, None]
     loss = -likely.gather(1, targets)[:, 0].where(known, 0.0).sum()
     hit = torch.arange(logits.shape[1], device=logits.device) == targets
-    return loss, ((likely.exp() - hit.float()) * known[:, None]).to(logits.dtype)
+    return loss, likely.exp_().sub_(hit).mul_(known[:, None]).to(logits.dtype)
 
 
 @cache
