@@ -90,8 +90,9 @@ def test_chunks_on_a_cpu_fit_its_caches_and_have_rows_enough() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert rows_at_once(4096, cpu) == 1024
     assert rows_at_once(32_768, cpu) == 512
-    assert rows_at_once(262_144, cpu) == rows_at_once(262_144, gpu) == 128
-    assert rows_at_once(4096, gpu) == 8192
+    assert rows_at_once(262_144, cpu) == 64
+    assert rows_at_once(262_144, gpu) == 256
+    assert rows_at_once(4096, gpu) == 16_384
 
 
 @pytest.mark.slow

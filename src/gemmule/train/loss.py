@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from gemmule.model.gemma3 import Readout
 
 IGNORED = -100
-# Logits held at once: 2^25 in fp32 are 128 MiB.
-LOGITS_AT_ONCE = 2**25
+# Logits held at once: 2^24 in fp32 are 64 MiB. GPUs, which like larger pieces, hold four times as many.
+LOGITS_AT_ONCE = 2**24
 # On a CPU chunks that its caches hold are faster, unless they have fewer rows than pay for their share of a gradient.
 CACHED_LOGITS, WORTHWHILE_ROWS = 2**22, 512
 # Words that are multiplied at once: libraries copy what they multiply into an order of their own.
@@ -78,7 +78,7 @@ def _losses_and_slopes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     targets = targets.where(known, 0)[:, None]
     loss = -likely.gather(1, targets)[:, 0].where(known, 0.0).sum()
     hit = torch.arange(logits.shape[1], device=logits.device) == targets
-    return loss, likely.exp_().sub_(hit).mul_(known[:, None]).to(logits.dtype)
+    return loss, likely.exp_().sub_(hit.to(logits.dtype)).mul_(known[:, None]).to(logits.dtype)
 
 
 @cache
@@ -88,5 +88,6 @@ def _compiled(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., t
 
 def rows_at_once(vocabulary: int, device: torch.device) -> int:
     """Return how many rows of logits a chunk has."""
-    most = max(1, LOGITS_AT_ONCE // vocabulary)
-    return min(most, max(WORTHWHILE_ROWS, CACHED_LOGITS // vocabulary)) if device.type == "cpu" else most
+    if device.type != "cpu":
+        return max(1, 4 * LOGITS_AT_ONCE // vocabulary)
+    return max(1, min(LOGITS_AT_ONCE // vocabulary, max(WORTHWHILE_ROWS, CACHED_LOGITS // vocabulary)))
