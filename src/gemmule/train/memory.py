@@ -10,7 +10,7 @@ import torch
 from gemmule.errors import DeviceError
 from gemmule.model.config import Gemma3Config
 from gemmule.train.loop import TrainSettings
-from gemmule.train.loss import LOGITS_AT_ONCE
+from gemmule.train.loss import rows_at_once
 from gemmule.train.parallel import ParallelSettings
 
 
@@ -33,13 +33,17 @@ class Large(NamedTuple):
 
 
 def largest_tensors(
-    config: Gemma3Config, settings: TrainSettings, parallel: ParallelSettings, precision: Literal["bf16", "fp32"]
+    config: Gemma3Config,
+    settings: TrainSettings,
+    parallel: ParallelSettings,
+    precision: Literal["bf16", "fp32"],
+    device: torch.device,
 ) -> list[Large]:
     """List what fills the memory of a step of one process, largest first."""
     width = 2 if precision == "bf16" else 4  # bytes of an activation
     rows, context = settings.micro_batch_size or settings.batch_size, settings.context
     kept = 1 if parallel.activation_checkpointing == "full" else config.num_hidden_layers
-    logits = min(rows * context, max(1, LOGITS_AT_ONCE // config.vocab_size))
+    logits = min(rows * context, rows_at_once(config.vocab_size, device))
     found = [
         # Weights, gradients and about two moments, in fp32.
         Large("weights, gradients and moments of the embedding", (config.vocab_size, config.hidden_size), 4, 4),
@@ -56,7 +60,11 @@ def largest_tensors(
 
 @contextmanager
 def out_of_memory_explained(
-    config: Gemma3Config, settings: TrainSettings, parallel: ParallelSettings, precision: Literal["bf16", "fp32"]
+    config: Gemma3Config,
+    settings: TrainSettings,
+    parallel: ParallelSettings,
+    precision: Literal["bf16", "fp32"],
+    device: torch.device,
 ) -> Iterator[None]:
     """Turn what torch raises when memory runs out into a DeviceError: the largest tensors, and what helps."""
     try:
@@ -64,7 +72,7 @@ def out_of_memory_explained(
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        largest = "; ".join(map(str, largest_tensors(config, settings, parallel, precision)[:3]))
+        largest = "; ".join(map(str, largest_tensors(config, settings, parallel, precision, device)[:3]))
         raise DeviceError(
             f"out of memory ({str(error).splitlines()[0] if str(error) else 'none left'}). The largest tensors of a "
             f"step: {largest}. What helps, and can be changed for a run that goes on by --resume: "

@@ -112,7 +112,7 @@ def _run(recipe: Recipe, out: Path, resume: bool, audience: Audience, device: to
     rows = training_rows(dataset, recipe)
     audience.say(describe(recipe, device, precision, world))
     recipe = world.agree(_settle_compile(recipe, device, audience))
-    with out_of_memory_explained(recipe.model, recipe.train, recipe.parallel, precision):
+    with out_of_memory_explained(recipe.model, recipe.train, recipe.parallel, precision, device):
         recipe = _settle_steps(recipe, rows, device, precision, world, audience)
         audience.say(implied_epochs(dataset, recipe))
         parallel, updater = build(recipe, device, precision, world)
