@@ -4,6 +4,7 @@ import hashlib
 import os
 import secrets
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -212,6 +213,8 @@ def reason_not_to_compile(device: torch.device) -> str | None:
 
 def uncompiled() -> AbstractContextManager[None]:
     """Run compiled modules as they were written inside the block: for shapes that come only once."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled here; asking it to load takes a second
+        return nullcontext()
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
 

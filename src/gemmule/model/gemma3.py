@@ -180,9 +180,5 @@ class Gemma3(nn.Module):
                 window = config.window(kind)
                 causal = in_order and (window is None or length <= window)
                 visibility[kind] = Visibility(positions, positions, window, documents, documents, causal)
-        frequencies = {
-            "local": (config.rope_local_base_freq, 1.0),
-            "global": (config.rope_theta, config.rope_scaling_factor),
-        }
-        rotary = {kind: rotary_tables(positions, config.head_dim, *frequencies[kind]) for kind in kinds}
+        rotary = {kind: rotary_tables(positions, config.head_dim, *config.rope(kind)) for kind in kinds}
         return visibility, rotary
