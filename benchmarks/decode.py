@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def gemmule_side(
         greedy, moments = SamplingSettings(temperature=0), []
         for _ in stream_tokens(network, [ids] * rows, tokens, frozenset(), greedy, decoding=decoding):
             moments.append(time.perf_counter())
-        return [after - before for before, after in zip(moments, moments[1:], strict=False)]
+        return [after - before for before, after in pairwise(moments)]
 
     return run
 
@@ -84,7 +85,7 @@ def llama_cpp_side(path: str, threads: int) -> Side:
             chunk = [int(logits.argmax())]
             moments.append(time.perf_counter())
         library.llama_free(context)
-        return [after - before for before, after in zip(moments, moments[1:], strict=False)]
+        return [after - before for before, after in pairwise(moments)]
 
     run.silent = silent  # type: ignore[attr-defined]  # C keeps a pointer to it
     return run
@@ -106,7 +107,7 @@ def transformers_side(folder: str, threads: int) -> Side:
             cache, chunk = answer.past_key_values, answer.logits[:, -1].argmax(-1, keepdim=True)
             chunk.tolist()
             moments.append(time.perf_counter())
-        return [after - before for before, after in zip(moments, moments[1:], strict=False)]
+        return [after - before for before, after in pairwise(moments)]
 
     return run
 
@@ -128,7 +129,7 @@ def memory_side(megabytes: int, threads: int) -> Side:
         for _ in range(min(tokens, 32)):
             numbers.sum()
             moments.append(time.perf_counter())
-        return [after - before for before, after in zip(moments, moments[1:], strict=False)]
+        return [after - before for before, after in pairwise(moments)]
 
     return run
 

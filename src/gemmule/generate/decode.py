@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gemmule.errors import DeviceError
 from gemmule.generate import native
+from gemmule.generate.weights import int8_weights
 from gemmule.model.attention import Visibility
 from gemmule.model.cache import Cache
 from gemmule.model.config import Kind
@@ -42,8 +43,8 @@ def decoder_for(model: Gemma3, cache: Cache, rows: int, capacity: int, decoding:
     if decoding == "plain":
         return PlainDecoder(model, cache)
     if decoding == "compiled":
-        device = model.embedding.weight.device
-        reason, cure = reason_not_to_compile(device), "use 'plain' or install what is missing"
+        eight, cure = int8_weights(model), "use 'plain' or 'auto'"
+        reason = "the weights are int8" if eight else reason_not_to_compile(model.embedding.weight.device)
         if reason is None:
             return CompiledDecoder(model, cache, rows, capacity)
     else:
@@ -107,6 +108,7 @@ class StaticCache(Cache):
 
     def extend(self, positions: Tensor, documents: Tensor | None) -> dict[Kind, Visibility]:
         """Announce one token a row, at positions (B,1); return what each will see, per kind."""
+        assert documents is None, "padding is not taken over, so nothing is to be told apart"
         visible: dict[Kind, Visibility] = {}
         for kind, tags in self._tags.items():
             self._slots[kind] = self._fed % tags.shape[1]

@@ -43,21 +43,21 @@ def stream_tokens(
     longest = max(map(len, prompts))
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    ended = [False] * len(prompts)
+    if max_new_tokens < 1:
+        return
     cache, decoder = Cache(model.config), None
-    for end in range(longest, longest + max_new_tokens):
-        if cache.length == 0:
-            logits = prefill(model, tokens, torch.arange(longest, device=device) - padding[:, None], cache)
-        else:
-            if decoder is None:
-                decoder = decoder_for(model, cache, len(prompts), longest + max_new_tokens - 1, decoding)
-            logits = decoder.step(chosen, end - 1 - padding)
+    logits = prefill(model, tokens, torch.arange(longest, device=device) - padding[:, None], cache)
+    ended = [False] * len(prompts)
+    capacity = longest + max_new_tokens - 1
+    for end in range(longest, capacity + 1):
         chosen = draw(logits, sampling, generator)
         ids: list[int] = chosen.tolist()
         yield [None if done else token for token, done in zip(ids, ended, strict=True)]
         ended = [done or token in stops for token, done in zip(ids, ended, strict=True)]
-        if all(ended):
+        if all(ended) or end == capacity:
             return
+        decoder = decoder or decoder_for(model, cache, len(prompts), capacity, decoding)
+        logits = decoder.step(chosen, end - padding)
 
 
 def generate(

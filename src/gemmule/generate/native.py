@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gemmule.generate.weights import Int8
+from gemmule.generate.weights import Int8, int8_weights
 from gemmule.model.cache import Cache
 from gemmule.model.gemma3 import Block, Gemma3, RMSNorm
 
@@ -72,7 +72,8 @@ def reason_against(model: Gemma3, rows: int = 1) -> str | None:
         return f"{rows} rows, more than {MOST_ROWS}"
     if type(model) is not Gemma3 or "forward" in vars(model):
         return "the model's forward is not Gemma 3's own"
-    for name, weight in (*model.named_parameters(), *_int8_weights(model)):
+    weights: list[tuple[str, Tensor | Int8]] = [*model.named_parameters(), *int8_weights(model)]
+    for name, weight in weights:
         held = weight.data
         if type(held) is not Tensor or held.device.type != "cpu" or held.dtype not in KINDS or not held.is_contiguous():
             return f"{name} is {held.dtype} on {held.device}, not fp32, bf16 or int8 in the CPU's memory"
@@ -154,10 +155,8 @@ class NativeDecoder:
         layer.keys, layer.values = self._keep(keys), self._keep(values)
 
     def _matrix(self, weight: Tensor | Int8) -> _Matrix:
-        scales = None
-        if isinstance(weight, Int8):
-            weight, scales = weight.data, self._keep(weight.scales)
-        return _Matrix(weight.data_ptr(), scales, *weight.shape, KINDS[weight.dtype])
+        scales = self._keep(weight.scales) if isinstance(weight, Int8) else None
+        return _Matrix(weight.data.data_ptr(), scales, *weight.shape, KINDS[weight.data.dtype])
 
     def _gain(self, norm: RMSNorm) -> int:
         return self._keep(1 + norm.weight.detach().float())
@@ -165,11 +164,6 @@ class NativeDecoder:
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor)
         return tensor.data_ptr()
-
-
-def _int8_weights(model: Gemma3) -> list[tuple[str, Int8]]:
-    found = ((name, getattr(module, "weight", None)) for name, module in model.named_modules())
-    return [(f"{name}.weight", weight) for name, weight in found if isinstance(weight, Int8)]
 
 
 @functools.cache

@@ -73,3 +73,9 @@ def quantise(model: Gemma3) -> Gemma3:
             del module.weight
             module.weight = weight  # type: ignore[assignment]
     return model
+
+
+def int8_weights(model: Gemma3) -> list[tuple[str, Int8]]:
+    """Return the matrices of a model that were turned into eight bits, by name."""
+    found = ((name, getattr(module, "weight", None)) for name, module in model.named_modules())
+    return [(f"{name}.weight", weight) for name, weight in found if isinstance(weight, Int8)]
