@@ -115,11 +115,13 @@ def test_bf16_weights_are_computed_with_in_fp32() -> None:
 
 
 @needs_compiler
-def test_int8_weights_mean_the_same_to_the_model_and_to_c() -> None:
-    model = quantise(lively_model(tiny_config(tie_word_embeddings=False)))
+@pytest.mark.parametrize("tied", [True, False])
+def test_int8_weights_mean_the_same_to_the_model_and_to_c(tied: bool) -> None:
+    """C multiplies them with sixteen bits of each activation."""
+    model = quantise(lively_model(tiny_config(tie_word_embeddings=tied, intermediate_size=1100)))
     tokens = some_tokens(model.config, rows=3, length=LONG)
     plain = decode(model, "plain", tokens, 9, PADDING)
-    assert greatest_difference(decode(model, "native", tokens, 9, PADDING), plain) < 1e-4
+    assert greatest_difference(decode(model, "native", tokens, 9, PADDING), plain) < 2e-3
 
 
 @needs_compiler

@@ -54,6 +54,11 @@ def decoder_for(model: Gemma3, cache: Cache, rows: int, capacity: int, decoding:
     raise DeviceError(f"decoding {decoding!r}: {reason}; {cure}")
 
 
+def why_slow(model: Gemma3) -> str | None:
+    """Return why "auto" would take the plain way for a model on the CPU, or None."""
+    return native.reason_against(model) if model.embedding.weight.device.type == "cpu" else None
+
+
 def prefill(model: Gemma3, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
     """Feed prompts (B,T) into an empty or filled cache; return the logits after them, (B,V).
 

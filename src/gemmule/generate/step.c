@@ -68,65 +68,106 @@ static void wait_for_all(Team *team) {
 /* ---- matrix times vectors ---- */
 
 static inline float from_f32(float value) { return value; }
-static inline float from_int8(int8_t value) { return (float)value; }
 static inline float from_bf16(uint16_t value) {
     uint32_t bits = (uint32_t)value << 16;
     float wide;
     memcpy(&wide, &bits, sizeof wide);
     return wide;
 }
+static inline int32_t from_int8(int8_t value) { return (int16_t)value; }
 
 /* Four rows at once: four streams keep the memory busy, and four sums the processor. */
-#define FOUR_ROWS(TYPE, WIDEN)                                                                   \
-    static void four_rows_##WIDEN(const TYPE *w, const float *x, int64_t columns, float *out) {  \
-        const TYPE *w1 = w + columns, *w2 = w1 + columns, *w3 = w2 + columns;                    \
-        float a = 0, b = 0, c = 0, d = 0;                                                        \
-        for (int64_t i = 0; i < columns; i++) {                                                  \
-            a += WIDEN(w[i]) * x[i];                                                             \
-            b += WIDEN(w1[i]) * x[i];                                                            \
-            c += WIDEN(w2[i]) * x[i];                                                            \
-            d += WIDEN(w3[i]) * x[i];                                                            \
-        }                                                                                        \
-        out[0] = a, out[1] = b, out[2] = c, out[3] = d;                                          \
-    }                                                                                            \
-    static void one_row_##WIDEN(const TYPE *w, const float *x, int64_t columns, float *out) {    \
-        float a = 0;                                                                             \
-        for (int64_t i = 0; i < columns; i++) a += WIDEN(w[i]) * x[i];                           \
-        out[0] = a;                                                                              \
-    }                                                                                            \
-    static void rows_##WIDEN(const TYPE *w, const float *x, int64_t count, int64_t columns, float *out) { \
-        int64_t row = 0;                                                                         \
-        for (; row + 4 <= count; row += 4) four_rows_##WIDEN(w + row * columns, x, columns, out + row); \
-        for (; row < count; row++) one_row_##WIDEN(w + row * columns, x, columns, out + row);    \
+#define ROWS(NAME, WEIGHT, WIDEN, NUMBER, SUM)                                                              \
+    static void four_##NAME(const WEIGHT *w, const NUMBER *x, int64_t skip, int64_t columns, SUM *out) {    \
+        const WEIGHT *w1 = w + skip, *w2 = w1 + skip, *w3 = w2 + skip;                                      \
+        SUM a = 0, b = 0, c = 0, d = 0;                                                                     \
+        for (int64_t i = 0; i < columns; i++) {                                                             \
+            a += WIDEN(w[i]) * x[i];                                                                        \
+            b += WIDEN(w1[i]) * x[i];                                                                       \
+            c += WIDEN(w2[i]) * x[i];                                                                       \
+            d += WIDEN(w3[i]) * x[i];                                                                       \
+        }                                                                                                   \
+        out[0] = a, out[1] = b, out[2] = c, out[3] = d;                                                     \
+    }                                                                                                       \
+    static SUM one_##NAME(const WEIGHT *w, const NUMBER *x, int64_t columns) {                              \
+        SUM sum = 0;                                                                                        \
+        for (int64_t i = 0; i < columns; i++) sum += WIDEN(w[i]) * x[i];                                    \
+        return sum;                                                                                         \
+    }                                                                                                       \
+    static void rows_##NAME(const WEIGHT *w, const NUMBER *x, int64_t count, int64_t skip, int64_t columns, \
+                            SUM *out) {                                                                     \
+        int64_t row = 0;                                                                                    \
+        for (; row + 4 <= count; row += 4) four_##NAME(w + row * skip, x, skip, columns, out + row);        \
+        for (; row < count; row++) out[row] = one_##NAME(w + row * skip, x, columns);                       \
     }
 
-FOUR_ROWS(float, from_f32)
-FOUR_ROWS(uint16_t, from_bf16)
-FOUR_ROWS(int8_t, from_int8)
+ROWS(f32, float, from_f32, float, float)
+ROWS(bf16, uint16_t, from_bf16, float, float)
+ROWS(int8, int8_t, from_int8, int16_t, int32_t)
 
-static void rows_times(const Matrix *m, int64_t first, int64_t count, const float *x, float *out) {
-    int64_t skip = first * m->columns;
-    if (m->kind == F32) rows_from_f32((const float *)m->data + skip, x, count, m->columns, out);
-    if (m->kind == BF16) rows_from_bf16((const uint16_t *)m->data + skip, x, count, m->columns, out);
-    if (m->kind == INT8) {
-        rows_from_int8((const int8_t *)m->data + skip, x, count, m->columns, out);
-        for (int64_t i = 0; i < count; i++) out[i] *= m->scales[first + i];
+/* Vectors in sixteen bits, one scale for each block: what int8 weights are multiplied with, exactly. So many products
+   of 127 and 32767 fit into the 32 bits of a sum. */
+enum { BLOCK = 512, PIECE = 65536 };
+typedef struct {
+    int16_t *numbers; /* (B, columns) */
+    float *scales;    /* (B, blocks) */
+} Narrow;
+
+static int64_t blocks_of(int64_t columns) { return (columns + BLOCK - 1) / BLOCK; }
+
+static void narrow_rows(int64_t batch, const Matrix *m, const float *x, const Narrow *narrow) {
+    if (m->kind != INT8) return;
+    for (int64_t row = 0; row < batch; row++) {
+        for (int64_t block = 0; block < blocks_of(m->columns); block++) {
+            int64_t first = block * BLOCK, last = first + BLOCK < m->columns ? first + BLOCK : m->columns;
+            const float *from = x + row * m->columns;
+            int16_t *to = narrow->numbers + row * m->columns;
+            float most = 1e-30f;
+            for (int64_t i = first; i < last; i++) most = fabsf(from[i]) > most ? fabsf(from[i]) : most;
+            float scale = 32767 / most;
+            for (int64_t i = first; i < last; i++) to[i] = (int16_t)(from[i] * scale + copysignf(0.5f, from[i]));
+            narrow->scales[row * blocks_of(m->columns) + block] = most / 32767;
+        }
+    }
+}
+
+/* Rows first..first + count of m times row `row` of x, which is narrow if m is. */
+static void rows_times(const Matrix *m, int64_t first, int64_t count, const float *x, const Narrow *narrow,
+                       int64_t row, float *out) {
+    int64_t columns = m->columns, skip = first * columns;
+    x += row * columns;
+    if (m->kind == F32) rows_f32((const float *)m->data + skip, x, count, columns, columns, out);
+    if (m->kind == BF16) rows_bf16((const uint16_t *)m->data + skip, x, count, columns, columns, out);
+    if (m->kind != INT8) return;
+    int32_t sums[64];
+    for (int64_t done = 0; done < count; done += 64) {
+        int64_t some = count - done < 64 ? count - done : 64;
+        for (int64_t i = 0; i < some; i++) out[done + i] = 0;
+        for (int64_t block = 0; block < blocks_of(columns); block++) {
+            int64_t at = block * BLOCK, size = columns - at < BLOCK ? columns - at : BLOCK;
+            float scale = narrow->scales[row * blocks_of(columns) + block];
+            rows_int8((const int8_t *)m->data + skip + done * columns + at, narrow->numbers + row * columns + at, some,
+                      columns, size, sums);
+            for (int64_t i = 0; i < some; i++) out[done + i] += (float)sums[i] * scale * m->scales[first + done + i];
+        }
     }
 }
 
 /* As many rows as are worth the asking, a multiple of four. */
 static int64_t piece_of(const Matrix *m) {
-    int64_t rows = 65536 / m->columns / 4 * 4;
+    int64_t rows = PIECE / m->columns / 4 * 4;
     return rows < 4 ? 4 : rows;
 }
 
 /* out (B, rows of m) = m times each row of x (B, columns); `next` is shared, so that each piece is done once. */
-static void multiply(atomic_long *next, int64_t batch, const Matrix *m, const float *x, float *out) {
+static void multiply(atomic_long *next, int64_t batch, const Matrix *m, const float *x, const Narrow *narrow,
+                     float *out) {
+    narrow_rows(batch, m, x, narrow);
     int64_t piece = piece_of(m);
     for (int64_t at; (at = atomic_fetch_add(next, piece)) < m->rows;) {
         int64_t count = at + piece < m->rows ? piece : m->rows - at;
         for (int64_t row = 0; row < batch; row++)
-            rows_times(m, at, count, x + row * m->columns, out + row * m->rows + at);
+            rows_times(m, at, count, x, narrow, row, out + row * m->rows + at);
     }
 }
 
@@ -154,7 +195,7 @@ static void attend(const float *query, const float *keys, const float *values, i
                    int64_t capacity, int64_t size, float *scores, float *out) {
     float most = -3e38f, total = 0;
     for (int64_t p = first; p <= last; p++) {
-        one_row_from_f32(keys + p % capacity * size, query, size, scores + p - first);
+        scores[p - first] = one_f32(keys + p % capacity * size, query, size);
         if (scores[p - first] > most) most = scores[p - first];
     }
     memset(out, 0, (size_t)size * sizeof *out);
@@ -236,11 +277,11 @@ static void norm_rows(const Model *m, const float *x, const float *gain, float *
 enum { WORKS = 8 }; /* counters a layer uses */
 
 static void block(const Model *m, const Layer *l, const Shared *s, Team *team, atomic_long *next,
-                  const int64_t *positions, float *x, float *h, float *scores) {
+                  const int64_t *positions, float *x, float *h, float *scores, const Narrow *narrow) {
     norm_rows(m, x, l->pre_attention, h);
-    multiply(next++, m->batch, &l->query, h, s->query);
-    multiply(next++, m->batch, &l->key, h, s->key);
-    multiply(next++, m->batch, &l->value, h, s->value);
+    multiply(next++, m->batch, &l->query, h, narrow, s->query);
+    multiply(next++, m->batch, &l->key, h, narrow, s->key);
+    multiply(next++, m->batch, &l->value, h, narrow, s->value);
     wait_for_all(team);
     for (int64_t item; (item = atomic_fetch_add(next, 1)) < m->batch * (m->heads + m->groups);)
         place_head(m, l, s, item, positions, scores);
@@ -250,24 +291,25 @@ static void block(const Model *m, const Layer *l, const Shared *s, Team *team, a
         attend_head(m, l, s, item, positions, scores);
     next++;
     wait_for_all(team);
-    multiply(next++, m->batch, &l->output, s->mixed, s->output);
+    multiply(next++, m->batch, &l->output, s->mixed, narrow, s->output);
     wait_for_all(team);
     add_branch(m, s->output, l->post_attention, x, h);
 
     norm_rows(m, x, l->pre_mlp, h);
+    narrow_rows(m->batch, &l->gate, h, narrow);
     int64_t piece = piece_of(&l->gate);
     for (int64_t at; (at = atomic_fetch_add(next, piece)) < m->inner;) {
         int64_t count = at + piece < m->inner ? piece : m->inner - at;
         for (int64_t row = 0; row < m->batch; row++) {
             float *gate = s->gate + row * m->inner + at, *up = s->up + row * m->inner + at;
-            rows_times(&l->gate, at, count, h + row * m->width, gate);
-            rows_times(&l->up, at, count, h + row * m->width, up);
+            rows_times(&l->gate, at, count, h, narrow, row, gate);
+            rows_times(&l->up, at, count, h, narrow, row, up);
             for (int64_t i = 0; i < count; i++) gate[i] = gelu(gate[i]) * up[i];
         }
     }
     next++;
     wait_for_all(team);
-    multiply(next++, m->batch, &l->down, s->gate, s->down);
+    multiply(next++, m->batch, &l->down, s->gate, narrow, s->down);
     wait_for_all(team);
     add_branch(m, s->down, l->post_mlp, x, h);
 }
@@ -278,12 +320,17 @@ static float *take(float **free, int64_t count) {
     return taken;
 }
 
-/* The floats that a step needs for itself; scores are at most `longest` positions. */
+/* The floats that a step needs for all threads, and for each; a row of scores is at most `longest` positions. */
 static int64_t floats_shared(const Model *m) {
     return m->batch * (2 * m->heads * m->size + 2 * m->groups * m->size + 2 * m->width + 2 * m->inner) + 8 * 16;
 }
+static int64_t widest(const Model *m) {
+    int64_t most = m->heads * m->size > m->inner ? m->heads * m->size : m->inner;
+    return m->width > most ? m->width : most;
+}
 static int64_t floats_of_one(const Model *m, int64_t longest) {
-    return 2 * m->batch * m->width + (longest > m->size ? longest : m->size) + 3 * 16;
+    int64_t narrow = m->batch * (widest(m) + blocks_of(widest(m)));
+    return 2 * m->batch * m->width + (longest > m->size ? longest : m->size) + narrow + 5 * 16;
 }
 
 /* tokens (B,) at positions (B,) -> logits (B, V); the cache holds them afterwards. Returns 0, or 1 without memory. */
@@ -310,12 +357,15 @@ int step(const Model *m, const int64_t *tokens, const int64_t *positions, int64_
         team.size = omp_get_num_threads();
 #endif
         float *own = memory + shared_floats + me * own_floats;
-        float *x = take(&own, m->batch * m->width), *h = take(&own, m->batch * m->width), *scores = own;
+        float *x = take(&own, m->batch * m->width), *h = take(&own, m->batch * m->width);
+        float *scores = take(&own, longest > m->size ? longest : m->size);
+        float *scales = take(&own, m->batch * blocks_of(widest(m)));
+        Narrow narrow = {(int16_t *)own, scales};
         embed(m, tokens, x);
         for (int64_t i = 0; i < m->layers; i++)
-            block(m, &m->layer[i], &s, &team, next + i * WORKS, positions, x, h, scores);
+            block(m, &m->layer[i], &s, &team, next + i * WORKS, positions, x, h, scores, &narrow);
         norm_rows(m, x, m->norm, h);
-        multiply(next + m->layers * WORKS, m->batch, &m->head, h, logits);
+        multiply(next + m->layers * WORKS, m->batch, &m->head, h, &narrow, logits);
     }
     free(memory), free(next);
     return 0;
