@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
 
 from gemmule.errors import DeviceError, TrainingError
 
@@ -192,6 +191,10 @@ def _lost_contact(error: BaseException) -> TrainingError | None:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor of which this process may have a share."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor  # a second to load, which those who never shard save
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
