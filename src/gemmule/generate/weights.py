@@ -11,6 +11,7 @@ from torch.nn import functional
 from gemmule.model.gemma3 import Gemma3
 
 _ALIGNMENT = 64
+_ROWS = 4096  # that are rounded at once, so that a vocabulary needs no copy of itself
 
 
 @torch.no_grad()
@@ -41,9 +42,12 @@ class Int8:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        wide = weight.detach().float()
-        self.scales = (wide.abs().amax(dim=1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        self.data = (wide / self.scales[:, None]).round().to(torch.int8)
+        held = weight.detach()
+        self.scales = (held.abs().amax(dim=1).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        self.data = torch.empty_like(held, dtype=torch.int8)
+        for first in range(0, len(held), _ROWS):
+            rows = slice(first, first + _ROWS)
+            self.data[rows] = (held[rows].float() / self.scales[rows, None]).round()
         self.dtype, self.device, self.shape = weight.dtype, weight.device, weight.shape
 
     def wide(self, rows: Tensor | slice = slice(None)) -> Tensor:
@@ -61,7 +65,7 @@ class Int8:
         if function is functional.embedding:
             tokens, weight = arguments[:2]
             return weight.wide(tokens)
-        return NotImplemented
+        raise TypeError(f"int8 weights stand in for linear and embedding alone, not for {function.__name__}")
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ class _Unwritten(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, arguments: Any = (), options: Any = None
     ) -> Any:
         options = options or {}
-        if function.__module__ == "torch.nn.init":
+        if getattr(function, "__module__", None) == "torch.nn.init":
             return options["tensor"] if "tensor" in options else arguments[0]
         return function(*arguments, **options)
 
