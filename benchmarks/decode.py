@@ -301,6 +301,8 @@ def in_rows(options: argparse.Namespace) -> dict[str, Any]:
     """Several rows side by side, the ways of decoding against each other."""
     from gemmule.formats.opening import open_model
 
+    from gemmule.generate.native import MOST_ROWS
+
     ids = open_model(options.model)[1].encode(PROMPT)
     sides = {
         f"{way} {options.precision} x{rows}": (
@@ -314,6 +316,7 @@ def in_rows(options: argparse.Namespace) -> dict[str, Any]:
         )
         for rows in options.rows
         for way in ("native", "plain")
+        if way == "plain" or rows <= MOST_ROWS
     }
     found = compare(sides, ids, options.tokens, options.rounds)
     for name, figures in found.items():

@@ -105,7 +105,8 @@ def test_rows_with_any_padding_are_each_row_alone(window: int, padding: list[int
 @needs_compiler
 def test_bf16_weights_are_computed_with_in_fp32() -> None:
     """From the same cache, the step on bf16 weights is an fp32 model of these weights."""
-    model = lively_model(tiny_config(hidden_size=16)).bfloat16()  # the root of 16 is not rounded
+    config = tiny_config(hidden_size=16, intermediate_size=37)  # the root of 16 is not rounded
+    model = lively_model(config).bfloat16()
     wide = copy.deepcopy(model).float()
     tokens, nothing = some_tokens(model.config, length=LONG), torch.tensor([0, 0])
     exact = decode(wide, "plain", tokens, 9, nothing)

@@ -36,22 +36,27 @@ class Decoder(Protocol):
         """Return the logits (B,V) after tokens (B,) at positions (B,)."""
 
 
+def choose_decoding(model: Gemma3, rows: int, wanted: Decoding) -> Decoding:
+    """Resolve "auto", and refuse a way that is closed here: DeviceError says why, and what is open."""
+    if wanted == "auto":
+        return "plain" if native.reason_against(model, rows) else "native"
+    reason = None
+    if wanted == "native":
+        reason = native.reason_against(model, rows)
+    elif wanted == "compiled":
+        eight = int8_weights(model)
+        reason = "the weights are int8" if eight else reason_not_to_compile(model.embedding.weight.device)
+    if reason:
+        raise DeviceError(f"decoding {wanted!r}: {reason}; use 'plain' or 'auto'")
+    return wanted
+
+
 def decoder_for(model: Gemma3, cache: Cache, rows: int, capacity: int, decoding: Decoding = "auto") -> Decoder:
     """Go on from a prefilled cache to at most `capacity` positions. DeviceError where the way asked for is closed."""
-    if decoding == "auto":
-        decoding = "plain" if native.reason_against(model, rows) else "native"
-    if decoding == "plain":
-        return PlainDecoder(model, cache)
-    if decoding == "compiled":
-        eight, cure = int8_weights(model), "use 'plain' or 'auto'"
-        reason = "the weights are int8" if eight else reason_not_to_compile(model.embedding.weight.device)
-        if reason is None:
-            return CompiledDecoder(model, cache, rows, capacity)
-    else:
-        reason, cure = native.reason_against(model, rows), "use 'plain' or 'auto'"
-        if reason is None:
-            return native.NativeDecoder(model, cache, rows, capacity)
-    raise DeviceError(f"decoding {decoding!r}: {reason}; {cure}")
+    way = choose_decoding(model, rows, decoding)
+    if way == "native":
+        return native.NativeDecoder(model, cache, rows, capacity)
+    return CompiledDecoder(model, cache, rows, capacity) if way == "compiled" else PlainDecoder(model, cache)
 
 
 def why_slow(model: Gemma3) -> str | None:

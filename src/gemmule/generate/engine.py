@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from gemmule.errors import ModelError
-from gemmule.generate.decode import Decoding, decoder_for, prefill
+from gemmule.generate.decode import Decoding, choose_decoding, decoder_for, prefill
 from gemmule.generate.sampling import SamplingSettings, draw
 from gemmule.model.cache import Cache
 from gemmule.model.gemma3 import Gemma3
@@ -45,6 +45,7 @@ def stream_tokens(
     tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     if max_new_tokens < 1:
         return
+    decoding = choose_decoding(model, len(prompts), decoding)
     cache, decoder = Cache(model.config), None
     logits = prefill(model, tokens, torch.arange(longest, device=device) - padding[:, None], cache)
     ended = [False] * len(prompts)
@@ -93,6 +94,7 @@ def complete(
     max_new_tokens: int,
     sampling: SamplingSettings,
     seed: int | None = None,
+    decoding: Decoding = "auto",
 ) -> list[str]:
     """Continue several prompts side by side and return each one with its whole continuation."""
     if not prompts:
@@ -100,7 +102,7 @@ def complete(
     stops = stop_tokens(tokenizer)
     replies = [encode_prompt(model, tokenizer, prompt) for prompt in prompts]
     max_new_tokens = min(max_new_tokens, model.config.max_position_embeddings - max(map(len, replies)))
-    for step in stream_tokens(model, [*map(tuple, replies)], max_new_tokens, stops, sampling, seed):
+    for step in stream_tokens(model, [*map(tuple, replies)], max_new_tokens, stops, sampling, seed, decoding):
         for reply, token in zip(replies, step, strict=True):
             if token is not None:
                 reply.append(token)

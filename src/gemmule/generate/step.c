@@ -67,69 +67,88 @@ static void wait_for_all(Team *team) {
 
 /* ---- matrix times vectors ---- */
 
-static inline float from_f32(float value) { return value; }
-static inline float from_bf16(uint16_t value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float wide;
-    memcpy(&wide, &bits, sizeof wide);
-    return wide;
+static inline float as_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
 }
-static inline int32_t from_int8(int8_t value) { return (int16_t)value; }
+static inline float from_bf16(uint16_t value) { return as_float((uint32_t)value << 16); }
 
-/* One row after the other, as they lie: with several at once a core reads a quarter less. */
-#define DOT(NAME, WEIGHT, WIDEN, NUMBER, SUM)                                      \
-    static SUM dot_##NAME(const WEIGHT *w, const NUMBER *x, int64_t columns) {      \
-        SUM sum = 0;                                                                \
-        for (int64_t i = 0; i < columns; i++) sum += WIDEN(w[i]) * x[i];            \
-        return sum;                                                                 \
+/* All take one row of a matrix at a time: with several at once a core reads a quarter less from memory. */
+static float dot_f32(const float *w, const float *x, int64_t columns) {
+    float sum = 0;
+    for (int64_t i = 0; i < columns; i++) sum += w[i] * x[i];
+    return sum;
+}
+
+/* Two numbers of bf16 become floats where they lie in their 32 bits; the vector comes as its even and its odd numbers.
+   (A machine whose first byte is the largest has them the other way round, and is not supported.) */
+static float dot_bf16(const uint16_t *w, const float *even, const float *odd, int64_t columns) {
+    float sum = 0, other = 0;
+    for (int64_t i = 0; i < columns / 2; i++) {
+        uint32_t pair;
+        memcpy(&pair, w + 2 * i, sizeof pair);
+        sum += as_float(pair << 16) * even[i];
+        other += as_float(pair & 0xffff0000u) * odd[i];
     }
+    if (columns % 2) sum += from_bf16(w[columns - 1]) * even[columns / 2];
+    return sum + other;
+}
 
-DOT(f32, float, from_f32, float, float)
-DOT(bf16, uint16_t, from_bf16, float, float)
-DOT(int8, int8_t, from_int8, int16_t, int32_t)
+static int32_t dot_int8(const int8_t *w, const int16_t *x, int64_t columns) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < columns; i++) sum += (int32_t)(int16_t)w[i] * x[i];
+    return sum;
+}
 
-/* Vectors in sixteen bits, one scale for each block: what int8 weights are multiplied with, exactly. So many products
-   of 127 and 32767 fit into the 32 bits of a sum. */
+/* Vectors in the form that a matrix is multiplied with: for bf16 their even numbers before the odd ones, for int8
+   sixteen bits and one scale for each block. So many products of 127 and 32767 fit into the 32 bits of a sum. */
 enum { BLOCK = 512, PIECE = 65536 };
 typedef struct {
-    int16_t *numbers; /* (B, columns) */
-    float *scales;    /* (B, blocks) */
-} Narrow;
+    float *numbers; /* (B, columns), of which int8's take half the room */
+    float *scales;  /* (B, blocks) */
+} Ready;
 
 static int64_t blocks_of(int64_t columns) { return (columns + BLOCK - 1) / BLOCK; }
 
-static void narrow_rows(int64_t batch, const Matrix *m, const float *x, const Narrow *narrow) {
-    if (m->kind != INT8) return;
-    for (int64_t row = 0; row < batch; row++) {
-        for (int64_t block = 0; block < blocks_of(m->columns); block++) {
-            int64_t first = block * BLOCK, last = first + BLOCK < m->columns ? first + BLOCK : m->columns;
-            const float *from = x + row * m->columns;
-            int16_t *to = narrow->numbers + row * m->columns;
-            float most = 1e-30f;
-            for (int64_t i = first; i < last; i++) most = fabsf(from[i]) > most ? fabsf(from[i]) : most;
-            float scale = 32767 / most;
-            for (int64_t i = first; i < last; i++) to[i] = (int16_t)(from[i] * scale + copysignf(0.5f, from[i]));
-            narrow->scales[row * blocks_of(m->columns) + block] = most / 32767;
-        }
+static void narrow(const float *x, int64_t columns, int16_t *numbers, float *scales) {
+    for (int64_t first = 0; first < columns; first += BLOCK) {
+        int64_t last = first + BLOCK < columns ? first + BLOCK : columns;
+        float most = 1e-30f;
+        for (int64_t i = first; i < last; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+        for (int64_t i = first; i < last; i++)
+            numbers[i] = (int16_t)(x[i] * (32767 / most) + copysignf(0.5f, x[i]));
+        scales[first / BLOCK] = most / 32767;
     }
 }
 
-/* Rows first..first + count of m times row `row` of x, which is narrow if m is. */
-static void rows_times(const Matrix *m, int64_t first, int64_t count, const float *x, const Narrow *narrow,
-                       int64_t row, float *out) {
-    int64_t columns = m->columns, blocks = blocks_of(columns);
-    const int16_t *numbers = narrow->numbers + row * columns;
-    const float *scales = narrow->scales + row * blocks;
+static void make_ready(int64_t batch, const Matrix *m, const float *x, const Ready *ready) {
+    int64_t columns = m->columns, evens = (columns + 1) / 2;
+    for (int64_t row = 0; row < batch; row++, x += columns) {
+        float *numbers = ready->numbers + row * columns;
+        if (m->kind == INT8) narrow(x, columns, (int16_t *)numbers, ready->scales + row * blocks_of(columns));
+        if (m->kind == BF16)
+            for (int64_t i = 0; i < columns; i++) numbers[i / 2 + i % 2 * evens] = x[i];
+    }
+}
+
+/* Rows first..first + count of m times row `row` of x, which was made ready for m. */
+static void rows_times(const Matrix *m, int64_t first, int64_t count, const float *x, const Ready *ready, int64_t row,
+                       float *out) {
+    int64_t columns = m->columns;
+    const float *numbers = ready->numbers + row * columns, *scales = ready->scales + row * blocks_of(columns);
     x += row * columns;
     for (int64_t i = 0; i < count; i++) {
         int64_t at = (first + i) * columns;
         if (m->kind == F32) out[i] = dot_f32((const float *)m->data + at, x, columns);
-        if (m->kind == BF16) out[i] = dot_bf16((const uint16_t *)m->data + at, x, columns);
+        if (m->kind == BF16)
+            out[i] = dot_bf16((const uint16_t *)m->data + at, numbers, numbers + (columns + 1) / 2, columns);
         if (m->kind != INT8) continue;
         out[i] = 0;
-        for (int64_t block = 0; block < blocks; block++) {
-            int64_t skip = block * BLOCK, size = columns - skip < BLOCK ? columns - skip : BLOCK;
-            out[i] += scales[block] * (float)dot_int8((const int8_t *)m->data + at + skip, numbers + skip, size);
+        for (int64_t skip = 0; skip < columns; skip += BLOCK) {
+            int64_t size = columns - skip < BLOCK ? columns - skip : BLOCK;
+            const int8_t *w = (const int8_t *)m->data + at + skip;
+            out[i] += scales[skip / BLOCK] * (float)dot_int8(w, (const int16_t *)numbers + skip, size);
         }
         out[i] *= m->scales[first + i];
     }
@@ -142,14 +161,14 @@ static int64_t piece_of(const Matrix *m) {
 }
 
 /* out (B, rows of m) = m times each row of x (B, columns); `next` is shared, so that each piece is done once. */
-static void multiply(atomic_long *next, int64_t batch, const Matrix *m, const float *x, const Narrow *narrow,
+static void multiply(atomic_long *next, int64_t batch, const Matrix *m, const float *x, const Ready *ready,
                      float *out) {
-    narrow_rows(batch, m, x, narrow);
+    make_ready(batch, m, x, ready);
     int64_t piece = piece_of(m);
     for (int64_t at; (at = atomic_fetch_add(next, piece)) < m->rows;) {
         int64_t count = at + piece < m->rows ? piece : m->rows - at;
         for (int64_t row = 0; row < batch; row++)
-            rows_times(m, at, count, x, narrow, row, out + row * m->rows + at);
+            rows_times(m, at, count, x, ready, row, out + row * m->rows + at);
     }
 }
 
@@ -259,11 +278,11 @@ static void norm_rows(const Model *m, const float *x, const float *gain, float *
 enum { WORKS = 8 }; /* counters a layer uses */
 
 static void block(const Model *m, const Layer *l, const Shared *s, Team *team, atomic_long *next,
-                  const int64_t *positions, float *x, float *h, float *scores, const Narrow *narrow) {
+                  const int64_t *positions, float *x, float *h, float *scores, const Ready *ready) {
     norm_rows(m, x, l->pre_attention, h);
-    multiply(next++, m->batch, &l->query, h, narrow, s->query);
-    multiply(next++, m->batch, &l->key, h, narrow, s->key);
-    multiply(next++, m->batch, &l->value, h, narrow, s->value);
+    multiply(next++, m->batch, &l->query, h, ready, s->query);
+    multiply(next++, m->batch, &l->key, h, ready, s->key);
+    multiply(next++, m->batch, &l->value, h, ready, s->value);
     wait_for_all(team);
     for (int64_t item; (item = atomic_fetch_add(next, 1)) < m->batch * (m->heads + m->groups);)
         place_head(m, l, s, item, positions, scores);
@@ -273,25 +292,25 @@ static void block(const Model *m, const Layer *l, const Shared *s, Team *team, a
         attend_head(m, l, s, item, positions, scores);
     next++;
     wait_for_all(team);
-    multiply(next++, m->batch, &l->output, s->mixed, narrow, s->output);
+    multiply(next++, m->batch, &l->output, s->mixed, ready, s->output);
     wait_for_all(team);
     add_branch(m, s->output, l->post_attention, x, h);
 
     norm_rows(m, x, l->pre_mlp, h);
-    narrow_rows(m->batch, &l->gate, h, narrow);
+    make_ready(m->batch, &l->gate, h, ready);
     int64_t piece = piece_of(&l->gate);
     for (int64_t at; (at = atomic_fetch_add(next, piece)) < m->inner;) {
         int64_t count = at + piece < m->inner ? piece : m->inner - at;
         for (int64_t row = 0; row < m->batch; row++) {
             float *gate = s->gate + row * m->inner + at, *up = s->up + row * m->inner + at;
-            rows_times(&l->gate, at, count, h, narrow, row, gate);
-            rows_times(&l->up, at, count, h, narrow, row, up);
+            rows_times(&l->gate, at, count, h, ready, row, gate);
+            rows_times(&l->up, at, count, h, ready, row, up);
             for (int64_t i = 0; i < count; i++) gate[i] = gelu(gate[i]) * up[i];
         }
     }
     next++;
     wait_for_all(team);
-    multiply(next++, m->batch, &l->down, s->gate, narrow, s->down);
+    multiply(next++, m->batch, &l->down, s->gate, ready, s->down);
     wait_for_all(team);
     add_branch(m, s->down, l->post_mlp, x, h);
 }
@@ -311,8 +330,8 @@ static int64_t widest(const Model *m) {
     return m->width > most ? m->width : most;
 }
 static int64_t floats_of_one(const Model *m, int64_t longest) {
-    int64_t narrow = m->batch * (widest(m) + blocks_of(widest(m)));
-    return 2 * m->batch * m->width + (longest > m->size ? longest : m->size) + narrow + 5 * 16;
+    int64_t ready = m->batch * (widest(m) + blocks_of(widest(m)));
+    return 2 * m->batch * m->width + (longest > m->size ? longest : m->size) + ready + 5 * 16;
 }
 
 /* tokens (B,) at positions (B,) -> logits (B, V); the cache holds them afterwards. Returns 0, or 1 without memory. */
@@ -342,12 +361,12 @@ int step(const Model *m, const int64_t *tokens, const int64_t *positions, int64_
         float *x = take(&own, m->batch * m->width), *h = take(&own, m->batch * m->width);
         float *scores = take(&own, longest > m->size ? longest : m->size);
         float *scales = take(&own, m->batch * blocks_of(widest(m)));
-        Narrow narrow = {(int16_t *)own, scales};
+        Ready ready = {own, scales};
         embed(m, tokens, x);
         for (int64_t i = 0; i < m->layers; i++)
-            block(m, &m->layer[i], &s, &team, next + i * WORKS, positions, x, h, scores, &narrow);
+            block(m, &m->layer[i], &s, &team, next + i * WORKS, positions, x, h, scores, &ready);
         norm_rows(m, x, m->norm, h);
-        multiply(next + m->layers * WORKS, m->batch, &m->head, h, &narrow, logits);
+        multiply(next + m->layers * WORKS, m->batch, &m->head, h, &ready, logits);
     }
     free(memory), free(next);
     return 0;
