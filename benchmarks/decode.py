@@ -300,7 +300,6 @@ def against_others(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def in_rows(options: argparse.Namespace) -> dict[str, Any]:
     """Several rows side by side, the ways of decoding against each other."""
     from gemmule.formats.opening import open_model
-
     from gemmule.generate.native import MOST_ROWS
 
     ids = open_model(options.model)[1].encode(PROMPT)
