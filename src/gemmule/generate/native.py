@@ -28,8 +28,8 @@ SOURCE = Path(__file__).with_name("step.c")
 FLAGS = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
 OPTIONAL = ("-fopenmp", "-mprefer-vector-width=512")  # that not every compiler has
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-# With more rows, products of matrices take longer in the C file than in torch's library.
-MOST_ROWS = 8
+# With more rows the products are work for matrix units (AMX), which the library of torch uses and the C file does not.
+MOST_ROWS = 4
 
 
 class _Matrix(Structure):
