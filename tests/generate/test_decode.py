@@ -1,6 +1,7 @@
 """Every way of decoding gives the logits of the model; what is told where a way is closed."""
 
 import copy
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,16 @@ def test_any_number_of_threads_gives_the_same_bits(threads: int) -> None:
 
 
 @needs_compiler
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads are not bound to cores here")
+def test_threads_are_free_to_move_after_a_step() -> None:
+    before = os.sched_getaffinity(0)
+    tokens_of(lively_model(tiny_config()), "native")
+    assert os.sched_getaffinity(0) == before
+    for task in Path("/proc/self/task").iterdir():
+        assert os.sched_getaffinity(int(task.name)) == before
+
+
+@needs_compiler
 def test_a_stream_follows_the_weights_as_they_are() -> None:
     model = lively_model(tiny_config())
     before = tokens_of(model, "native")
@@ -167,6 +178,7 @@ def test_local_rings_are_bounded_by_the_window() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler warns itself
 def test_a_compiled_step_gives_the_plain_tokens() -> None:
     model = lively_model(tiny_config())
     assert tokens_of(model, "compiled") == tokens_of(model, "plain")

@@ -196,7 +196,19 @@ def _compile(compiler: str, file: Path) -> None:
         for left in range(len(OPTIONAL), -1, -1):
             options = OPTIONAL[:left]
             try:
-                _run(compiler, *FLAGS, *options, "-std=gnu11", "-shared", "-fPIC", str(SOURCE), "-o", str(fresh), "-lm")
+                _run(
+                    compiler,
+                    *FLAGS,
+                    *options,
+                    "-std=gnu11",
+                    "-D_GNU_SOURCE",
+                    "-shared",
+                    "-fPIC",
+                    str(SOURCE),
+                    "-o",
+                    str(fresh),
+                    "-lm",
+                )
                 break
             except subprocess.CalledProcessError:
                 if not options:

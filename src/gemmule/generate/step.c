@@ -65,6 +65,35 @@ static void wait_for_all(Team *team) {
     }
 }
 
+/* A thread that was asleep wakes on the core of the one that woke it, and stays there for longer than a step takes while
+   another process has the other core. So each thread takes a core of its own, and gives the choice back afterwards. */
+#if defined(__linux__) && defined(_OPENMP)
+typedef cpu_set_t Cores;
+static int first_core(Cores *allowed) {
+    return sched_getaffinity(0, sizeof *allowed, allowed) ? -1 : sched_getcpu();
+}
+static void take_core(const Cores *allowed, int first, int thread) {
+    int core = first;
+    for (int passed = 0; first >= 0 && passed < thread;) {
+        core = (core + 1) % CPU_SETSIZE;
+        passed += CPU_ISSET(core, allowed) != 0;
+    }
+    Cores mine;
+    CPU_ZERO(&mine);
+    if (first < 0) return;
+    CPU_SET(core, &mine);
+    sched_setaffinity(0, sizeof mine, &mine);
+}
+static void leave_core(const Cores *allowed, int first) {
+    if (first >= 0) sched_setaffinity(0, sizeof *allowed, allowed);
+}
+#else
+typedef int Cores;
+static int first_core(Cores *allowed) { return *allowed = -1; }
+static void take_core(const Cores *allowed, int first, int thread) { (void)allowed, (void)first, (void)thread; }
+static void leave_core(const Cores *allowed, int first) { (void)allowed, (void)first; }
+#endif
+
 /* ---- matrix times vectors ---- */
 
 static inline float as_float(uint32_t bits) {
@@ -349,6 +378,8 @@ int step(const Model *m, const int64_t *tokens, const int64_t *positions, int64_
                 take(&left, m->batch * m->width), take(&left, m->batch * m->inner),
                 take(&left, m->batch * m->inner), take(&left, m->batch * m->width)};
     Team team = {.size = 1};
+    Cores cores;
+    int first = first_core(&cores);
 #pragma omp parallel num_threads((int)m->threads)
     {
         int me = 0;
@@ -357,6 +388,7 @@ int step(const Model *m, const int64_t *tokens, const int64_t *positions, int64_
 #pragma omp single
         team.size = omp_get_num_threads();
 #endif
+        take_core(&cores, first, me);
         float *own = memory + shared_floats + me * own_floats;
         float *x = take(&own, m->batch * m->width), *h = take(&own, m->batch * m->width);
         float *scores = take(&own, longest > m->size ? longest : m->size);
@@ -367,6 +399,7 @@ int step(const Model *m, const int64_t *tokens, const int64_t *positions, int64_
             block(m, &m->layer[i], &s, &team, next + i * WORKS, positions, x, h, scores, &ready);
         norm_rows(m, x, m->norm, h);
         multiply(next + m->layers * WORKS, m->batch, &m->head, h, &ready, logits);
+        leave_core(&cores, first);
     }
     free(memory), free(next);
     return 0;
