@@ -350,6 +350,8 @@ def main() -> None:
         "threads": options.threads,
         "platform": platform.platform(),
         "cores": os.cpu_count(),
+        # Above the threads of one side, other work ran beside it, and times are not the machine's.
+        "load_averages": [round(load, 1) for load in os.getloadavg()],
         "versions": {name: _version(name) for name in ("gemmule", "torch", "transformers", "llama-cpp-python")},
     }
     text = json.dumps(result, indent=2)
