@@ -28,10 +28,11 @@ def load(model: str | Path, device: str = "cpu") -> tuple["Gemma3", "Tokenizer"]
     from gemmule.errors import ModelError
     from gemmule.formats.opening import open_model
     from gemmule.runtime import choose_device
-    from gemmule.train.checkpoint import newest_checkpoint
 
     folder = Path(model)
     if not (folder / "config.json").exists() and (folder / "recipe.toml").exists():
+        from gemmule.train.checkpoint import newest_checkpoint  # slow to load, so only where it is needed
+
         newest, damage = newest_checkpoint(folder)
         if newest is None:
             raise ModelError(f"MODEL {folder}: a run without a good checkpoint yet" + "".join(f"; {d}" for d in damage))

@@ -4,6 +4,7 @@ import hashlib
 import os
 import secrets
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,7 +19,6 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
 
 from gemmule.errors import DeviceError, TrainingError
 
@@ -191,6 +191,10 @@ def _lost_contact(error: BaseException) -> TrainingError | None:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor of which this process may have a share."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor  # a second to load, which those who never shard save
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -212,6 +216,8 @@ def reason_not_to_compile(device: torch.device) -> str | None:
 
 def uncompiled() -> AbstractContextManager[None]:
     """Run compiled modules as they were written inside the block: for shapes that come only once."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled here; asking it to load takes a second
+        return nullcontext()
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
 

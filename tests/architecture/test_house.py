@@ -5,11 +5,12 @@ import importlib
 import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
 from gemmule.cli.main import COMMANDS
+from gemmule.generate.decode import Decoding
 from gemmule.generate.sampling import RULES, SamplingSettings
 from gemmule.model.attention import KERNELS
 from gemmule.model.config import SIZES, Gemma3Config
@@ -60,6 +61,7 @@ def test_recipes_can_choose_exactly_what_is_registered() -> None:
     assert choices(OptimizerSettings, "name") == set(OPTIMIZERS)
     assert choices(ScheduleSettings, "name") == set(SCHEDULES)
     assert set(SamplingSettings.model_fields) == set(RULES)
+    assert get_type_hints(COMMANDS["generate"])["decoding"] == Decoding
     sizes = Gemma3Config.model_fields["size"].annotation.__args__[0].__args__  # type: ignore[union-attr]
     assert set(sizes) == set(SIZES)
 

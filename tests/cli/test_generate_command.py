@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gemmule.generate import native
 from gemmule.generate.sampling import STORYTELLING
 from runs import gemmule
 
@@ -71,6 +72,28 @@ def test_generation_stops_at_the_end_token(tiny_run: Path, tmp_path: Path) -> No
     save_file(weights | {"model.embed_tokens.weight": embedding}, model / "model.safetensors")
     reply = json.loads(generate(model, "--max-new-tokens", 5, "--temperature", 0, "--json"))
     assert (reply["text"], reply["tokens"], reply["finish"]) == ("", 1, "stop")
+
+
+def test_every_way_of_decoding_tells_the_same_story(tiny_run: Path) -> None:
+    options = ["--max-new-tokens", 20, "--temperature", 0]
+    assert len({generate(tiny_run, *options, *way) for way in ([], ["--decoding", "plain"])}) == 1
+    assert generate(tiny_run, *options, "--int8").startswith("Once upon a time")
+
+
+def test_a_slower_way_is_told(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    native._library.cache_clear()
+    ended = gemmule("generate", tiny_run, "--max-new-tokens", 3)
+    native._library.cache_clear()
+    assert ended.code == 0
+    assert ended.err == "note: no C compiler (cc) was found; so tokens come more slowly than they could\n"
+
+
+def test_int8_and_compiled_do_not_go_together(tiny_run: Path) -> None:
+    ended = gemmule("generate", tiny_run, "--int8", "--decoding", "compiled", "--max-new-tokens", 3)
+    assert (ended.code, ended.out) == (2, "")
+    assert "decoding 'compiled': the weights are int8; use 'plain' or 'auto'" in ended.err
 
 
 def test_an_empty_prompt_begins_a_text(tiny_run: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -25,6 +25,11 @@ def generate(
     ] = 0.1,
     seed: Annotated[int | None, typer.Option(help="Repeats a continuation; without it each one is new.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
+    decoding: Annotated[
+        Literal["auto", "plain", "native", "compiled"],
+        typer.Option(help="How tokens are computed; compiled takes half a minute first. See docs/decoding.md."),
+    ] = "auto",
+    int8: Annotated[bool, typer.Option("--int8", help="Hold the weights in eight bits: less to read.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of streaming text.")] = False,
 ) -> None:
     """Let a model continue a text.
@@ -36,8 +41,13 @@ def generate(
         gemmule generate runs/story --prompt "Tom found a red" --temperature 0.5 --seed 7
     """
     import gemmule
+    from gemmule.generate.decode import why_slow
+    from gemmule.generate.weights import lay_out, quantise
 
     network, tokenizer = gemmule.load(model, device)
+    network = lay_out(quantise(network) if int8 else network)
+    if decoding == "auto" and (reason := why_slow(network)):
+        typer.echo(f"note: {reason}; so tokens come more slowly than they could", err=True)
     text, tokens, finish = "", 0, None
     ahead = prompt  # shown with the first token, when it has not been refused
     for event in gemmule.generate(
@@ -50,6 +60,7 @@ def generate(
         top_p=top_p,
         min_p=min_p,
         seed=seed,
+        decoding=decoding,
     ):
         text, tokens, finish = text + event.text, tokens + 1, event.finish
         if not as_json:

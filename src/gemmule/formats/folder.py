@@ -11,6 +11,7 @@ from gemmule.formats.config_json import read_config, read_json, write_config, wr
 from gemmule.formats.names import foreign_names
 from gemmule.formats.safetensors_reader import WEIGHTS, read_survey, survey
 from gemmule.model.gemma3 import Gemma3
+from gemmule.model.initialise import unfilled
 from gemmule.tokenizer import Tokenizer
 
 
@@ -57,7 +58,6 @@ def load_folder(
     if config.num_hidden_layers > len(shelf.tensors):
         told = f"{config.num_hidden_layers} layers, but {shelf.origin.name} has {len(shelf.tensors)} tensors of them"
         raise ModelError(f"{origin}: num_hidden_layers tells of {told}")
-    with torch.device("meta"):
-        model = Gemma3(config, kernel)
+    model = unfilled(config, kernel)
     model.load_state_dict(read_survey(shelf, model, dtype, say), assign=True)
     return model.eval(), Tokenizer.load(folder)

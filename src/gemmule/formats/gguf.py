@@ -21,6 +21,7 @@ from gemmule.formats.gguf_tokenizer import read_vocabulary, write_vocabulary
 from gemmule.formats.names import GGUF, foreign_names
 from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
+from gemmule.model.initialise import unfilled
 from gemmule.recipe import check_recipe
 from gemmule.tokenizer import Tokenizer
 
@@ -54,8 +55,7 @@ def load_gguf(path: Path, kernel: str = "sdpa", dtype: torch.dtype = torch.float
     """
     with GgufFile(path) as file:
         tokenizer = _tokenizer(file)
-        with torch.device("meta"):
-            model = Gemma3(read_config(file), kernel)
+        model = unfilled(read_config(file), kernel)
         model.load_state_dict(_read_tensors(file, model, dtype), assign=True)
     return model.eval(), tokenizer
 

@@ -4,13 +4,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from gemmule.errors import ModelError
+from gemmule.generate.decode import Decoding, choose_decoding, decoder_for, prefill
 from gemmule.generate.sampling import SamplingSettings, draw
 from gemmule.model.cache import Cache
-from gemmule.model.gemma3 import Gemma3, last_logits
-from gemmule.runtime import uncompiled
+from gemmule.model.gemma3 import Gemma3
 from gemmule.tokenizer import Tokenizer
 
 
@@ -31,10 +30,12 @@ def stream_tokens(
     stops: frozenset[int],
     sampling: SamplingSettings,
     seed: int | None = None,
+    decoding: Decoding = "auto",
 ) -> Iterator[list[int | None]]:
     """Continue several prompts (token ids) side by side; each step yields a token per row, None for rows that ended.
 
-    Rows do not influence each other: shorter prompts are padded on the left with a document of their own.
+    Rows do not influence each other: shorter prompts are padded on the left with a document of their own. `decoding`
+    is one of the ways in `decode.py`.
     """
     device = model.embedding.weight.device
     generator = torch.Generator()
@@ -42,25 +43,22 @@ def stream_tokens(
     longest = max(map(len, prompts))
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    cache = Cache(model.config)
+    if max_new_tokens < 1:
+        return
+    decoding = choose_decoding(model, len(prompts), decoding)
+    cache, decoder = Cache(model.config), None
+    logits = prefill(model, tokens, torch.arange(longest, device=device) - padding[:, None], cache)
     ended = [False] * len(prompts)
-    for _ in range(max_new_tokens):
-        logits = _advance(model, tokens, padding, cache)
+    capacity = longest + max_new_tokens - 1
+    for end in range(longest, capacity + 1):
         chosen = draw(logits, sampling, generator)
         ids: list[int] = chosen.tolist()
         yield [None if done else token for token, done in zip(ids, ended, strict=True)]
         ended = [done or token in stops for token, done in zip(ids, ended, strict=True)]
-        if all(ended):
+        if all(ended) or end == capacity:
             return
-        tokens = chosen[:, None]
-
-
-def _advance(model: Gemma3, tokens: Tensor, padding: Tensor, cache: Cache) -> Tensor:
-    """Feed a chunk (B,T) through model and cache; return the logits after it, (B,V)."""
-    positions = torch.arange(cache.length, cache.length + tokens.shape[1], device=tokens.device) - padding[:, None]
-    documents = torch.where(positions < 0, -1, 0) if bool(padding.any()) else None
-    with uncompiled():
-        return model(tokens, positions, documents, cache, readout=last_logits)[:, 0]
+        decoder = decoder or decoder_for(model, cache, len(prompts), capacity, decoding)
+        logits = decoder.step(chosen, end - padding)
 
 
 def generate(
@@ -74,6 +72,7 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     seed: int | None = None,
+    decoding: Decoding = "auto",
 ) -> Iterator[Event]:
     """Continue a prompt, one event a token, until the model ends the text or the limit is reached."""
     sampling = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -81,7 +80,7 @@ def generate(
     decoder = tokenizer.stream_decoder()
     ids = encode_prompt(model, tokenizer, prompt)
     limit = min(max_new_tokens, model.config.max_position_embeddings - len(ids))
-    for count, (token,) in enumerate(stream_tokens(model, [ids], limit, stops, sampling, seed), start=1):
+    for count, (token,) in enumerate(stream_tokens(model, [ids], limit, stops, sampling, seed, decoding), start=1):
         assert token is not None
         finish = "stop" if token in stops else "length" if count == limit else None
         text = "" if finish == "stop" else decoder.feed(token)
@@ -95,6 +94,7 @@ def complete(
     max_new_tokens: int,
     sampling: SamplingSettings,
     seed: int | None = None,
+    decoding: Decoding = "auto",
 ) -> list[str]:
     """Continue several prompts side by side and return each one with its whole continuation."""
     if not prompts:
@@ -102,7 +102,7 @@ def complete(
     stops = stop_tokens(tokenizer)
     replies = [encode_prompt(model, tokenizer, prompt) for prompt in prompts]
     max_new_tokens = min(max_new_tokens, model.config.max_position_embeddings - max(map(len, replies)))
-    for step in stream_tokens(model, [*map(tuple, replies)], max_new_tokens, stops, sampling, seed):
+    for step in stream_tokens(model, [*map(tuple, replies)], max_new_tokens, stops, sampling, seed, decoding):
         for reply, token in zip(replies, step, strict=True):
             if token is not None:
                 reply.append(token)

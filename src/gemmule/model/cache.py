@@ -45,6 +45,17 @@ class Cache:
         self._layers[layer] = (_last(key, window, dim=2), _last(value, window, dim=2))
         return key, value
 
+    @property
+    def has_documents(self) -> bool:
+        """Whether tokens were told apart by documents so far; then what follows must be, too."""
+        return bool(self._documents)
+
+    def kept(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what a layer holds: positions (B or 1, S), keys and values (B,K,S,H)."""
+        held = self._layers[layer]
+        assert held is not None, "nothing was fed yet"
+        return self._positions[self._kinds[layer]], *held
+
 
 def _append(kept: Tensor | None, new: Tensor) -> Tensor:
     return new if kept is None else torch.cat((kept, new), dim=1)

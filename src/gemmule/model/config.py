@@ -92,6 +92,10 @@ class Gemma3Config(Settings):
         """How many tokens, itself included, a token of a layer of this kind sees; None means all."""
         return self.sliding_window if kind == "local" else None
 
+    def rope(self, kind: Kind) -> tuple[float, float]:
+        """The base of a kind's rotary frequencies, and the factor by which its positions are divided."""
+        return (self.rope_local_base_freq, 1.0) if kind == "local" else (self.rope_theta, self.rope_scaling_factor)
+
     def problems(self) -> Iterator[Problem]:
         """Yield the combinations of shapes that no Gemma 3 can have."""
         if self.num_attention_heads % self.num_key_value_heads:

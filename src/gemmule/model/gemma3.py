@@ -183,9 +183,5 @@ class Gemma3(nn.Module):
                 causal = in_order and short and documents is None
                 block = max(1, window // 2) if self.folds and in_order and window is not None and not short else None
                 visibility[kind] = Visibility(positions, positions, window, documents, documents, causal, block)
-        frequencies = {
-            "local": (config.rope_local_base_freq, 1.0),
-            "global": (config.rope_theta, config.rope_scaling_factor),
-        }
-        rotary = {kind: rotary_tables(positions, config.head_dim, *frequencies[kind]) for kind in kinds}
+        rotary = {kind: rotary_tables(positions, config.head_dim, *config.rope(kind)) for kind in kinds}
         return visibility, rotary

@@ -2,11 +2,32 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Block, Gemma3, RMSNorm
+
+
+def unfilled(config: Gemma3Config, kernel: str = "sdpa") -> Gemma3:
+    """Return a model of shapes without numbers, on the meta device."""
+    with torch.device("meta"), _Unwritten():
+        return Gemma3(config, kernel)
+
+
+class _Unwritten(TorchFunctionMode):
+    """Let torch.nn.init do nothing: drawing numbers for the meta device loads torch's compiler, which takes seconds."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        options = options or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return options["tensor"] if "tensor" in options else arguments[0]
+        return function(*arguments, **options)
 
 
 def initialise(

@@ -22,15 +22,15 @@ def read_pieces(description: Mapping[str, Any], vocabulary: Mapping[str, int]) -
     """Return what each id of `vocabulary` stands for under the decoder of a parsed tokenizer.json."""
     decoders = {decoder["type"]: decoder for decoder in _flatten(description.get("decoder"))}
     added = {token["id"]: token for token in description.get("added_tokens", ())}
-    marked = "Metaspace" in decoders or "Replace" in decoders
+    marked, fallback = "Metaspace" in decoders or "Replace" in decoders, "ByteFallback" in decoders
     byte_of = _byte_level_alphabet() if "ByteLevel" in decoders else {}
     texts = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for token, index in vocabulary.items():
         if index in added:
             texts[index] = b"" if added[index]["special"] else token.encode()
-        elif "ByteFallback" in decoders and (match := BYTE_TOKEN.fullmatch(token)):
+        elif fallback and token[:1] == "<" and (match := BYTE_TOKEN.fullmatch(token)):
             texts[index] = bytes([int(match[1], 16)])
-        elif all(character in byte_of for character in token):
+        elif byte_of and all(character in byte_of for character in token):
             texts[index] = bytes(byte_of[character] for character in token)
         else:
             texts[index] = (token.replace(WORD_MARK, " ") if marked else token).encode()

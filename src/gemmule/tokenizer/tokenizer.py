@@ -159,9 +159,17 @@ class Tokenizer:
     @cached_property
     def _pieces(self) -> Pieces:
         try:
-            return read_pieces(self.description, self._vocabulary())
+            return read_pieces(self._decoding(), self._vocabulary())
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise TokenizerError(f"tokenizer whose decoder is not understood ({error!r:.200})") from None
+
+    def _decoding(self) -> dict[str, Any]:
+        """Return the two parts of the description that decoding needs, without parsing a large vocabulary again."""
+        decoder, added = self._library.decoder, self._library.get_added_tokens_decoder()
+        return {
+            "decoder": None if decoder is None else json.loads(decoder.__getstate__()),
+            "added_tokens": [{"id": i, "content": t.content, "special": t.special} for i, t in added.items()],
+        }
 
     def _vocabulary(self) -> dict[str, int]:
         vocabulary: dict[str, int] = self._library.get_vocab()
