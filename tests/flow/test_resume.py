@@ -4,15 +4,13 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from gemmule.train.checkpoint import checkpoints
 from gemmule.train.metrics import read_json_lines
-from runs import Death, final_weights, gemmule, start, steps_done, timeless_metrics, wait_until
+from runs import Death, final_weights, gemmule, start, steps_done, timeless_metrics
 
 KILLED, INTERRUPTED = -signal.SIGKILL, 130
 
@@ -54,13 +52,13 @@ def test_a_run_killed_between_checkpoints_equals_one_that_was_not(
     tiny_recipe: Path, tiny_run: Path, tmp_path: Path, log: Path
 ) -> None:
     run = tmp_path / "tiny"
-    for reached in (4, 7):  # killed, resumed, and killed again
-        process = start("train", tiny_recipe, "--out", run, "--resume", log=log)
-        wait_until(lambda reached=reached: steps_done(run) >= reached)
-        process.kill()
+    for _ in range(2):  # killed in step 5, resumed from step 3, and killed in step 8
+        death = Death("gemmule.train.loop:learning_rate_factor", 5)
+        process = start("train", tiny_recipe, "--out", run, "--resume", log=log, death=death)
         process.join()
-        assert process.exitcode == KILLED
+        assert process.exitcode == KILLED, log.read_text()
         assert not (run / "model").exists()
+    assert steps_done(run) == 7
     finish(tiny_recipe, run)
     assert same_run(run, tiny_run)
 
@@ -79,26 +77,15 @@ def test_a_run_killed_again_and_again_while_saving_equals_one_that_was_not(
     assert same_run(run, tiny_run)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tiny_recipe: Path, tiny_run: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny_recipe: Path, tiny_run: Path, tmp_path: Path, log: Path) -> None:
     run = tmp_path / "my runs" / "tiny"  # a space, for what is printed goes to a shell
-    command = [
-        sys.executable,
-        "-m",
-        "gemmule",
-        "train",
-        str(tiny_recipe),
-        "--set",
-        "train.log_every=1",
-        "--out",
-        str(run),
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: steps_done(run) >= 4)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == INTERRUPTED
-    step, again = re.findall(r"stopped after step (\d+), which is saved; go on with:  (.*)", err)[0]
-    assert checkpoints(run)[0].name == f"step-{int(step):08d}"
+    death = Death("gemmule.train.loop:learning_rate_factor", 5, number=signal.SIGINT)
+    process = start("train", tiny_recipe, "--set", "train.log_every=1", "--out", run, log=log, death=death)
+    process.join()
+    assert process.exitcode == INTERRUPTED, log.read_text()
+    ((step, again),) = re.findall(r"stopped after step (\d+), which is saved; go on with:  (.*)", log.read_text())
+    assert step == "5"
+    assert checkpoints(run)[0].name == "step-00000005"
     program, *arguments = shlex.split(again)
     assert program == "gemmule"
     assert gemmule(*arguments).code == 0
