@@ -164,7 +164,8 @@ def test_the_largest_model_is_traced_without_its_weights() -> None:
     """27 billion weights are 108 GB; the process that plans them stays below two."""
     # Not ru_maxrss, which begins at what the parent had.
     program = (
-        "from pathlib import Path\nfrom gemmule.model.config import Gemma3Config\nfrom gemmule.plan.trace import Shape, trace\n"
+        "from pathlib import Path\nfrom gemmule.model.config import Gemma3Config\n"
+        "from gemmule.plan.trace import Shape, trace\n"
         "shape = Shape(model=Gemma3Config(size='27b'), rows=64, context=8192, masked=True, precision='bf16', "
         "kernel='sdpa', recomputed='none', compiled=False, sharded=True, accumulating=False)\n"
         "assert trace(shape).peak(shape.model.layer_kinds)['activations'] > 1e13\n"
