@@ -4,18 +4,18 @@
 
 Takes the smallest recipe that has whatever a resumed run could get wrong (dropout, two optimizers, micro-batches,
 validation, samples) through `gemmule resume-check`: a third of the kills come while a checkpoint is being written. Adds
-machine and versions to its verdict, and writes it to benchmarks/results/chaos.json.
+the machine to its verdict, and writes it to benchmarks/results/chaos.json.
 """
 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from gemmule.bench.rounds import machine
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -31,7 +31,7 @@ def main() -> None:
     """Run the check and keep its verdict."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=220)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=880)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/chaos.json")
     options = parser.parse_args()
@@ -54,8 +54,7 @@ def main() -> None:
         "differences": verdict["differences"],
         "steps_seen_at_each_kill": verdict["kills"],
         "minutes": round((time.monotonic() - began) / 60, 1),
-        "machine": {"cores": os.cpu_count(), "system": platform.platform(), "processor": platform.processor()},
-        "versions": {"python": platform.python_version(), "torch": version("torch")},
+        "machine": machine(),
     }
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({name: result[name] for name in ("same", "kills", "while_saving", "differences", "minutes")}))

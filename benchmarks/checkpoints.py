@@ -12,16 +12,15 @@ versions to benchmarks/results/checkpoints.json.
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gemmule.bench.rounds import machine
 from gemmule.data import open_dataset
 from gemmule.data.prepare import prepare_dataset
 from gemmule.recipe import read_recipe
@@ -146,8 +145,8 @@ def main() -> None:
         "interval": INTERVAL,
         "time": cases,
         "memory": memory_of_checkpoints(options.count),
-        "machine": {"cores": os.cpu_count(), "system": platform.platform(), "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version(), "torch": version("torch")},
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
     }
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
