@@ -8,6 +8,7 @@ the checkpoint is whole, so that slower steps while it is written count. Memory:
 times with a step between two; resident memory is read after each. Prints a table, and writes it with machine and
 versions to benchmarks/results/checkpoints.json.
 """
+# ruff: noqa: E402 - the process is prepared before torch is loaded
 
 import argparse
 import json
@@ -17,6 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from gemmule.cli.main import prepare_process
+
+prepare_process()  # as the command does
 
 import torch
 
@@ -51,8 +56,9 @@ class Run:
         self.recipe = read_recipe(ROOT / "recipes/story.toml", Recipe, [*DATA, *changes])
         prepare_dataset(self.recipe.data, self.recipe.tokenizer, folder / "data")
         self.dataset = open_dataset(folder / "data")
-        rows = max(self.dataset.tokenizer.vocab_size, self.recipe.model.vocab_size if changes else 0)
-        self.recipe = self.recipe.replace(model=self.recipe.model.replace(vocab_size=rows))
+        if "vocab_size" not in self.recipe.model.model_fields_set:
+            ids = self.dataset.tokenizer.vocab_size
+            self.recipe = self.recipe.replace(model=self.recipe.model.replace(vocab_size=ids))
         self.rows = training_rows(self.dataset, self.recipe)
         device = torch.device("cpu")
         self.precision = choose_precision("auto", device)

@@ -99,15 +99,16 @@ def build_app() -> typer.Typer:
 
 def main() -> None:
     """Run the command line."""
-    # Torch's threads spin while they wait for each other; on a machine that does something else too, a step then takes
-    # ten times as long. It has to be said before torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    _keep_freed_memory()
+    prepare_process()
     build_app()()
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep what torch frees: else each large tensor is paid for again, page by page, a fifth of a step."""
+def prepare_process() -> None:
+    """Set what torch's threads and memory need, before it is loaded."""
+    # Torch's threads spin while they wait for each other; on a machine that does something else too, a step then takes
+    # ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Let glibc keep what torch frees: else each large tensor is paid for again, page by page, a fifth of a step.
     try:
         settings = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # another C library
