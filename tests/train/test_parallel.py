@@ -3,6 +3,7 @@ from typing import Literal, get_args
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from gemmule.model.gemma3 import Gemma3
 from gemmule.model.initialise import initialise
@@ -65,7 +66,12 @@ def test_recomputing_everything_keeps_a_fraction() -> None:
 @pytest.mark.parametrize("how", HOW)
 def test_compiled_blocks_that_recompute_have_the_same_gradients(how: str) -> None:
     loss, gradients, _ = learn(placed("none"))
-    again, others, _ = learn(placed(how, compile_blocks=True))
+    counters.clear()
+    again, others, kept = learn(placed(how, compile_blocks=True))
+    assert counters["stats"]["unique_graphs"] > 0  # in silence, the compiler would have stood aside
+    assert not counters["graph_break"]
+    if how == "full":
+        assert kept < learn(placed("none", compile_blocks=True))[2] / 3
     assert again == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
         scale = gradient.abs().max().item()  # what is small beside it is a sum of what is not

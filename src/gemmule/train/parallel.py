@@ -89,9 +89,16 @@ def recompute(model: Gemma3, how: Literal["none", "selective", "full"]) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
-    again = partial(checkpoint, **options)
     for block in model.blocks:
-        block.forward = partial(again, block.forward)
+        block.forward = _again(block.forward, options)
+
+
+def _again(forward: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
+    def recomputed(*arguments: object) -> Tensor:  # a function of ours, for the compiler looks into no other
+        output: Tensor = checkpoint(forward, *arguments, **options)
+        return output
+
+    return recomputed
 
 
 # The products, which are most of the work and little of the memory.
