@@ -77,6 +77,21 @@ def test_a_run_killed_again_and_again_while_saving_equals_one_that_was_not(
     assert same_run(run, tiny_run)
 
 
+def test_a_killed_run_over_weighted_sources_equals_one_that_was_not(
+    tiny_recipe: Path, tmp_path: Path, log: Path
+) -> None:
+    sources = 'data.train=["storybook:40", "storybook:60"]'
+    arguments = ("train", tiny_recipe, "--set", sources, "--set", "data.weights=[3.0, 1.0]", "--resume", "--out")
+    straight, run = tmp_path / "straight", tmp_path / "killed"
+    assert gemmule(*arguments, straight).code == 0
+    for _ in range(2):
+        process = start(*arguments, run, log=log, death=Death("gemmule.train.loop:learning_rate_factor", 5))
+        process.join()
+        assert process.exitcode == KILLED, log.read_text()
+    assert gemmule(*arguments, run).code == 0
+    assert same_run(run, straight)
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny_recipe: Path, tiny_run: Path, tmp_path: Path, log: Path) -> None:
     run = tmp_path / "my runs" / "tiny"  # a space, for what is printed goes to a shell
     death = Death("gemmule.train.loop:learning_rate_factor", 5, number=signal.SIGINT)

@@ -116,11 +116,13 @@ def folded(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, sc
     # All query heads of a key head, and all queries of a block, make one matrix: (B,K,blocks, N/K x block, H).
     queries = functional.pad(query, (0, 0, 0, blocks * block - length))
     queries = queries.reshape(batch, groups, -1, blocks, block, size).transpose(2, 3).flatten(3, 4)
-    keys, values = (_reached(x, block, reach) for x in (key, value))
-    scores = (queries @ keys.transpose(-1, -2)).reshape(batch, groups, blocks, -1, block, reach + block)
-    scores = (scores.float() * scale).masked_fill(~visibility.table, -math.inf)
-    weights = functional.dropout(scores.softmax(dim=-1).to(value.dtype), dropout)
-    mixed = (weights.flatten(3, 4) @ values).reshape(batch, groups, blocks, -1, block, size)
+    keys, values = (_reached(x, block, reach).flatten(0, 2) for x in (key, value))
+    # The rule is added by the product: softmax then reads and writes plain rows, which compiles to one loop.
+    rule = torch.where(visibility.table, 0.0, -math.inf).to(query.dtype)
+    rule = rule.expand(batch, groups, -1, heads // groups, -1, -1).flatten(3, 4).flatten(0, 2)
+    scores = torch.baddbmm(rule, queries.flatten(0, 2), keys.transpose(1, 2), alpha=scale)
+    weights = functional.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype), dropout)
+    mixed = (weights @ values).reshape(batch, groups, blocks, -1, block, size)
     return mixed.transpose(2, 3).reshape(batch, heads, -1, size)[:, :, :length]
 
 
