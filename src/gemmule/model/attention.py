@@ -45,7 +45,9 @@ class Visibility:
     @property
     def reach(self) -> int:
         """How many keys before a block, in whole blocks, its first query may see."""
-        assert self.window is not None and self.block is not None  # noqa: PT018 - one promise
+        assert self.block is not None
+        if self.window is None or self.block >= self.query_positions.shape[1]:  # one block of all
+            return 0
         return math.ceil((self.window - 1) / self.block) * self.block
 
     def _rule_of_blocks(self) -> Tensor:
@@ -103,10 +105,21 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scal
     )
 
 
+# Queries that `folded` takes as one block where no window cuts them: more would be too many scores to hold.
+WHOLE = 512
+
+
+def block_of(length: int, window: int | None) -> int | None:
+    """Return the size of the blocks that `folded` cuts a sequence into, None where it leaves it to `sdpa`."""
+    if window is not None and window < length:
+        return max(1, window // 2)
+    return length if length <= WHOLE else None
+
+
 def folded(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scale: float, dropout: float) -> Tensor:
     """Attend block by block, each to itself and the keys its window reaches; the cost grows with T, not with T x T.
 
-    Without a promise of blocks (no window, or keys from a cache) it is `sdpa`.
+    Without a promise of blocks (long rows without a window, or keys from a cache) it is `sdpa`.
     """
     if visibility.block is None or visibility.table is None:
         return sdpa(query, key, value, visibility, scale, dropout)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gemmule.model.attention import KERNELS, Visibility
+from gemmule.model.attention import KERNELS, Visibility, block_of
 from gemmule.model.cache import Cache
 from gemmule.model.config import Gemma3Config, Kind
 
@@ -179,9 +179,8 @@ class Gemma3(nn.Module):
             visibility = {}
             for kind in kinds:
                 window = config.window(kind)
-                short = window is None or length <= window
-                causal = in_order and short and documents is None
-                block = max(1, window // 2) if self.folds and in_order and window is not None and not short else None
+                block = block_of(length, window) if self.folds and in_order else None
+                causal = in_order and (window is None or length <= window) and documents is None and block is None
                 visibility[kind] = Visibility(positions, positions, window, documents, documents, causal, block)
         rotary = {kind: rotary_tables(positions, config.head_dim, *config.rope(kind)) for kind in kinds}
         return visibility, rotary

@@ -54,7 +54,8 @@ class _SummedLoss(torch.autograd.Function):
             for first in range(0, len(hidden), rows):
                 chunk = slice(first, first + rows)
                 states = hidden[chunk].to(dtype)
-                loss, slope = losses(torch.cat([states @ words[part].T for part in parts], dim=1), targets[chunk])
+                logits = [states @ words[part].T for part in parts]
+                loss, slope = losses(torch.cat(logits, dim=1) if len(parts) > 1 else logits[0], targets[chunk])
                 total += loss
                 if to_hidden is not None and to_vocabulary is not None:
                     for part in parts:
@@ -73,12 +74,15 @@ class _SummedLoss(torch.autograd.Function):
 
 def _losses_and_slopes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Sum the losses of logits (rows,V), and return the gradient by the logits: softmax minus one-hot, 0 if ignored."""
-    likely = logits.log_softmax(dim=-1, dtype=torch.float32)
     known = targets != IGNORED
     targets = targets.where(known, 0)[:, None]
-    loss = -likely.gather(1, targets)[:, 0].where(known, 0.0).sum()
-    hit = torch.arange(logits.shape[1], device=logits.device) == targets
-    return loss, likely.exp_().sub_(hit.to(logits.dtype)).mul_(known[:, None]).to(logits.dtype)
+    wide = logits.float()
+    top = wide.amax(dim=-1, keepdim=True)
+    raised = (wide - top).exp_()  # the dearest operation, so it is done once
+    total = raised.sum(dim=-1, keepdim=True)
+    loss = (total.log() + top - wide.gather(1, targets))[:, 0].where(known, 0.0).sum()
+    hit = torch.arange(logits.shape[1], device=logits.device) == targets.where(known[:, None], IGNORED)
+    return loss, raised.mul_(known[:, None] / total).sub_(hit.to(logits.dtype)).to(logits.dtype)
 
 
 @cache

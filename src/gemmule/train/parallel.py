@@ -18,7 +18,6 @@ from gemmule.model.gemma3 import Gemma3
 from gemmule.recipe import Settings
 from gemmule.runtime import ALONE, World, whole
 
-
 # On a CPU gelu's tanh is made of exp, which takes half the time; near 0 it is off by 1e-7 and not by 1e-7 of itself.
 COMPILER = {"cpp.use_decompose_tanh": True}
 
