@@ -30,8 +30,8 @@ class Visibility:
     causal: bool = False
     block: int | None = None
 
-    # The rule as booleans, True where the key is visible; made once for all layers of a kind: (B or 1, 1, T, S), or for
-    # blocks (B or 1, 1, blocks, 1, block, reach + block).
+    # The rule, made once for all layers of a kind: booleans (B or 1, 1, T, S), True where the key is visible, or for
+    # blocks what is added to scores, 0 or -inf: (B or 1, 1, blocks, 1, block, reach + block).
     table: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class Visibility:
         never = torch.iinfo(self.key_positions.dtype).max // 2  # a position after all others: nobody looks there
         queries, keys = self._cut(self.query_positions, never)
         documents = (None, None) if self.query_documents is None else self._cut(self.query_documents, -1)
-        return self._rule(queries, keys, *documents)[:, None, :, None]
+        return torch.where(self._rule(queries, keys, *documents), 0.0, -math.inf)[:, None, :, None]
 
     def _cut(self, marks: Tensor, filling: int) -> tuple[Tensor, Tensor]:
         """(B,T) -> each block's own marks (B,blocks,block), and those of the keys before and in it."""
@@ -131,8 +131,8 @@ def folded(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, sc
     queries = queries.reshape(batch, groups, -1, blocks, block, size).transpose(2, 3).flatten(3, 4)
     keys, values = (_reached(x, block, reach).flatten(0, 2) for x in (key, value))
     # The rule is added by the product: softmax then reads and writes plain rows, which compiles to one loop.
-    rule = torch.where(visibility.table, 0.0, -math.inf).to(query.dtype)
-    rule = rule.expand(batch, groups, -1, heads // groups, -1, -1).flatten(3, 4).flatten(0, 2)
+    rule = visibility.table.to(query.dtype).expand(batch, groups, -1, heads // groups, -1, -1)
+    rule = rule.flatten(3, 4).flatten(0, 2)
     scores = torch.baddbmm(rule, queries.flatten(0, 2), keys.transpose(1, 2), alpha=scale)
     weights = functional.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype), dropout)
     mixed = (weights @ values).reshape(batch, groups, blocks, -1, block, size)
