@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemmule.model.attention import KERNELS, Kernel, Visibility, folded, reference
+from gemmule.model.attention import KERNELS, WHOLE, Kernel, Visibility, block_of, folded, reference
 from tiny import greatest_difference
 
 SCALE = 12**-0.5
@@ -110,6 +110,37 @@ def test_blocks_of_any_size_change_nothing(window: int, block: int, documents: T
     now = PADDED if documents is PADDING else positions(0, T - 1)
     blocks = Visibility(now, now, window, documents, documents, block=block)
     compare(folded, blocks, Scene(Visibility(now, now, window, documents, documents), key_heads=key_heads))
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS, PADDING])
+@pytest.mark.parametrize("window", [None, 3, 50])
+def test_one_block_of_all_changes_nothing(window: int | None, documents: Tensor | None) -> None:
+    now = PADDED if documents is PADDING else positions(0, T - 1)
+    whole = Visibility(now, now, window, documents, documents, block=T)
+    compare(folded, whole, Scene(Visibility(now, now, window, documents, documents)))
+
+
+def test_blocks_are_half_a_window_or_a_short_row() -> None:
+    assert block_of(256, 128) == 64
+    assert block_of(2, 1) == 1
+    assert block_of(WHOLE, None) == block_of(WHOLE, WHOLE) == WHOLE
+    assert block_of(WHOLE + 1, None) is None
+    assert block_of(2 * WHOLE, 2 * WHOLE) is None
+
+
+def test_blocks_keep_the_dtype_and_drop_weights() -> None:
+    now = positions(0, T - 1)
+    blocks, case = Visibility(now, now, 3, block=2), SCENES["window"]
+    query, key, value = (x.detach().bfloat16() for x in inputs(case))
+    mixed = folded(query, key, value, blocks, SCALE, 0.0)
+    assert mixed.dtype == torch.bfloat16
+    exact = reference(query.float(), key.float(), value.float(), case.visibility, SCALE, 0.0)
+    assert greatest_difference(mixed.float(), exact) < 0.03
+    torch.manual_seed(0)
+    ones = torch.ones_like(value).float()
+    kept = torch.stack([folded(query.float(), key.float(), ones, blocks, SCALE, 0.5) for _ in range(200)])
+    assert set(kept[:, :, :, 0].unique().tolist()) == {0.0, 2.0}
+    assert kept.mean().item() == pytest.approx(1.0, abs=0.02)
 
 
 def compare(kernel: Kernel, visibility: Visibility, case: Scene) -> None:

@@ -141,6 +141,18 @@ def test_a_new_folder_gets_the_recipe_as_given(tiny_recipe: Path, tmp_path: Path
         assert read_recipe(out / "recipe.toml", Recipe) == recipe
 
 
+def test_a_resumed_run_keeps_the_kernel_that_was_chosen_for_it(tiny_recipe: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_recipe)
+    auto, chosen, named = (
+        recipe.replace(train=recipe.train.replace(attention=kernel)) for kernel in ("auto", "folded", "reference")
+    )
+    claim_folder(auto, tmp_path, False)
+    write_recipe(chosen, tmp_path / "recipe.toml", "resolved")
+    (tmp_path / "metrics.jsonl").touch()
+    assert claim_folder(auto, tmp_path, True).train.attention == "folded"
+    assert claim_folder(named, tmp_path, True).train.attention == "reference"
+
+
 def test_a_run_that_never_began_frees_its_folder(tiny_recipe: Path, tmp_path: Path) -> None:
     claim_folder(recipe_of(tiny_recipe), tmp_path, False)
     changed = recipe_of(tiny_recipe, "train.steps=3")

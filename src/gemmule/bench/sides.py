@@ -19,10 +19,9 @@ from gemmule.errors import GemmuleError, MissingExtra, PeerError
 
 HERE = Path(__file__).parent
 
-# What `gemmule` sets for itself before torch is loaded (cli/main.py). Waiting passively makes peers faster too where
-# the machine does anything else, so they get it; what is listed as our own they start without.
-SHARED = ("OMP_WAIT_POLICY",)
-OURS_ALONE: tuple[str, ...] = ()
+# What `gemmule` sets for itself before torch is loaded (cli/main.py). Peers start without: on a machine that does
+# nothing else, threads that wait actively are what suits them best.
+OURS_ALONE = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 class Library(NamedTuple):

@@ -16,7 +16,7 @@ from gemmule.model.config import Gemma3Config
 from gemmule.recipe import check_recipe
 from gemmule.runtime import ALONE, choose_device, choose_precision, reason_not_to_compile
 from gemmule.train.loop import accumulate_gradients
-from gemmule.train.run import Recipe, build
+from gemmule.train.run import Recipe, build, settle_attention
 
 # 6.76M parameters; the shape in which the figures of docs/performance.md are given where no other is named.
 DEFAULT: dict[str, Any] = {
@@ -26,7 +26,7 @@ DEFAULT: dict[str, Any] = {
         "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64,
         "query_pre_attn_scalar": 64, "intermediate_size": 1024, "sliding_window": 128, "sliding_window_pattern": 6,
     },
-    "train": {"steps": 1, "batch_size": 32, "context": 256, "compile": True},
+    "train": {"steps": 1, "batch_size": 32, "context": 256, "compile": True, "attention": "auto"},
 }  # fmt: skip
 
 
@@ -119,6 +119,7 @@ def make(job: dict[str, Any]) -> Made:
     adamw = rates.replace(name="adamw", learning_rate=job["optimizer"]["learning_rate"])
     settings = recipe.train.replace(compile=compiled, minutes=None)
     recipe = recipe.replace(train=settings, optimizer=muon if job["muon"] else adamw)
+    recipe = settle_attention(recipe, device, precision, lambda _: None)
     draw = torch.Generator().manual_seed(job["seed"])
     parallel, updater = build(recipe, device, precision, ALONE)
     parallel.model.train()
@@ -136,6 +137,7 @@ def make(job: dict[str, Any]) -> Made:
         "parameters": sum(parameter.numel() for parameter in parallel.model.parameters()),
         "threads": torch.get_num_threads(),
         "compiled": compiled,
+        "attention": recipe.train.attention,
     }
 
 
@@ -181,7 +183,9 @@ def summary(job: dict[str, Any], answers: Answers, limit: float) -> dict[str, An
                 "first_loss": rounds[0]["results"][0],
                 "steps_measured": sum(len(answer["seconds"]) for answer in rounds),
                 **{
-                    key: rounds[0][key] for key in ("parameters", "threads", "compiled", "versions") if key in rounds[0]
+                    key: rounds[0][key]
+                    for key in ("parameters", "threads", "compiled", "attention", "versions")
+                    if key in rounds[0]
                 },
             }
             for name, rounds in answers.items()

@@ -28,6 +28,7 @@ from gemmule.plan.text import Text, text_of
 from gemmule.plan.trace import Shape, Trace, trace
 from gemmule.runtime import choose_precision
 from gemmule.tokenizer import Tokenizer
+from gemmule.train.probe import AUTO
 from gemmule.train.run import Recipe
 
 # Seconds that compiling takes before the first step, as in the project's own runs.
@@ -187,13 +188,14 @@ class Planner:
     def shape(self, rows: int) -> Shape:
         """Describe a micro-batch of so many rows."""
         settings, recipe = self.recipe.train, self.recipe
+        kernel = "sdpa" if settings.attention == AUTO else settings.attention  # a run's own plan knows what was chosen
         return Shape(
             model=recipe.model,
             rows=rows,
             context=settings.context,
             masked=recipe.data.mask_documents,
             precision=self.precision,
-            kernel=settings.attention if self.device.fused_attention else "reference",
+            kernel=kernel if self.device.fused_attention else "reference",
             recomputed=recipe.parallel.activation_checkpointing,
             compiled=settings.compile,
             sharded=self.sharing.sharded,

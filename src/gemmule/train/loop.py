@@ -18,6 +18,7 @@ from gemmule.train.loss import summed_loss
 from gemmule.train.metrics import Stopwatch
 from gemmule.train.optim import Updater
 from gemmule.train.parallel import Parallel
+from gemmule.train.probe import AUTO
 from gemmule.train.schedule import ScheduleSettings, learning_rate_factor
 from gemmule.train.validation import Score
 
@@ -39,6 +40,7 @@ class TrainSettings(Settings):
     seed: int = 0
     device: str = "auto"
     precision: Precision = "auto"
+    # A kernel of model/attention.py, or "auto": the one that a short trial before the run finds the fastest.
     attention: str = "sdpa"
     # Compile each block; where the machine cannot, the run says so and goes on without.
     compile: bool = False
@@ -61,8 +63,8 @@ class TrainSettings(Settings):
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             advice = f"must divide train.batch_size ({self.batch_size})"
             yield Problem("micro_batch_size", self.micro_batch_size, advice)
-        if self.attention not in KERNELS:
-            yield Problem("attention", self.attention, f"no such kernel; there are {', '.join(KERNELS)}")
+        if self.attention not in (AUTO, *KERNELS):
+            yield Problem("attention", self.attention, f"no such kernel; there are {', '.join((AUTO, *KERNELS))}")
 
 
 class Hooks(NamedTuple):

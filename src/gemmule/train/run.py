@@ -37,6 +37,7 @@ from gemmule.train.memory import out_of_memory_explained
 from gemmule.train.metrics import JsonLines
 from gemmule.train.optim import OptimizerSettings, Updater
 from gemmule.train.parallel import Parallel, ParallelSettings, gather, parallelise
+from gemmule.train.probe import AUTO, TOKENS, time_kernels
 from gemmule.train.schedule import ScheduleSettings
 from gemmule.train.validation import Score, score
 
@@ -111,7 +112,7 @@ def _run(recipe: Recipe, out: Path, resume: bool, audience: Audience, device: to
     recipe = _settle_vocabulary(recipe, tokenizer)
     rows = training_rows(dataset, recipe)
     audience.say(describe(recipe, device, precision, world))
-    recipe = world.agree(_settle_compile(recipe, device, audience))
+    recipe = world.agree(settle_attention(_settle_compile(recipe, device, audience), device, precision, audience.say))
     with out_of_memory_explained(recipe.model, recipe.train, recipe.parallel, precision, device):
         recipe = _settle_steps(recipe, rows, device, precision, world, audience)
         audience.say(implied_epochs(dataset, recipe))
@@ -200,6 +201,8 @@ def claim_folder(recipe: Recipe, out: Path, resume: bool) -> Recipe:
     if differing:
         raise OutputError(f"--out {out}: holds a run of another recipe ({'; '.join(differing)}); name another folder")
     changes = {key: getattr(recipe.train, key) for key in _FREE}
+    if changes["attention"] == AUTO:  # the run has chosen
+        changes["attention"] = known.train.attention
     return known.replace(train=known.train.replace(**changes), parallel=recipe.parallel)
 
 
@@ -327,6 +330,21 @@ def _settle_compile(recipe: Recipe, device: torch.device, audience: Audience) ->
         return recipe
     audience.say(f"train.compile: going on without, this machine cannot: {reason}")
     return recipe.replace(train=recipe.train.replace(compile=False))
+
+
+def settle_attention(
+    recipe: Recipe, device: torch.device, precision: Literal["bf16", "fp32"], say: Callable[[str], None]
+) -> Recipe:
+    """Put the fastest kernel in the place of `train.attention = "auto"`, and say why."""
+    if recipe.train.attention != AUTO:
+        return recipe
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    times = time_kernels(recipe.model, recipe.train.context, dtype, device, recipe.train.compile)
+    best = min(times, key=lambda name: times[name], default="sdpa")
+    if times:
+        others = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items())
+        say(f"train.attention: {best} is the fastest here ({others} for {TOKENS:,} tokens of a local layer)")
+    return recipe.replace(train=recipe.train.replace(attention=best))
 
 
 def _settle_steps(
