@@ -1,0 +1,333 @@
+"""Is Gemmule right on this GPU, and how fast? Everything in one command of less than ten minutes.
+
+    PYTHONPATH=src python benchmarks/gpu.py --out benchmarks/results/gpu.json
+
+In this order: what the device can do at most; every kernel of attention against the reference; losses and gradients of
+the seed's shape against fp32 and the CPU; training steps of that shape (64 x 256 tokens), with each kernel and
+optimizer; the same beside transformers; a profile of a step; decoding, one row and many. A part that fails or for which
+no time is left says so, and the others go on. The JSON is written anew after each part; a table is printed at the end.
+`--device cpu --tiny` tries the program itself where there is no GPU.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gemmule.cli.main import prepare_process
+
+prepare_process()  # as the command does
+
+import torch  # noqa: E402
+
+from gemmule.bench.models import write_untrained  # noqa: E402
+from gemmule.bench.rounds import Effort, machine  # noqa: E402
+from gemmule.bench.sides import peer_side, run_side  # noqa: E402
+from gemmule.bench.train import compare_training, flops_of_a_token, job_of, make  # noqa: E402
+from gemmule.model.attention import KERNELS, Visibility, block_of  # noqa: E402
+from gemmule.model.gemma3 import Gemma3  # noqa: E402
+from gemmule.model.initialise import initialise  # noqa: E402
+from gemmule.recipe import read_recipe  # noqa: E402
+from gemmule.runtime import autocast  # noqa: E402
+from gemmule.train.loss import summed_loss  # noqa: E402
+from gemmule.train.run import Recipe  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from decode import gemmule_side  # noqa: E402
+
+TINY = (
+    "model.hidden_size=32", "model.num_attention_heads=4", "model.head_dim=16", "model.intermediate_size=64",
+    "model.query_pre_attn_scalar=16", "model.sliding_window=16", "tokenizer.vocab_size=600", "train.batch_size=4",
+    "train.context=48",
+)  # fmt: skip
+TRAINING = (("sdpa", False), ("folded", False), ("sdpa", True))  # (kernel, Muon)
+ROWS = (1, 64, 256, 1024)
+
+
+class Bench:
+    """What all parts share: the shape, the device, how much is done, and what was found."""
+
+    def __init__(self, device: str, tiny: bool, seconds: float) -> None:
+        changes = [f"train.device={device}", "train.compile=true", *(TINY if tiny else ())]
+        self.recipe = read_recipe(ROOT / "recipes/tinystories-90m-seed.toml", Recipe, changes)
+        self.device, self.tiny, self.end = torch.device(device), tiny, time.monotonic() + seconds
+        self.steps = 2 if tiny else 30
+        self.found: dict[str, Any] = {"benchmark": "gpu", "device": device, "machine": machine(), "parts": {}}
+        if self.device.type == "cuda":
+            self.found["gpu"] = torch.cuda.get_device_name()
+
+    def job(self, attention: str = "sdpa", muon: bool = False) -> dict[str, Any]:
+        """Return the job of `gemmule bench train` for one kernel and optimizer."""
+        train = self.recipe.train.replace(attention=attention)
+        job = job_of(self.recipe.replace(train=train), Effort(1, 0.0, self.steps, 3))
+        return job | {"muon": muon}
+
+    def wait(self) -> None:
+        """Let the device finish."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def limits(bench: Bench) -> dict[str, Any]:
+    """Measure large products and reading memory."""
+    job = {"device": str(bench.device), "precision": "bf16"}
+    answer = run_side(peer_side("limits", "limits", job))
+    return {"products_tflops": answer["flops"] / 1e12, "reading_gb_per_second": answer["bytes"] / 1e9}
+
+
+def kernels(bench: Bench) -> dict[str, Any]:
+    """Compare each kernel and its gradients with the reference in fp32, by the largest difference."""
+    length, window, size = 300, 64, 64
+    now = torch.arange(length, device=bench.device)[None]
+    documents = (now // 90).expand(2, -1)
+    scenes = {
+        "causal": (None, None),
+        "window": (window, None),
+        "window and documents": (window, documents),
+    }
+    worst: dict[str, float] = {}
+    for scene, (reach, marks) in scenes.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.manual_seed(0)
+            inputs = [torch.randn(2, heads, length, size, device=bench.device) for heads in (4, 2, 2)]
+            inputs = [x.to(dtype).requires_grad_() for x in inputs]
+            exact = [x.detach().float().requires_grad_() for x in inputs]
+            wanted = _there_and_back("reference", exact, Visibility(now, now, reach, marks, marks))
+            for name in KERNELS:
+                block = block_of(length, reach) if name == "folded" else None
+                causal = reach is None and marks is None and block is None
+                seen = Visibility(now, now, reach, marks, marks, causal, block)
+                got = _there_and_back(name, inputs, seen)
+                off = max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True))
+                worst[f"{name}, {scene}, {str(dtype).removeprefix('torch.')}"] = off
+    allowed = {"float32": 1e-5, "bfloat16": 2e-2}
+    wrong = [case for case, off in worst.items() if not off <= allowed[case.rpartition(" ")[2]]]
+    return {"off": worst, "allowed": allowed, "wrong": wrong}
+
+
+def _there_and_back(name: str, inputs: list[torch.Tensor], seen: Visibility) -> list[torch.Tensor]:
+    query, key, value = inputs
+    mixed = KERNELS[name](query, key, value, seen, 0.125, 0.0)
+    weights = torch.linspace(-1, 1, mixed.numel(), device=mixed.device, dtype=mixed.dtype).view_as(mixed)
+    return [mixed, *torch.autograd.grad(mixed, inputs, weights)]
+
+
+def losses(bench: Bench) -> dict[str, Any]:
+    """Compare loss and gradient of the whole model with fp32 on the CPU."""
+    config = bench.recipe.model.replace(
+        vocab_size=bench.recipe.tokenizer.vocab_size, dropout=0.0, attention_dropout=0.0
+    )
+    context = bench.recipe.train.context
+    tokens = torch.randint(config.vocab_size, (2, context), generator=torch.Generator().manual_seed(0))
+
+    def measure(device: torch.device, kernel: str, half: bool, compiled: bool) -> tuple[float, float]:
+        model = Gemma3(config, kernel)
+        initialise(model, 0)
+        model.to(device)
+        if compiled:
+            for block in model.blocks:
+                block.compile()
+        here = tokens.to(device)
+        with autocast(device, "bf16" if half else "fp32"):
+            loss = model(here[:, :-1], readout=summed_loss(here[:, 1:])) / here[:, 1:].numel()
+        torch.autograd.backward(loss)
+        norms = [p.grad.float().norm() for p in model.parameters() if p.grad is not None]
+        return float(loss.detach()), float(torch.stack(norms).norm())
+
+    exact = measure(torch.device("cpu"), "reference", False, False)
+    cases = {
+        f"{kernel}, {'bf16' if half else 'fp32'}{', compiled' * compiled}": measure(
+            bench.device, kernel, half, compiled
+        )
+        for kernel in ("sdpa", "folded")
+        for half in (False, True)
+        for compiled in (False, True)
+    }
+    off = {name: [abs(a / b - 1) for a, b in zip(case, exact, strict=True)] for name, case in cases.items()}
+    allowed = {"fp32": 1e-4, "bf16": 1e-2}
+    wrong = [name for name, both in off.items() if not max(both) <= allowed["bf16" if "bf16" in name else "fp32"]]
+    return {"loss_and_gradient_norm": exact, "off": off, "allowed": allowed, "wrong": wrong}
+
+
+def training(bench: Bench) -> dict[str, Any]:
+    """Time steps of the loop's own, with each kernel and optimizer, and what share of the products' rate that is."""
+    peak = bench.found["parts"]["limits"]["products_tflops"] * 1e12
+    found = {}
+    for kernel, muon in TRAINING:
+        job = bench.job(kernel, muon)
+        step, facts = make(job)
+        assert step is not None
+        if bench.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        first, *_ = [step() for _ in range(job["warmup"])]
+        started = time.perf_counter() - began
+        times = [_timed(step) for _ in range(bench.steps)]
+        seconds = statistics.median(times)
+        tokens = job["batch"] * job["context"]
+        config = bench.recipe.model.replace(vocab_size=bench.recipe.tokenizer.vocab_size)
+        found[f"{kernel}, {'muon' if muon else 'adamw'}"] = {
+            "step_milliseconds": 1e3 * seconds,
+            "tokens_per_second": tokens / seconds,
+            "model_flops_utilisation": flops_of_a_token(config, job["context"]) * tokens / seconds / peak,
+            "minutes_of_25000_steps": 25000 * seconds / 60,
+            "first_loss": first,
+            "seconds_to_warm_up": started,
+            "peak_gigabytes": torch.cuda.max_memory_allocated() / 1e9 if bench.device.type == "cuda" else None,
+            **facts,
+        }
+        del step
+    return found
+
+
+def _timed(step: Callable[[], float]) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def profile(bench: Bench) -> dict[str, Any]:
+    """Say where the time of a step goes, by the device's kernels."""
+    step, _ = make(bench.job())
+    assert step is not None
+    for _ in range(3):
+        step()
+    bench.wait()
+    cuda = bench.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    with torch.profiler.profile(activities=activities) as recorded:
+        began = time.perf_counter()
+        for _ in range(3):
+            step()
+        bench.wait()
+        wall = time.perf_counter() - began
+
+    def spent(event: Any) -> float:
+        return float(event.self_device_time_total if cuda else event.self_cpu_time_total)
+
+    events = [event for event in recorded.key_averages() if spent(event) > 0]
+    events = [event for event in events if not cuda or event.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=spent, reverse=True)
+    busy = sum(map(spent, events))
+    return {
+        "step_milliseconds": 1e3 * wall / 3,
+        "busy_milliseconds": busy / 3e3,
+        "kernels": [
+            {
+                "name": event.key[:100],
+                "milliseconds": spent(event) / 3e3,
+                "times": event.count / 3,
+                "share": spent(event) / busy,
+            }
+            for event in events[:25]
+        ],
+    }
+
+
+def peers(bench: Bench) -> dict[str, Any]:
+    """Train beside transformers, each in a process of its own."""
+    effort = Effort(2, 0.0, bench.steps, 3)
+    train = bench.recipe.train.replace(attention="auto")
+    names = ["transformers", "transformers-compiled"]
+    return compare_training(bench.recipe.replace(train=train), names, effort, None, lambda *_: None)
+
+
+def decoding(bench: Bench) -> dict[str, Any]:
+    """Continue one prompt and many at once, in bf16, the plain way and compiled."""
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        write_untrained(bench.recipe, Path(name) / "model")
+        for way in ("compiled", "plain"):
+            for rows in ROWS[: 2 if bench.tiny else None]:
+                run = gemmule_side(str(Path(name) / "model"), "bf16", way, rows, str(bench.device))
+                tokens = 8 if bench.tiny else 128
+                run(list(range(8, 24)), tokens)  # compiles, and records its graphs
+                seconds = statistics.median(run(list(range(8, 24)), tokens))
+                found[f"{way}, {rows} rows"] = {
+                    "token_milliseconds": 1e3 * seconds,
+                    "tokens_per_second": rows / seconds,
+                }
+                if time.monotonic() > bench.end:
+                    return found
+    return found
+
+
+# (what it does, the seconds it should have)
+PARTS: dict[str, tuple[Callable[[Bench], dict[str, Any]], float]] = {
+    "limits": (limits, 5),
+    "kernels": (kernels, 5),
+    "losses": (losses, 60),
+    "training": (training, 60),
+    "decoding": (decoding, 60),
+    "peers": (peers, 100),
+    "profile": (profile, 20),
+}
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """Say the figures, a line each."""
+    parts, lines = found["parts"], []
+    for name, part in parts.items():
+        if "error" in part:
+            lines.append(f"{name}: {part['error']}")
+    for name in ("kernels", "losses"):
+        if "wrong" in parts.get(name, {}):
+            lines.append(f"{name}: {', '.join(parts[name]['wrong']) or 'all within what is allowed'}")
+    if "products_tflops" in parts.get("limits", {}):
+        lines.append(
+            "limits: {products_tflops:,.1f} TFLOP/s, {reading_gb_per_second:,.0f} GB/s".format(**parts["limits"])
+        )
+    for name, figures in parts.get("training", {}).items():
+        if isinstance(figures, dict):
+            memory = figures["peak_gigabytes"]
+            lines.append(
+                f"training, {name}: {figures['step_milliseconds']:,.1f} ms a step, {figures['tokens_per_second']:,.0f} "
+                f"tokens/s, {figures['model_flops_utilisation']:.1%} of the products' rate, 25,000 steps in "
+                f"{figures['minutes_of_25000_steps']:,.1f} minutes" + (f", {memory:.1f} GB" if memory else "")
+            )
+    for name, ratio in parts.get("peers", {}).get("ratios", {}).items():
+        lines.append(f"{name}: Gemmule is {ratio['median']:.2f} x as fast")
+    for name, figures in parts.get("decoding", {}).items():
+        if isinstance(figures, dict):
+            lines.append(f"decoding, {name}: {figures['tokens_per_second']:,.0f} tokens/s")
+    for kernel in parts.get("profile", {}).get("kernels", [])[:10]:
+        lines.append(f"profile: {kernel['milliseconds']:8.2f} ms {kernel['share']:6.1%}  {kernel['name']}")
+    return lines
+
+
+def main() -> None:
+    """Do one part after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape, to try the program")
+    parser.add_argument("--seconds", type=float, default=540, help="begin no part for which there is no time")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts (limits always)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu.json")
+    options = parser.parse_args()
+    bench = Bench(options.device, options.tiny, options.seconds)
+    for name, (part, seconds) in PARTS.items():
+        if name not in {"limits", *options.only}:
+            continue
+        began = time.monotonic()
+        if bench.end - began < seconds:
+            bench.found["parts"][name] = {"error": "no time was left for it"}
+        else:
+            try:
+                bench.found["parts"][name] = part(bench)
+            except Exception as error:
+                traceback.print_exc()
+                bench.found["parts"][name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+        options.out.write_text(json.dumps(bench.found, indent=2) + "\n", encoding="utf-8")
+    print("\n".join(table(bench.found)))
+
+
+if __name__ == "__main__":
+    main()
