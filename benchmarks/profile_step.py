@@ -20,12 +20,12 @@ from gemmule.cli.main import prepare_process
 prepare_process()  # as the command does
 
 import torch  # noqa: E402
+from torch._inductor import config as inductor  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from gemmule.bench.rounds import Effort, machine  # noqa: E402
 from gemmule.bench.train import DEFAULT, flops_of_a_token, job_of, make  # noqa: E402
 from gemmule.recipe import apply_override, check_recipe, read_recipe  # noqa: E402
-from gemmule.train.parallel import COMPILER  # noqa: E402
 from gemmule.train.run import Recipe  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def part_of(name: str) -> str:
 def measure(recipe: Recipe) -> dict[str, Any]:
     """Time some steps, then name what is in them."""
     job = job_of(recipe, Effort(1, 0.0, STEPS, 3))
-    COMPILER.update({"cpp.enable_kernel_profile": True, "cpp.descriptive_names": "original_aten"})
+    inductor.cpp.enable_kernel_profile, inductor.cpp.descriptive_names = True, "original_aten"
     step, facts = make(job)
     assert step is not None
     for _ in range(3):

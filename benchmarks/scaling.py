@@ -3,9 +3,9 @@
     python benchmarks/scaling.py --out benchmarks/results/scaling.json --picture docs/images/scaling.png
 
 Takes the step of `gemmule bench train` (AdamW, random tokens, not compiled unless --compile) on a small shape, and
-changes one thing at a time: the context at equal tokens a step, the window, the batch, the vocabulary, the width of the
-model, the number of processes. Each point is a process of its own, all of them in turn, --rounds times. Prints a table,
-and writes JSON and a picture. About ten minutes on two cores.
+changes one thing at a time: the context at equal tokens a step, the same where all layers are local, the window, the
+batch, the vocabulary, the width of the model, the number of processes. Each point is a process of its own, all of them
+in turn, --rounds times. Prints a table, and writes JSON and a picture. About ten minutes on two cores.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from gemmule.recipe import check_recipe
 from gemmule.train.metrics import read_json_lines
 from gemmule.train.run import Recipe
 
+LOCAL = "context, all layers local"
 TOKENS = 4096  # of a step, where the batch is not what changes
 BASE: dict[str, Any] = {
     "data": {"train": "storybook"},
@@ -35,7 +36,7 @@ BASE: dict[str, Any] = {
         "hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64,
         "query_pre_attn_scalar": 64, "intermediate_size": 512, "sliding_window": 128, "sliding_window_pattern": 6,
     },
-    "train": {"steps": 1, "batch_size": TOKENS // 256, "context": 256, "device": "cpu"},
+    "train": {"steps": 1, "batch_size": TOKENS // 256, "context": 256, "device": "cpu", "attention": "auto"},
 }  # fmt: skip
 
 
@@ -49,8 +50,10 @@ class Point(NamedTuple):
 
 def points(only: list[str]) -> Iterator[Point]:
     """Yield what is measured."""
+    contexts = {n: {"train.context": n, "train.batch_size": TOKENS // n} for n in (256, 512, 1024, 2048, 4096)}
     changes: dict[str, dict[int, dict[str, int]]] = {
-        "context": {n: {"train.context": n, "train.batch_size": TOKENS // n} for n in (256, 512, 1024, 2048, 4096)},
+        "context": contexts,
+        LOCAL: {n: changed | {"model.sliding_window_pattern": 7} for n, changed in contexts.items()},
         "window": {
             n: {"model.sliding_window": n, "train.context": 1024, "train.batch_size": TOKENS // 1024}
             for n in (32, 128, 512, 1024)
@@ -130,8 +133,8 @@ def draw(found: list[dict[str, Any]], picture: Path) -> None:
     from matplotlib.figure import Figure
 
     axes_names = list(dict.fromkeys(point["axis"] for point in found))
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    places = figure.subplots(2, 3).flatten()
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    places = figure.subplots(2, 4).flatten()
     for axes in places[len(axes_names) :]:
         axes.set_visible(False)
     for axes, name in zip(places, axes_names, strict=False):
@@ -154,7 +157,7 @@ def draw(found: list[dict[str, Any]], picture: Path) -> None:
 
 def main() -> None:
     """Measure, print the table, write JSON and picture."""
-    kinds = ["context", "window", "batch", "vocabulary", "width", "processes"]
+    kinds = ["context", LOCAL, "window", "batch", "vocabulary", "width", "processes"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, help="what is changed; --out keeps the rest")
     parser.add_argument("--rounds", type=int, default=2, help="how often each point has its turn")
@@ -170,7 +173,7 @@ def main() -> None:
     for point in found:
         memory = f"{point['peak_memory'] / 2**20:8,.0f} MiB" if point["peak_memory"] else ""
         print(
-            f"{point['axis']:>12} {point['value']:>8,} {point['tokens_per_second']['median']:>12,.0f} tokens/s {memory}"
+            f"{point['axis']:>25} {point['value']:>8,} {point['tokens_per_second']['median']:>12,.0f} tokens/s {memory}"
         )
     if options.out and options.out.exists():
         kept = json.loads(options.out.read_text(encoding="utf-8"))["points"]
