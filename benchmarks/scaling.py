@@ -141,16 +141,15 @@ def draw(found: list[dict[str, Any]], picture: Path) -> None:
         chosen = [point for point in found if point["axis"] == name]
         values = [point["value"] for point in chosen]
         axes.plot(values, [point["tokens_per_second"]["median"] for point in chosen], "o-", color="#1f4e8c")
-        axes.set(
-            title=name, xscale="log", xticks=values, xticklabels=[f"{value:,}" for value in values], ylim=(0, None)
-        )
+        axes.set(title=name, xscale="log", xticks=values, xticklabels=[f"{value:,}" for value in values])
+        axes.set_ylim(0, 1.1 * max(point["tokens_per_second"]["median"] for point in chosen))
         axes.minorticks_off()
         axes.set_ylabel("tokens/s", color="#1f4e8c")
         if all(point["peak_memory"] for point in chosen):
             other = axes.twinx()
             other.plot(values, [point["peak_memory"] / 2**20 for point in chosen], "s--", color="#c0392b")
             other.set_ylabel("MiB", color="#c0392b")
-            other.set_ylim(0, None)
+            other.set_ylim(0, 1.1 * max(point["peak_memory"] for point in chosen) / 2**20)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=100)
 
