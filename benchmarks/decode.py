@@ -221,7 +221,7 @@ def compare(sides: dict[str, tuple[Any, ...]], ids: list[int], tokens: int, roun
 
 
 def start_seconds(rounds: int, model: Path) -> dict[str, Any]:
-    """Time the commands' start, and `gemmule generate` to its first token, in processes of their own."""
+    """Time commands to the first letter of what they say: help, and a continuation's first token."""
     commands = {
         "help": ["--help"],
         "first_token": ["generate", str(model), "--max-new-tokens", "1"],
@@ -230,9 +230,16 @@ def start_seconds(rounds: int, model: Path) -> dict[str, Any]:
     for round_ in range(rounds + 1):  # the first reads the files from disk and compiles what has to be
         for name, words in commands.items():
             before = time.perf_counter()
-            subprocess.run([sys.executable, "-m", "gemmule", *words], check=True, capture_output=True)
+            command = [sys.executable, "-m", "gemmule", *words]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+                assert process.stdout is not None
+                process.stdout.read(1)
+                spent = time.perf_counter() - before
+                process.stdout.read()
+            if process.returncode:
+                raise RuntimeError(f"{' '.join(command)} ended with exit code {process.returncode}")
             if round_:
-                seconds[name].append(time.perf_counter() - before)
+                seconds[name].append(spent)
     return {name: round(statistics.median(measured), 3) for name, measured in seconds.items()}
 
 
