@@ -112,7 +112,9 @@ def _run(recipe: Recipe, out: Path, resume: bool, audience: Audience, device: to
     recipe = _settle_vocabulary(recipe, tokenizer)
     rows = training_rows(dataset, recipe)
     audience.say(describe(recipe, device, precision, world))
-    recipe = world.agree(settle_attention(_settle_compile(recipe, device, audience), device, precision, audience.say))
+    if world.first:
+        recipe = settle_attention(_settle_compile(recipe, device, audience), device, precision, audience.say)
+    recipe = world.agree(recipe)
     with out_of_memory_explained(recipe.model, recipe.train, recipe.parallel, precision, device):
         recipe = _settle_steps(recipe, rows, device, precision, world, audience)
         audience.say(implied_epochs(dataset, recipe))
