@@ -96,8 +96,12 @@ class Updater:
 
         Returns the gradient's norm before clipping; where that is not finite, nothing is moved.
         """
-        norm = whole(nn.utils.clip_grad_norm_(list(self._names), self._clip)).item()
+        gradients = [parameter.grad for parameter in self._names if parameter.grad is not None]
+        measured = nn.utils.get_total_norm(gradients)
+        norm = whole(measured).item()
         if math.isfinite(norm):
+            if norm > self._clip:  # else a pass over all gradients would multiply them by 1
+                nn.utils.clip_grads_with_norm_(list(self._names), self._clip, measured)
             for group, peak in zip(self._groups, self._peaks, strict=True):
                 group["lr"] = peak * factor
             for optimizer in self._optimizers:
