@@ -78,9 +78,10 @@ def _losses_and_slopes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     targets = targets.where(known, 0)[:, None]
     wide = logits.float()
     top = wide.amax(dim=-1, keepdim=True)
-    raised = (wide - top).exp_()  # the dearest operation, so it is done once
+    aimed = wide.gather(1, targets)
+    raised = wide.sub_(top).exp_()  # in place of the logits, and once: it is the dearest operation
     total = raised.sum(dim=-1, keepdim=True)
-    loss = (total.log() + top - wide.gather(1, targets))[:, 0].where(known, 0.0).sum()
+    loss = (total.log() + top - aimed)[:, 0].where(known, 0.0).sum()
     hit = torch.arange(logits.shape[1], device=logits.device) == targets.where(known[:, None], IGNORED)
     return loss, raised.mul_(known[:, None] / total).sub_(hit.to(logits.dtype)).to(logits.dtype)
 
