@@ -54,8 +54,7 @@ class _SummedLoss(torch.autograd.Function):
             for first in range(0, len(hidden), rows):
                 chunk = slice(first, first + rows)
                 states = hidden[chunk].to(dtype)
-                logits = [states @ words[part].T for part in parts]
-                loss, slope = losses(torch.cat(logits, dim=1) if len(parts) > 1 else logits[0], targets[chunk])
+                loss, slope = losses(_joined([states @ words[part].T for part in parts]), targets[chunk])
                 total += loss
                 if to_hidden is not None and to_vocabulary is not None:
                     for part in parts:
@@ -70,6 +69,11 @@ class _SummedLoss(torch.autograd.Function):
         """Scale what forward made, and hand it over: what is kept here would be copied."""
         (to_hidden, to_vocabulary), ctx.gradients = ctx.gradients, None
         return to_hidden.mul_(wanted), to_vocabulary.mul_(wanted), None, None
+
+
+def _joined(products: list[Tensor]) -> Tensor:
+    """Put the logits of a chunk together; a function, so that nobody holds the parts beside the whole."""
+    return torch.cat(products, dim=1) if len(products) > 1 else products[0]
 
 
 def _losses_and_slopes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
