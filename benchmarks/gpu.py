@@ -8,11 +8,11 @@ optimizer; the same beside transformers; a profile of a step; decoding, one row 
 no time is left says so, and the others go on. The JSON is written anew after each part; a table is printed at the end.
 `--device cpu --tiny` tries the program itself where there is no GPU.
 """
+# ruff: noqa: E402 - the process is prepared before torch is loaded
 
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 import traceback
@@ -24,23 +24,23 @@ from gemmule.cli.main import prepare_process
 
 prepare_process()  # as the command does
 
-import torch  # noqa: E402
+import torch
+from decode import gemmule_side
 
-from gemmule.bench.models import write_untrained  # noqa: E402
-from gemmule.bench.rounds import Effort, machine  # noqa: E402
-from gemmule.bench.sides import peer_side, run_side  # noqa: E402
-from gemmule.bench.train import compare_training, flops_of_a_token, job_of, make  # noqa: E402
-from gemmule.model.attention import KERNELS, Visibility, block_of  # noqa: E402
-from gemmule.model.gemma3 import Gemma3  # noqa: E402
-from gemmule.model.initialise import initialise  # noqa: E402
-from gemmule.recipe import read_recipe  # noqa: E402
-from gemmule.runtime import autocast  # noqa: E402
-from gemmule.train.loss import summed_loss  # noqa: E402
-from gemmule.train.run import Recipe  # noqa: E402
+from gemmule.bench.models import shape_of, write_untrained
+from gemmule.bench.rounds import Effort, machine
+from gemmule.bench.sides import peer_side, run_side
+from gemmule.bench.train import compare_training, flops_of_a_token, job_of, make
+from gemmule.model.attention import KERNELS, Visibility, block_of
+from gemmule.model.gemma3 import Gemma3
+from gemmule.model.initialise import initialise
+from gemmule.recipe import read_recipe
+from gemmule.runtime import autocast
+from gemmule.train.loss import summed_loss
+from gemmule.train.parallel import COMPILER
+from gemmule.train.run import Recipe
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from decode import gemmule_side  # noqa: E402
 
 TINY = (
     "model.hidden_size=32", "model.num_attention_heads=4", "model.head_dim=16", "model.intermediate_size=64",
@@ -121,9 +121,7 @@ def _there_and_back(name: str, inputs: list[torch.Tensor], seen: Visibility) -> 
 
 def losses(bench: Bench) -> dict[str, Any]:
     """Compare loss and gradient of the whole model with fp32 on the CPU."""
-    config = bench.recipe.model.replace(
-        vocab_size=bench.recipe.tokenizer.vocab_size, dropout=0.0, attention_dropout=0.0
-    )
+    config = shape_of(bench.recipe).replace(dropout=0.0, attention_dropout=0.0)
     context = bench.recipe.train.context
     tokens = torch.randint(config.vocab_size, (2, context), generator=torch.Generator().manual_seed(0))
 
@@ -133,7 +131,7 @@ def losses(bench: Bench) -> dict[str, Any]:
         model.to(device)
         if compiled:
             for block in model.blocks:
-                block.compile()
+                block.compile(options=COMPILER)
         here = tokens.to(device)
         with autocast(device, "bf16" if half else "fp32"):
             loss = model(here[:, :-1], readout=summed_loss(here[:, 1:])) / here[:, 1:].numel()
@@ -172,11 +170,11 @@ def training(bench: Bench) -> dict[str, Any]:
         times = [_timed(step) for _ in range(bench.steps)]
         seconds = statistics.median(times)
         tokens = job["batch"] * job["context"]
-        config = bench.recipe.model.replace(vocab_size=bench.recipe.tokenizer.vocab_size)
+        work = flops_of_a_token(shape_of(bench.recipe), job["context"]) * tokens
         found[f"{kernel}, {'muon' if muon else 'adamw'}"] = {
             "step_milliseconds": 1e3 * seconds,
             "tokens_per_second": tokens / seconds,
-            "model_flops_utilisation": flops_of_a_token(config, job["context"]) * tokens / seconds / peak,
+            "model_flops_utilisation": work / seconds / peak,
             "minutes_of_25000_steps": 25000 * seconds / 60,
             "first_loss": first,
             "seconds_to_warm_up": started,

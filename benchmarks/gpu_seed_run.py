@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+
+from gemmule.train.metrics import read_json_lines
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -29,11 +30,6 @@ def gemmule(*arguments: object) -> None:
     """Run a command to its end, in a process of its own; it speaks for itself."""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     subprocess.run([sys.executable, "-m", "gemmule", *map(str, arguments)], check=True, env=environment)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def main() -> None:
@@ -58,12 +54,9 @@ def main() -> None:
         *([f"train.minutes={options.minutes}"] if options.minutes else []),
         *(TINY if options.tiny else ()), *options.set,
     ]  # fmt: skip
-    recipe = options.out / "recipe.toml"
-    text = (ROOT / "recipes/tinystories-90m-seed.toml").read_text(encoding="utf-8")
-    kept = (line for line in text.splitlines() if not line.startswith("validation ="))  # the data brings its own
-    recipe.write_text("\n".join(kept), encoding="utf-8")
+    recipe = ROOT / "recipes/tinystories-90m-seed.toml"
     gemmule("train", recipe, "--out", run, *(part for change in changes for part in ("--set", change)))
-    lines = read_lines(run / "metrics.jsonl")
+    lines = read_json_lines(run / "metrics.jsonl")
     validated = [line for line in lines if "val_loss" in line]
     plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
     result = {

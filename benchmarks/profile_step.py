@@ -7,6 +7,7 @@ Trains as `gemmule bench train` does (without --recipe, its 6.76M shape), lets t
 it up by parts. Prints a table, and writes it to --out as JSON. Compiled loops get a name for the profiler each, which
 costs some percent; the step's time without the profiler stands beside.
 """
+# ruff: noqa: E402 - the process is prepared before torch is loaded
 
 import argparse
 import json
@@ -19,14 +20,14 @@ from gemmule.cli.main import prepare_process
 
 prepare_process()  # as the command does
 
-import torch  # noqa: E402
-from torch._inductor import config as inductor  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
+import torch
+from torch._inductor import config as inductor
+from torch.profiler import ProfilerActivity, profile
 
-from gemmule.bench.rounds import Effort, machine  # noqa: E402
-from gemmule.bench.train import DEFAULT, flops_of_a_token, job_of, make  # noqa: E402
-from gemmule.recipe import apply_override, check_recipe, read_recipe  # noqa: E402
-from gemmule.train.run import Recipe  # noqa: E402
+from gemmule.bench.rounds import Effort, machine
+from gemmule.bench.train import DEFAULT, flops_of_a_token, job_of, make
+from gemmule.recipe import apply_override, check_recipe, read_recipe
+from gemmule.train.run import Recipe
 
 ROOT = Path(__file__).parents[1]
 # The first whose words are all in the name of what ran.

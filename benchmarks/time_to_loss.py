@@ -20,19 +20,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from plan import gemmule
+
 ROOT = Path(__file__).parents[1]
 SHAPE = (
     "model.hidden_size=256", "model.num_hidden_layers=6", "model.sliding_window_pattern=6", "model.head_dim=64",
     "model.intermediate_size=1024", "model.num_attention_heads=4", "model.num_key_value_heads=1",
     "model.query_pre_attn_scalar=64", "model.sliding_window=128",
 )  # fmt: skip
-
-
-def gemmule(*arguments: object) -> str:
-    """Run a command to its end, in a process of its own; return what it printed."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-m", "gemmule", *map(str, arguments)]
-    return subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
 
 
 def judged(model: Path, validation: Path) -> float:
@@ -102,10 +97,7 @@ def peer(job: dict[str, Any], validation: Path) -> dict[str, Any]:
 
 def ours(data: Path, minutes: float, batch: int, changes: list[str], out: Path, validation: Path) -> dict[str, Any]:
     """Train Gemmule for some minutes, and judge what came out."""
-    recipe = out.with_suffix(".toml")
-    text = (ROOT / "recipes/tinystories-cpu.toml").read_text(encoding="utf-8")
-    kept = (line for line in text.splitlines() if not line.startswith("validation ="))  # the data brings its own
-    recipe.write_text("\n".join(kept), encoding="utf-8")
+    recipe = ROOT / "recipes/tinystories-cpu.toml"
     settings = [
         *SHAPE, f"data.train={data}", "tokenizer.vocab_size=4096", f"train.minutes={minutes}",
         f"train.batch_size={batch}", "train.validate_every=1000000", "train.checkpoint_every=1000000",

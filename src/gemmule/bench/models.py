@@ -7,17 +7,23 @@ import torch
 from gemmule.data.storybook import stories
 from gemmule.errors import ModelError
 from gemmule.formats.folder import save_folder
+from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
 from gemmule.model.initialise import initialise
 from gemmule.tokenizer.training import train_tokenizer
 from gemmule.train.run import Recipe
 
 
+def shape_of(recipe: Recipe) -> Gemma3Config:
+    """Return a recipe's shape; where it leaves the vocabulary to the data, the tokenizer is to have all its ids."""
+    if "vocab_size" in recipe.model.model_fields_set:
+        return recipe.model
+    return recipe.model.replace(vocab_size=recipe.tokenizer.vocab_size)
+
+
 def write_untrained(recipe: Recipe, folder: Path) -> None:
     """Write a model of a recipe's shape that has learned nothing; its tokenizer has fewer ids than it has rows."""
-    config = recipe.model
-    if "vocab_size" not in config.model_fields_set:
-        config = config.replace(vocab_size=recipe.tokenizer.vocab_size)
+    config = shape_of(recipe)
     tokenizer = train_tokenizer((story.text for story in stories(200, seed=0)), min(512, config.vocab_size))
     model = Gemma3(config)
     initialise(model, recipe.train.seed)

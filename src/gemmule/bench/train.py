@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
+from gemmule.bench.models import shape_of
 from gemmule.bench.rounds import Answers, Effort, Progress, machine, peak, ratios, run_rounds, spread
 from gemmule.bench.sides import Library, Side, check_library, our_side, peer_side
 from gemmule.bench.stage import Made
@@ -73,9 +74,7 @@ def job_of(recipe: Recipe, effort: Effort) -> dict[str, Any]:
     """Return what every side is told."""
     settings, rates = recipe.train, recipe.optimizer
     device = choose_device(settings.device)
-    model = recipe.model.replace(dropout=0.0, attention_dropout=0.0)
-    if "vocab_size" not in recipe.model.model_fields_set:
-        model = model.replace(vocab_size=recipe.tokenizer.vocab_size)
+    model = shape_of(recipe).replace(dropout=0.0, attention_dropout=0.0)
     return {
         "recipe": recipe.replace(model=model).model_dump(mode="json", exclude_none=True),
         "config": write_config(model, None),

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from gemmule.model.gemma3 import Gemma3
+from gemmule.model.initialise import unfilled
 from gemmule.recipe import Settings
 from gemmule.runtime import ALONE, World, whole
 
@@ -179,8 +180,7 @@ def gather(parallel: Parallel, kernel: str) -> Gemma3 | None:
     model = parallel.model
     if not isinstance(model, FSDPModule):
         return model if parallel.world.first else None
-    with torch.device("meta"):
-        copy = Gemma3(model.config, kernel)
+    copy = unfilled(model.config, kernel)
     for name, parameter in model.named_parameters():
         values = whole(parameter.detach())  # every process takes part
         if parallel.world.first:

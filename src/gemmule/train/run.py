@@ -19,7 +19,7 @@ from gemmule.files import aside_of, folder_written_aside, held, written_aside
 from gemmule.formats.folder import save_folder
 from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
-from gemmule.model.initialise import initialise
+from gemmule.model.initialise import initialise, unfilled
 from gemmule.recipe import Problem, Settings, read_recipe, write_recipe
 from gemmule.runtime import (
     World,
@@ -294,8 +294,7 @@ def _gives_vocabulary(settings: Gemma3Config | TokenizerSettings) -> bool:
 def describe(recipe: Recipe, device: torch.device, precision: str, world: World) -> str:
     """Say in two lines what will be trained, and where."""
     config, settings = recipe.model, recipe.train
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Gemma3(config).parameters())
+    parameters = sum(p.numel() for p in unfilled(config).parameters())
     embedding = config.vocab_size * config.hidden_size
     return (
         f"Gemma 3 with {parameters:,} parameters ({embedding:,} in the embedding): {config.num_hidden_layers} layers "
@@ -311,10 +310,8 @@ def build(
 ) -> tuple[Parallel, Updater]:
     """Make a fresh model, in place on every process, and its optimizers."""
     seed, damp = derive_seed(recipe.train.seed, "weights"), recipe.train.damp_branches
-    with torch.device("meta"):
-        model = Gemma3(recipe.model, recipe.train.attention)
     parallel = parallelise(
-        model,
+        unfilled(recipe.model, recipe.train.attention),
         recipe.parallel,
         recipe.train.compile,
         precision,
