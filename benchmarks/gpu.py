@@ -31,7 +31,7 @@ from gemmule.bench.models import shape_of, write_untrained
 from gemmule.bench.rounds import Effort, machine
 from gemmule.bench.sides import peer_side, run_side
 from gemmule.bench.train import compare_training, flops_of_a_token, job_of, make
-from gemmule.model.attention import KERNELS, Visibility, block_of
+from gemmule.model.attention import KERNELS, Visibility, rows_in_order
 from gemmule.model.gemma3 import Gemma3
 from gemmule.model.initialise import initialise
 from gemmule.recipe import read_recipe
@@ -47,7 +47,7 @@ TINY = (
     "model.query_pre_attn_scalar=16", "model.sliding_window=16", "tokenizer.vocab_size=600", "train.batch_size=4",
     "train.context=48",
 )  # fmt: skip
-TRAINING = (("sdpa", False), ("folded", False), ("sdpa", True))  # (kernel, Muon)
+TRAINING = (("sdpa", False), ("folded", False), ("flex", False), ("sdpa", True))  # (kernel, Muon)
 ROWS = (1, 64, 256, 1024)
 
 
@@ -60,6 +60,8 @@ class Bench:
         self.device, self.tiny, self.end = torch.device(device), tiny, time.monotonic() + seconds
         self.steps = 2 if tiny else 30
         self.found: dict[str, Any] = {"benchmark": "gpu", "device": device, "machine": machine(), "parts": {}}
+        # FlexAttention knows no way back on a CPU.
+        self.kernels = [name for name in KERNELS if name != "flex" or self.device.type != "cpu"]
         if self.device.type == "cuda":
             self.found["gpu"] = torch.cuda.get_device_name()
 
@@ -100,11 +102,8 @@ def kernels(bench: Bench) -> dict[str, Any]:
             inputs = [x.to(dtype).requires_grad_() for x in inputs]
             exact = [x.detach().float().requires_grad_() for x in inputs]
             wanted = _there_and_back("reference", exact, Visibility(now, now, reach, marks, marks))
-            for name in KERNELS:
-                block = block_of(length, reach) if name == "folded" else None
-                causal = reach is None and marks is None and block is None
-                seen = Visibility(now, now, reach, marks, marks, causal, block)
-                got = _there_and_back(name, inputs, seen)
+            for name in bench.kernels:
+                got = _there_and_back(name, inputs, rows_in_order(name, now, reach, marks))
                 off = max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True))
                 worst[f"{name}, {scene}, {str(dtype).removeprefix('torch.')}"] = off
     allowed = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -114,7 +113,8 @@ def kernels(bench: Bench) -> dict[str, Any]:
 
 def _there_and_back(name: str, inputs: list[torch.Tensor], seen: Visibility) -> list[torch.Tensor]:
     query, key, value = inputs
-    mixed = KERNELS[name](query, key, value, seen, 0.125, 0.0)
+    kernel = torch.compile(KERNELS[name]) if name == "flex" else KERNELS[name]  # uncompiled it is another program
+    mixed = kernel(query, key, value, seen, 0.125, 0.0)
     weights = torch.linspace(-1, 1, mixed.numel(), device=mixed.device, dtype=mixed.dtype).view_as(mixed)
     return [mixed, *torch.autograd.grad(mixed, inputs, weights)]
 
@@ -144,7 +144,8 @@ def losses(bench: Bench) -> dict[str, Any]:
         f"{kernel}, {'bf16' if half else 'fp32'}{', compiled' * compiled}": measure(
             bench.device, kernel, half, compiled
         )
-        for kernel in ("sdpa", "folded")
+        for kernel in bench.kernels
+        if kernel != "reference"
         for half in (False, True)
         for compiled in (False, True)
     }
@@ -159,6 +160,8 @@ def training(bench: Bench) -> dict[str, Any]:
     peak = bench.found["parts"]["limits"]["products_tflops"] * 1e12
     found = {}
     for kernel, muon in TRAINING:
+        if kernel not in bench.kernels:
+            continue
         job = bench.job(kernel, muon)
         step, facts = make(job)
         assert step is not None

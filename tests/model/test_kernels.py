@@ -1,14 +1,27 @@
 """Every kernel in KERNELS against the reference, and the reference against a loop written by hand."""
 
 import math
+import warnings
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from gemmule.model.attention import KERNELS, WHOLE, Kernel, Visibility, block_of, folded, reference
-from tiny import greatest_difference
+from gemmule.model.attention import (
+    KERNELS,
+    WHOLE,
+    Kernel,
+    Visibility,
+    block_of,
+    flex,
+    folded,
+    reference,
+    rows_in_order,
+)
+from gemmule.model.gemma3 import Gemma3
+from gemmule.model.initialise import initialise
+from tiny import greatest_difference, tiny_config
 
 SCALE = 12**-0.5
 B, T, H = 2, 13, 8
@@ -118,6 +131,51 @@ def test_one_block_of_all_changes_nothing(window: int | None, documents: Tensor 
     now = PADDED if documents is PADDING else positions(0, T - 1)
     whole = Visibility(now, now, window, documents, documents, block=T)
     compare(folded, whole, Scene(Visibility(now, now, window, documents, documents)))
+
+
+@pytest.mark.parametrize("length", [13, 300])  # within a block of FlexAttention, and over several
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 3, 150])
+def test_flex_attention_sees_what_the_rule_allows(window: int | None, documents: bool, length: int) -> None:
+    """Only there: FlexAttention knows no way back on a CPU (benchmarks/gpu.py compares its gradients on a GPU)."""
+    now, generator = positions(0, length - 1), torch.Generator().manual_seed(0)
+    marks = torch.randint(3, (B, length), generator=generator).sort().values if documents else None
+    query, key, value = (torch.randn(B, heads, length, 16, generator=generator) for heads in (4, 2, 2))
+    seen = rows_in_order("flex", now, window, marks)
+    assert seen.sparse == (documents or (window is not None and window < length))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        mixed = flex(query, key, value, seen, SCALE, 0.0)
+    expected = reference(query, key, value, Visibility(now, now, window, marks, marks), SCALE, 0.0)
+    assert greatest_difference(mixed, expected) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own, in its compiler
+def test_compiled_blocks_take_flex_attention_whole() -> None:
+    """One graph a layer, whatever the documents are; there alone, as above."""
+    config = tiny_config(num_hidden_layers=2, sliding_window_pattern=2, head_dim=16, sliding_window=16)
+    plain, blocks = Gemma3(config, "reference"), Gemma3(config, "flex")
+    for model in (plain, blocks):
+        initialise(model, 0)
+    for block in blocks.blocks:
+        block.compile(fullgraph=True)
+    tokens = torch.randint(config.vocab_size, (B, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for longest in (200, 70, 50):
+            documents = (torch.arange(200) // longest).expand(B, -1).contiguous()
+            mixed, expected = (model(tokens, documents=documents) for model in (blocks, plain))
+            assert greatest_difference(mixed, expected) < 1e-5
+
+
+def test_each_kernel_gets_its_form() -> None:
+    now = positions(0, T - 1)
+    assert rows_in_order("sdpa", now, None, None).causal
+    assert rows_in_order("flex", now, T, None).causal
+    assert rows_in_order("folded", now, None, None).block == T
+    assert rows_in_order("folded", now, 4, DOCUMENTS).block == 2
+    for plain in (rows_in_order("sdpa", now, 4, None), rows_in_order("reference", now, None, DOCUMENTS)):
+        assert (plain.causal, plain.block, plain.sparse) == (False, None, False)
 
 
 def test_blocks_are_half_a_window_or_a_short_row() -> None:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from gemmule.model.attention import KERNELS
 from gemmule.train import run as run_module
 from gemmule.train.probe import time_kernels
 from gemmule.train.run import Recipe, settle_attention
@@ -16,13 +17,23 @@ def recipe(attention: str, context: int = 32) -> Recipe:
 
 
 def test_a_trial_times_each_kernel_there_and_back() -> None:
-    times = time_kernels(tiny_config(), 40, torch.float32, CPU, compiled=False)
+    times = time_kernels(tiny_config(), 40, torch.float32, CPU, False, pytest.fail)
     assert set(times) == {"sdpa", "folded"}
     assert all(0 < seconds < 10 for seconds in times.values())
 
 
 def test_long_rows_within_the_window_need_no_trial() -> None:
-    assert not time_kernels(tiny_config(sliding_window=4096), 2048, torch.float32, CPU, compiled=False)
+    assert not time_kernels(tiny_config(sliding_window=4096), 2048, torch.float32, CPU, False, pytest.fail)
+
+
+def test_a_kernel_that_does_not_run_is_told_and_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise NotImplementedError("no way back\non this device")
+
+    monkeypatch.setitem(KERNELS, "folded", broken)
+    said: list[str] = []
+    assert set(time_kernels(tiny_config(), 40, torch.float32, CPU, False, said.append)) == {"sdpa"}
+    assert said == ["train.attention: folded does not run here: no way back"]
 
 
 @pytest.mark.parametrize("best", ["sdpa", "folded"])

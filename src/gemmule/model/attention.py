@@ -6,10 +6,24 @@ Letters: B batch, T query time, S key time, N query heads, K key/value heads, H 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+def visible(distance: Tensor, window: int | None, documents: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Say which keys are seen, by how far they are before the query, and the documents of query and key."""
+    seen = distance >= 0
+    if window is not None:
+        seen = seen & (distance < window)
+    if documents is not None:
+        seen = seen & (documents[0] == documents[1])
+    return seen
 
 
 @dataclass(frozen=True)
@@ -18,8 +32,8 @@ class Visibility:
 
     Positions and documents are (B or 1, T) for queries and (B or 1, S) for keys; window None means no limit, documents
     None means one document. `causal` promises that the rule comes down to the lower triangle, so kernels need no
-    table and `table` is None. `block` promises that the queries are the keys, one position after the other, and asks
-    for the table of blocks of so many queries.
+    table and `table` is None. `block` and `sparse` promise that the queries are the keys, one position after the other,
+    and ask for the table of blocks of so many queries, or for FlexAttention's.
     """
 
     query_positions: Tensor
@@ -29,14 +43,15 @@ class Visibility:
     key_documents: Tensor | None = None
     causal: bool = False
     block: int | None = None
+    sparse: bool = False
 
-    # The rule, made once for all layers of a kind: booleans (B or 1, 1, T, S), True where the key is visible, or for
+    # The rule, made once for all layers of a kind: booleans (B or 1, 1, T, S), True where the key is visible; for
     # blocks what is added to scores, 0 or -inf: (B or 1, 1, blocks, 1, block, reach + block).
-    table: Tensor | None = field(init=False)
+    table: "Tensor | BlockMask | None" = field(init=False)
 
     def __post_init__(self) -> None:
-        table = None if self.causal else self.rule() if self.block is None else self._rule_of_blocks()
-        object.__setattr__(self, "table", table)
+        form = self._rule_of_blocks if self.block is not None else self._block_mask if self.sparse else self.rule
+        object.__setattr__(self, "table", None if self.causal else form())
 
     def rule(self) -> Tensor:
         """Work the table out."""
@@ -63,16 +78,25 @@ class Visibility:
         keys = padded.unfold(1, self.reach + self.block, self.block)
         return keys[..., self.reach :], keys
 
+    def _block_mask(self) -> "BlockMask":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        window, documents = self.window, self.query_documents
+        rows, length = self.query_positions.shape if documents is None else documents.shape
+
+        def sees(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            marks = None if documents is None else (documents[row, query], documents[row, key])
+            return visible(query - key, window, marks)
+
+        return create_block_mask(sees, rows, None, length, length, self.query_positions.device)
+
     def _rule(
         self, queries: Tensor, keys: Tensor, query_documents: Tensor | None, key_documents: Tensor | None
     ) -> Tensor:
-        distance = queries[..., :, None] - keys[..., None, :]
-        visible = distance >= 0
-        if self.window is not None:
-            visible = visible & (distance < self.window)
+        documents = None
         if query_documents is not None and key_documents is not None:
-            visible = visible & (query_documents[..., :, None] == key_documents[..., None, :])
-        return visible
+            documents = query_documents[..., :, None], key_documents[..., None, :]
+        return visible(queries[..., :, None] - keys[..., None, :], self.window, documents)
 
 
 # (query (B,N,T,H), key (B,K,S,H), value (B,K,S,H), visibility, scale, dropout) -> (B,N,T,H)
@@ -93,11 +117,12 @@ def reference(
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scale: float, dropout: float) -> Tensor:
     """Attend with PyTorch's scaled_dot_product_attention; exact for Gemma 3, which has no soft-cap."""
+    assert not visibility.sparse
     return functional.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=visibility.table,
+        attn_mask=visibility.table,  # type: ignore[arg-type]
         is_causal=visibility.causal,
         dropout_p=dropout,
         scale=scale,
@@ -116,12 +141,24 @@ def block_of(length: int, window: int | None) -> int | None:
     return length if length <= WHOLE else None
 
 
+def rows_in_order(kernel: str, positions: Tensor, window: int | None, documents: Tensor | None) -> Visibility:
+    """Return what each token of whole rows sees of its row, in the form that a kernel takes best.
+
+    Positions (B or 1, T) count on one by one.
+    """
+    length = positions.shape[1]
+    block = block_of(length, window) if kernel == "folded" else None
+    lower = (window is None or length <= window) and documents is None and block is None
+    sparse = kernel == "flex" and not lower
+    return Visibility(positions, positions, window, documents, documents, lower, block, sparse)
+
+
 def folded(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scale: float, dropout: float) -> Tensor:
     """Attend block by block, each to itself and the keys its window reaches; the cost grows with T, not with T x T.
 
     Without a promise of blocks (long rows without a window, or keys from a cache) it is `sdpa`.
     """
-    if visibility.block is None or visibility.table is None:
+    if visibility.block is None or not isinstance(visibility.table, Tensor):
         return sdpa(query, key, value, visibility, scale, dropout)
     block, reach = visibility.block, visibility.reach
     (batch, heads, length, size), groups = query.shape, key.shape[1]
@@ -147,4 +184,21 @@ def _reached(x: Tensor, block: int, reach: int) -> Tensor:
     return torch.cat([shift.reshape(*x.shape[:2], -1, block, x.shape[3]) for shift in shifts], dim=3)
 
 
-KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa, "folded": folded}
+def flex(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scale: float, dropout: float) -> Tensor:
+    """Attend with FlexAttention, which skips the blocks of keys that no query sees: for GPUs, and compiled blocks.
+
+    Without `sparse` (nothing to skip, or keys from a cache) it is `sdpa`. It drops no weights, and knows no way back on
+    a CPU.
+    """
+    if not visibility.sparse:
+        return sdpa(query, key, value, visibility, scale, dropout)
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    assert isinstance(visibility.table, BlockMask)
+    assert not dropout
+    mixed = flex_attention(query, key, value, block_mask=visibility.table, scale=scale, enable_gqa=True)
+    assert isinstance(mixed, Tensor)
+    return mixed
+
+
+KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa, "folded": folded, "flex": flex}

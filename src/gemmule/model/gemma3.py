@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gemmule.model.attention import KERNELS, Visibility, block_of
+from gemmule.model.attention import KERNELS, Visibility, rows_in_order
 from gemmule.model.cache import Cache
 from gemmule.model.config import Gemma3Config, Kind
 
@@ -135,7 +135,7 @@ class Gemma3(nn.Module):
     def __init__(self, config: Gemma3Config, kernel: str = "sdpa") -> None:
         super().__init__()
         self.config = config
-        self.folds = kernel == "folded"
+        self.kernel = kernel
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer, kernel) for layer in range(config.num_hidden_layers))
@@ -175,12 +175,12 @@ class Gemma3(nn.Module):
             positions = torch.arange(start, start + length, device=tokens.device)[None]
         if cache is not None:
             visibility = cache.extend(positions, documents)
+        elif in_order:
+            kernel = self.kernel if self.training or self.kernel != "flex" else "sdpa"  # only training is compiled
+            visibility = {kind: rows_in_order(kernel, positions, config.window(kind), documents) for kind in kinds}
         else:
-            visibility = {}
-            for kind in kinds:
-                window = config.window(kind)
-                block = block_of(length, window) if self.folds and in_order else None
-                causal = in_order and (window is None or length <= window) and documents is None and block is None
-                visibility[kind] = Visibility(positions, positions, window, documents, documents, causal, block)
+            visibility = {
+                kind: Visibility(positions, positions, config.window(kind), documents, documents) for kind in kinds
+            }
         rotary = {kind: rotary_tables(positions, config.head_dim, *config.rope(kind)) for kind in kinds}
         return visibility, rotary

@@ -58,13 +58,13 @@ class Muon(Optimizer):
                 self._move(matrices, group["lr"], group["weight_decay"], group["momentum"])
 
     def _move(self, matrices: list[Tensor], rate: float, decay: float, momentum: float) -> None:
-        gradients = torch.stack([matrix.grad for matrix in matrices])  # type: ignore[misc]
+        gradients: list[Tensor] = [matrix.grad for matrix in matrices]  # type: ignore[misc]
         for matrix in matrices:
             if not self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
-        torch._foreach_lerp_(buffers, list(gradients), 1 - momentum)
-        steps = self._make(gradients.lerp_(torch.stack(buffers), momentum)).to(gradients.dtype)
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        steps = self._make(torch.stack(torch._foreach_lerp(gradients, buffers, momentum)))
         size = 0.2 * max(steps.shape[1:]) ** 0.5
         torch._foreach_mul_(matrices, 1 - rate * decay)
         torch._foreach_add_(matrices, list(steps), alpha=-rate * size)

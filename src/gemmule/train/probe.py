@@ -1,11 +1,12 @@
 """A short trial before a run: which kernel of attention is the fastest here, for rows like its own."""
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from gemmule.model.attention import KERNELS, Visibility, block_of
+from gemmule.model.attention import KERNELS, Visibility, block_of, rows_in_order
 from gemmule.model.config import Gemma3Config
 
 AUTO = "auto"
@@ -14,23 +15,32 @@ TOKENS, TRIALS = 2048, 5
 
 
 def time_kernels(
-    config: Gemma3Config, context: int, dtype: torch.dtype, device: torch.device, compiled: bool
+    config: Gemma3Config,
+    context: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    compiled: bool,
+    say: Callable[[str], None],
 ) -> dict[str, float]:
     """Return the seconds of each kernel, there and back for one local layer over rows of `context` tokens.
 
-    Empty where all of them would do the same: long rows that no window cuts.
+    Empty where all of them would do the same: long rows that no window cuts. Kernels that do not run here are told.
     """
     window = config.window("local")
-    block = block_of(context, window)
-    if block is None:
+    if block_of(context, window) is None:
         return {}
     positions = torch.arange(context, device=device)[None]
-    uncut = window is None or context <= window
-    visibility = {
-        "sdpa": Visibility(positions, positions, window, causal=uncut),
-        "folded": Visibility(positions, positions, window, block=block),
-    }
-    return {name: _seconds(name, config, seen, dtype, device, compiled) for name, seen in visibility.items()}
+    names = ["sdpa", "folded"]
+    if device.type == "cuda" and compiled and not config.attention_dropout:
+        names.append("flex")
+    times: dict[str, float] = {}
+    for name in names:
+        visibility = rows_in_order(name, positions, window, None)
+        try:
+            times[name] = _seconds(name, config, visibility, dtype, device, compiled)
+        except RuntimeError as error:  # the compiler's, or out of a GPU's shared memory
+            say(f"train.attention: {name} does not run here: {str(error).strip().splitlines()[0]}")
+    return times
 
 
 def _seconds(

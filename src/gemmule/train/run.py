@@ -62,6 +62,8 @@ class Recipe(Settings):
         if self.train.context > self.model.max_position_embeddings:
             advice = f"must be at most model.max_position_embeddings ({self.model.max_position_embeddings})"
             yield Problem("train.context", self.train.context, advice)
+        if self.train.attention == "flex" and (self.model.attention_dropout or not self.train.compile):
+            yield Problem("train.attention", "flex", "needs train.compile = true and model.attention_dropout = 0")
 
 
 class Audience(NamedTuple):
@@ -338,7 +340,7 @@ def settle_attention(
     if recipe.train.attention != AUTO:
         return recipe
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    times = time_kernels(recipe.model, recipe.train.context, dtype, device, recipe.train.compile)
+    times = time_kernels(recipe.model, recipe.train.context, dtype, device, recipe.train.compile, say)
     best = min(times, key=lambda name: times[name], default="sdpa")
     if times:
         others = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items())
