@@ -17,6 +17,8 @@ LOGITS_AT_ONCE = 2**24
 CACHED_LOGITS, WORTHWHILE_ROWS = 2**22, 512
 # Words that are multiplied at once: libraries copy what they multiply into an order of their own.
 WORDS_AT_ONCE = 2**15
+# Elements of a gradient that are added at once.
+ADDED_AT_ONCE = 2**20
 
 
 def summed_loss(targets: Tensor, compiled: bool = False) -> Readout:
@@ -59,7 +61,7 @@ class _SummedLoss(torch.autograd.Function):
                 if to_hidden is not None and to_vocabulary is not None:
                     for part in parts:
                         to_hidden[chunk] += slope[:, part] @ words[part]
-                        to_vocabulary[part] += slope[:, part].T @ states
+                        _add(to_vocabulary[part], slope[:, part].T @ states)
         ctx.gradients = to_hidden, to_vocabulary
         return total
 
@@ -74,6 +76,12 @@ class _SummedLoss(torch.autograd.Function):
 def _joined(products: list[Tensor]) -> Tensor:
     """Put the logits of a chunk together; a function, so that nobody holds the parts beside the whole."""
     return torch.cat(products, dim=1) if len(products) > 1 else products[0]
+
+
+def _add(total: Tensor, more: Tensor) -> None:
+    """Add in place, in pieces that the caches hold: torch copies what is of another dtype before it adds it."""
+    rows = max(1, ADDED_AT_ONCE // total.shape[1])
+    torch._foreach_add_(torch.split(total, rows), torch.split(more, rows))
 
 
 def _losses_and_slopes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
