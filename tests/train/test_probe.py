@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from gemmule.errors import RecipeError
 from gemmule.model.attention import KERNELS
 from gemmule.train import run as run_module
 from gemmule.train.probe import time_kernels
@@ -11,9 +12,8 @@ CPU = torch.device("cpu")
 
 
 def recipe(attention: str, context: int = 32) -> Recipe:
-    return Recipe.model_validate(
-        {"data": {"train": "storybook"}, "train": {"steps": 1, "attention": attention, "context": context}}
-    )
+    train = {"steps": 1, "attention": attention, "context": context, "compile": True}
+    return Recipe.model_validate({"data": {"train": "storybook"}, "train": train})
 
 
 def test_a_trial_times_each_kernel_there_and_back() -> None:
@@ -55,3 +55,8 @@ def test_where_there_is_nothing_to_choose_it_is_sdpa(monkeypatch: pytest.MonkeyP
 def test_a_kernel_that_is_named_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "time_kernels", lambda *_: pytest.fail("nothing to try"))
     assert settle_attention(recipe("folded"), CPU, "bf16", print).train.attention == "folded"
+
+
+def test_a_kernel_that_cannot_train_here_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r'train\.attention = "flex": needs a GPU'):
+        settle_attention(recipe("flex"), CPU, "bf16", print)

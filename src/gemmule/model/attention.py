@@ -6,7 +6,7 @@ Letters: B batch, T query time, S key time, N query heads, K key/value heads, H 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -192,12 +192,11 @@ def flex(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scal
     """
     if not visibility.sparse:
         return sdpa(query, key, value, visibility, scale, dropout)
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    assert isinstance(visibility.table, BlockMask)
     assert not dropout
-    mixed = flex_attention(query, key, value, block_mask=visibility.table, scale=scale, enable_gqa=True)
-    assert isinstance(mixed, Tensor)
+    options: dict[str, Any] = {"block_mask": visibility.table, "scale": scale, "enable_gqa": True}
+    mixed: Tensor = flex_attention(query, key, value, **options)
     return mixed
 
 

@@ -188,7 +188,8 @@ class Planner:
     def shape(self, rows: int) -> Shape:
         """Describe a micro-batch of so many rows."""
         settings, recipe = self.recipe.train, self.recipe
-        kernel = "sdpa" if settings.attention == AUTO else settings.attention  # a run's own plan knows what was chosen
+        # A run's own plan knows what "auto" became; what only a GPU can run is planned as what it replaces.
+        kernel = "sdpa" if settings.attention in (AUTO, "flex") else settings.attention
         return Shape(
             model=recipe.model,
             rows=rows,

@@ -53,10 +53,7 @@ def _split(parameters: Named) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 def adamw(parameters: Named, settings: OptimizerSettings, _precision: Arithmetic) -> list[Optimizer]:
     """AdamW for everything, without decay on embedding and norms (Loshchilov and Hutter, arXiv 1711.05101)."""
     matrices, others = _split(parameters)
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [_adamw(groups, settings.learning_rate, settings)]
 
 

@@ -14,6 +14,11 @@ AUTO = "auto"
 TOKENS, TRIALS = 2048, 5
 
 
+def flex_trains(config: Gemma3Config, device: torch.device, compiled: bool) -> bool:
+    """Whether FlexAttention can train this model: it has no way back on a CPU, and drops no weights."""
+    return device.type == "cuda" and compiled and not config.attention_dropout
+
+
 def time_kernels(
     config: Gemma3Config,
     context: int,
@@ -30,11 +35,8 @@ def time_kernels(
     if block_of(context, window) is None:
         return {}
     positions = torch.arange(context, device=device)[None]
-    names = ["sdpa", "folded"]
-    if device.type == "cuda" and compiled and not config.attention_dropout:
-        names.append("flex")
     times: dict[str, float] = {}
-    for name in names:
+    for name in ("sdpa", "folded", "flex")[: 3 if flex_trains(config, device, compiled) else 2]:
         visibility = rows_in_order(name, positions, window, None)
         try:
             times[name] = _seconds(name, config, visibility, dtype, device, compiled)

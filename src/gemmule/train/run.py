@@ -37,7 +37,7 @@ from gemmule.train.memory import out_of_memory_explained
 from gemmule.train.metrics import JsonLines
 from gemmule.train.optim import OptimizerSettings, Updater
 from gemmule.train.parallel import Parallel, ParallelSettings, gather, parallelise
-from gemmule.train.probe import AUTO, TOKENS, time_kernels
+from gemmule.train.probe import AUTO, TOKENS, flex_trains, time_kernels
 from gemmule.train.schedule import ScheduleSettings
 from gemmule.train.validation import Score, score
 
@@ -62,8 +62,6 @@ class Recipe(Settings):
         if self.train.context > self.model.max_position_embeddings:
             advice = f"must be at most model.max_position_embeddings ({self.model.max_position_embeddings})"
             yield Problem("train.context", self.train.context, advice)
-        if self.train.attention == "flex" and (self.model.attention_dropout or not self.train.compile):
-            yield Problem("train.attention", "flex", "needs train.compile = true and model.attention_dropout = 0")
 
 
 class Audience(NamedTuple):
@@ -336,7 +334,12 @@ def _settle_compile(recipe: Recipe, device: torch.device, audience: Audience) ->
 def settle_attention(
     recipe: Recipe, device: torch.device, precision: Literal["bf16", "fp32"], say: Callable[[str], None]
 ) -> Recipe:
-    """Put the fastest kernel in the place of `train.attention = "auto"`, and say why."""
+    """Put the fastest kernel in the place of `train.attention = "auto"`, and say why; RecipeError if none can do it."""
+    if recipe.train.attention == "flex" and not flex_trains(recipe.model, device, recipe.train.compile):
+        advice = (
+            'needs a GPU, train.compile and no model.attention_dropout; "auto" takes the fastest that can train here'
+        )
+        raise RecipeError(str(Problem("train.attention", "flex", advice)))
     if recipe.train.attention != AUTO:
         return recipe
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

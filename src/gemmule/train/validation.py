@@ -42,11 +42,7 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def score(
-    model: Gemma3,
-    batches: Iterable[Batch],
-    text_bytes: int,
-    precision: Literal["bf16", "fp32"],
-    world: World = ALONE,
+    model: Gemma3, batches: Iterable[Batch], text_bytes: int, precision: Literal["bf16", "fp32"], world: World = ALONE
 ) -> Score:
     """Predict every target of the batches, whose text has `text_bytes` bytes, and add up the cost.
 
