@@ -2,11 +2,12 @@
 
     python benchmarks/time_to_loss.py --train train.txt --validation valid.txt
 
-Both train the 6.76M shape of `gemmule bench train` from nothing, on the same prepared tokens and the same machine.
-transformers: Gemma3ForCausalLM, compiled, AdamW, 32 x 256 tokens a step, bf16, warm-up and a cosine to a tenth over its
-minutes, once for each rate of --rates. Gemmule: `gemmule train` with the settings of tinystories-cpu.toml and the same
-batch, once for each of --budgets. Compiling and saving do not count on either side. `gemmule evaluate` judges all of
-them on all of the validation text. Prints a table, and writes it as JSON. Forty minutes.
+Both train the 6.76M shape of `gemmule bench train` from nothing, on the same prepared tokens, 32 x 256 of them a step.
+First their steps are timed in turns, so that what slows the machine slows both. At that pace transformers
+(Gemma3ForCausalLM, compiled, AdamW, bf16, warm-up and a cosine to a tenth) gets the steps of ten minutes, once for each
+rate of --rates, and Gemmule (`gemmule train` with the settings of tinystories-cpu.toml) those of each share of the same
+ten minutes. Compiling and saving do not count on either side. `gemmule evaluate` judges all of them on all of the
+validation text. Prints a table, and writes it as JSON. Forty-five minutes.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def judged(model: Path, validation: Path) -> float:
 
 
 def train_transformers(job: dict[str, Any]) -> None:
-    """Train the peer as long as the job says, and save it with our tokenizer: a model folder. In a process alone."""
+    """Train the peer for the steps of the job, and save it with our tokenizer: a model folder. In a process alone."""
     import torch
     import transformers
 
@@ -65,48 +65,60 @@ def train_transformers(job: dict[str, Any]) -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         return float(loss.detach())
 
-    for _ in range(2):  # compiles
-        gradients(0)
-        optimizer.zero_grad()
-    began, step, done = time.monotonic(), 0, 0.0
-    while done < 1:
-        factor = min(1.0, done / 0.02, 0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+    for step in range(job["steps"]):
+        done = step / job["steps"]
+        factor = min(1.0, (step + 1) / (0.02 * job["steps"]), 0.1 + 0.45 * (1 + math.cos(math.pi * done)))
         for group in optimizer.param_groups:
-            group["lr"] = job["rate"] * max(factor, 0.01)
+            group["lr"] = job["rate"] * factor
         loss = gradients(step)
         optimizer.step()
         optimizer.zero_grad()
-        step, done = step + 1, (time.monotonic() - began) / (60 * job["minutes"])
         if step % 50 == 0:
-            print(f"transformers, rate {job['rate']}: step {step}, {done:.0%}, loss {loss:.3f}", file=sys.stderr)
+            print(f"transformers, rate {job['rate']}: step {step} of {job['steps']}, loss {loss:.3f}", file=sys.stderr)
     model.save_pretrained(job["out"])
     dataset.tokenizer.save(Path(job["out"]))
-    print(json.dumps({"steps": step, "tokens": step * job["batch"] * job["context"]}))
+
+
+def paces(batch: int) -> dict[str, Any]:
+    """Time the steps of both sides in turns; return the seconds of one by side, and the figures behind them."""
+    from gemmule.bench.rounds import Effort
+    from gemmule.bench.train import compare_training
+    from gemmule.recipe import read_recipe
+    from gemmule.train.run import Recipe
+
+    changes = [*SHAPE, "tokenizer.vocab_size=4096", f"train.batch_size={batch}"]
+    recipe = read_recipe(ROOT / "recipes/tinystories-cpu.toml", Recipe, changes)
+    peers = ["transformers-compiled", "gemmule-muon"]
+    found = compare_training(
+        recipe, peers, Effort(3, 4.0, None, 3), None, lambda what, *_: print(what, file=sys.stderr)
+    )
+    tokens = batch * recipe.train.context
+    rates = {name: side["tokens_per_second"]["median"] for name, side in found["sides"].items()}
+    return {
+        "gemmule": tokens / rates["gemmule-muon"],
+        "transformers": tokens / rates["transformers-compiled"],
+        "found": found,
+    }
 
 
 def peer(job: dict[str, Any], validation: Path) -> dict[str, Any]:
     """Train transformers in a process of its own, and judge what came out."""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, __file__, "--job", json.dumps(job)]
-    printed = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
-    facts = json.loads(printed.splitlines()[-1])
-    return {"side": "transformers", "rate": job["rate"], "minutes": job["minutes"], **facts} | {
-        "bits_per_byte": judged(Path(job["out"]), validation)
-    }
+    subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], check=True, env=environment)
+    loss = judged(Path(job["out"]), validation)
+    return {"side": "transformers", "rate": job["rate"], "steps": job["steps"], "bits_per_byte": loss}
 
 
-def ours(data: Path, minutes: float, batch: int, changes: list[str], out: Path, validation: Path) -> dict[str, Any]:
-    """Train Gemmule for some minutes, and judge what came out."""
+def ours(data: Path, steps: int, batch: int, changes: list[str], out: Path, validation: Path) -> dict[str, Any]:
+    """Train Gemmule for some steps, and judge what came out."""
     recipe = ROOT / "recipes/tinystories-cpu.toml"
     settings = [
-        *SHAPE, f"data.train={data}", "tokenizer.vocab_size=4096", f"train.minutes={minutes}",
+        *SHAPE, f"data.train={data}", "tokenizer.vocab_size=4096", f"train.steps={steps}", "train.minutes=1000000",
         f"train.batch_size={batch}", "train.validate_every=1000000", "train.checkpoint_every=1000000",
         "train.validation_tokens=10000", "train.sample_tokens=8", *changes,
     ]  # fmt: skip
     gemmule("train", recipe, "--out", out, *(part for change in settings for part in ("--set", change)))
-    last = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    facts = {"steps": last["step"], "tokens": last["tokens"], "trained_seconds": last["seconds"]}
-    return {"side": "gemmule", "minutes": minutes, **facts, "bits_per_byte": judged(out, validation)}
+    return {"side": "gemmule", "steps": steps, "bits_per_byte": judged(out, validation)}
 
 
 def main() -> None:
@@ -116,8 +128,8 @@ def main() -> None:
     parser.add_argument("--validation", type=Path, help="another")
     parser.add_argument("--minutes", type=float, default=10, help="what transformers gets")
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="its learning rates")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[2.0, 2.5], help="our minutes")
-    parser.add_argument("--batch", type=int, default=32, help="our rows of 256 tokens a step")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.225, 0.25], help="of them, for us")
+    parser.add_argument("--batch", type=int, default=32, help="rows of 256 tokens a step")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one of our settings")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/time_to_loss.json")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
@@ -127,33 +139,32 @@ def main() -> None:
         return
     if not options.train or not options.validation:
         parser.error("--train and --validation are needed")
-    from gemmule.bench.rounds import machine
-
-    validation = options.validation.resolve()
+    validation, seconds = options.validation.resolve(), 60 * options.minutes
+    pace = paces(options.batch)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = folder / "data"
         sources = (options.train.resolve(), "--validation", validation, "--separator", "<|endoftext|>")
         gemmule("prepare", *sources, "--vocab-size", 4096, "--out", data)
-        runs = [
-            ours(data, minutes, options.batch, options.set, folder / f"ours-{minutes}", validation)
-            for minutes in options.budgets
-        ]
+        runs = []
+        for share in options.shares:
+            steps = int(share * seconds / pace["gemmule"])
+            run = ours(data, steps, options.batch, options.set, folder / f"ours-{share}", validation)
+            runs.append(run | {"share": share})
         for rate in options.rates:
-            job = {"rate": rate, "minutes": options.minutes, "data": str(data), "batch": 32, "context": 256}
-            runs.append(peer(job | {"out": str(folder / f"peer-{rate}")}, validation))
+            job = {"rate": rate, "steps": int(seconds / pace["transformers"]), "batch": options.batch, "context": 256}
+            runs.append(peer(job | {"data": str(data), "out": str(folder / f"peer-{rate}")}, validation))
     best = min(run["bits_per_byte"] for run in runs if run["side"] == "transformers")
-    enough = [run["trained_seconds"] for run in runs if run["side"] == "gemmule" and run["bits_per_byte"] <= best]
-    share = min(enough) / (60 * options.minutes) if enough else None
+    enough = [run["share"] for run in runs if run["side"] == "gemmule" and run["bits_per_byte"] <= best]
     found = {
-        "benchmark": "time_to_loss", "machine": machine(), "changes": options.set, "runs": runs,
-        "best_of_transformers": best, "share_of_its_time": share,
+        "benchmark": "time_to_loss", "machine": pace["found"]["machine"], "minutes": options.minutes,
+        "changes": options.set, "pace": pace, "runs": runs, "best_of_transformers": best,
+        "share_of_its_time": min(enough, default=None),
     }  # fmt: skip
     for run in runs:
-        rate = f", rate {run['rate']}" if "rate" in run else ""
-        print(f"{run['side']}, {run.get('trained_seconds', 60 * run['minutes']):.0f} s{rate}: ", end="")
-        print(f"{run['bits_per_byte']:.4f} bits/byte after {run['steps']:,} steps")
-    print(f"Gemmule needs {share:.0%} of the time" if share else "Gemmule needed more than any of its budgets")
+        what = f"rate {run['rate']}" if "rate" in run else f"{run['share']:.1%} of its time"
+        print(f"{run['side']}, {what}: {run['bits_per_byte']:.4f} bits/byte after {run['steps']:,} steps")
+    print(f"Gemmule needs {min(enough):.1%} of the time" if enough else "Gemmule needs more than any of these shares")
     options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
