@@ -2,44 +2,38 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 WORD_MARK = "\u2581"  # SentencePiece's visible space
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _CONCATENATING = {"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip"}
 
 
-class Pieces(NamedTuple):
-    """The text of a vocabulary, one entry an id."""
+class Pieces:
+    """The text of tokens under the decoder of a parsed tokenizer.json."""
 
-    texts: list[bytes]  # what each id stands for in running text; empty for special tokens and unused ids
-    specials: dict[int, bytes]  # how a special token is written
-    concatenate: bool  # joining the pieces is decoding; false for decoders that look at neighbours, such as WordPiece's
-    drop_first_space: bool  # the space that a dummy prefix put before the text
+    def __init__(self, description: Mapping[str, Any]) -> None:
+        decoders = {decoder["type"]: decoder for decoder in _flatten(description.get("decoder"))}
+        self._added = {token["id"]: token for token in description.get("added_tokens", ())}
+        self._marked, self._fallback = "Metaspace" in decoders or "Replace" in decoders, "ByteFallback" in decoders
+        self._byte_of = _byte_level_alphabet() if "ByteLevel" in decoders else {}
+        # How a special token is written.
+        self.specials = {index: token["content"].encode() for index, token in self._added.items() if token["special"]}
+        # Whether joining the pieces is decoding; not for decoders that look at neighbours, such as WordPiece's.
+        self.concatenate = bool(decoders) and decoders.keys() <= _CONCATENATING
+        # The space that a dummy prefix put before the text.
+        dummy_prefix = decoders.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
+        self.drop_first_space = "Strip" in decoders or dummy_prefix
 
-
-def read_pieces(description: Mapping[str, Any], vocabulary: Mapping[str, int]) -> Pieces:
-    """Return what each id of `vocabulary` stands for under the decoder of a parsed tokenizer.json."""
-    decoders = {decoder["type"]: decoder for decoder in _flatten(description.get("decoder"))}
-    added = {token["id"]: token for token in description.get("added_tokens", ())}
-    marked, fallback = "Metaspace" in decoders or "Replace" in decoders, "ByteFallback" in decoders
-    byte_of = _byte_level_alphabet() if "ByteLevel" in decoders else {}
-    texts = [b""] * (max(vocabulary.values(), default=-1) + 1)
-    for token, index in vocabulary.items():
-        if index in added:
-            texts[index] = b"" if added[index]["special"] else token.encode()
-        elif fallback and token[:1] == "<" and (match := BYTE_TOKEN.fullmatch(token)):
-            texts[index] = bytes([int(match[1], 16)])
-        elif byte_of and all(character in byte_of for character in token):
-            texts[index] = bytes(byte_of[character] for character in token)
-        else:
-            texts[index] = (token.replace(WORD_MARK, " ") if marked else token).encode()
-    return Pieces(
-        texts,
-        {index: token["content"].encode() for index, token in added.items() if token["special"]},
-        bool(decoders) and decoders.keys() <= _CONCATENATING,
-        "Strip" in decoders or decoders.get("Metaspace", {}).get("prepend_scheme", "never") != "never",
-    )
+    def text(self, token: str, index: int) -> bytes:
+        """Return what a token stands for in running text: nothing, if it is special."""
+        if index in self._added:
+            return b"" if self._added[index]["special"] else token.encode()
+        if self._fallback and token[:1] == "<" and (match := BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(match[1], 16)])
+        if self._byte_of and all(character in self._byte_of for character in token):
+            return bytes(self._byte_of[character] for character in token)
+        return (token.replace(WORD_MARK, " ") if self._marked else token).encode()
 
 
 def _flatten(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

@@ -12,7 +12,7 @@ import tokenizers
 
 from gemmule.errors import TokenizerError
 from gemmule.files import written_aside
-from gemmule.tokenizer.pieces import Pieces, read_pieces
+from gemmule.tokenizer.pieces import Pieces
 from gemmule.tokenizer.streaming import PieceStream, RedecodingStream, TextStream
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -90,7 +90,13 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """The number of ids: one more than the largest, special tokens included."""
-        return max(self._vocabulary().values(), default=-1) + 1
+        count: int = self._library.get_vocab_size()
+        if None not in map(self._library.id_to_token, range(count)):  # none is left out; to copy them all takes longer
+            return count
+        largest: int = max(self._library.get_vocab().values())
+        if largest > LARGEST_ID:
+            raise TokenizerError(f"tokenizer with an id of {largest}; the largest that is used is {LARGEST_ID}")
+        return largest + 1
 
     @cached_property
     def adds_bos(self) -> bool:
@@ -148,7 +154,7 @@ class Tokenizer:
         The sum over `encode(text)` is the length of the text in bytes, exactly, for byte-level and byte-fallback
         vocabularies that change nothing in the text (ours, Gemma's, GPT-2's).
         """
-        return [len(piece) for piece in self._pieces.texts]
+        return [len(self._piece(index)) for index in range(self.vocab_size)]
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -159,7 +165,7 @@ class Tokenizer:
     @cached_property
     def _pieces(self) -> Pieces:
         try:
-            return read_pieces(self._decoding(), self._vocabulary())
+            return Pieces(self._decoding())
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise TokenizerError(f"tokenizer whose decoder is not understood ({error!r:.200})") from None
 
@@ -171,19 +177,14 @@ class Tokenizer:
             "added_tokens": [{"id": i, "content": t.content, "special": t.special} for i, t in added.items()],
         }
 
-    def _vocabulary(self) -> dict[str, int]:
-        vocabulary: dict[str, int] = self._library.get_vocab()
-        if (largest := max(vocabulary.values(), default=0)) > LARGEST_ID:
-            raise TokenizerError(f"tokenizer with an id of {largest}; the largest that is used is {LARGEST_ID}")
-        return vocabulary
-
     @cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:
         # A second instance, for flipping the switch of the first would not be safe among a server's threads.
         return _open_library(self._document)
 
     def _piece(self, token: int) -> bytes:
-        return self._pieces.texts[token] if 0 <= token < len(self._pieces.texts) else b""
+        text = self._library.id_to_token(token) if 0 <= token < self.vocab_size else None
+        return b"" if text is None else self._pieces.text(text, token)
 
     def _special_id(self, name: str) -> int | None:
         token = self._token_of(name)
