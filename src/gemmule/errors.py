@@ -1,14 +1,31 @@
-"""Everything that can go wrong, by name. A message names the setting or file, the value, and what would work."""
+"""Everything that can go wrong, by name.
+
+    GemmuleError            a failure: exit code 1
+    |-- TrainingError       the run cannot go on (the loss is no longer finite, no gradient reaches a parameter)
+    `-- UserError           something the user can mend: exit code 2, one sentence, no traceback
+        |-- RecipeError     a setting is unknown, of the wrong type, or impossible beside another
+        |-- SourceError     raw text: a file is missing, empty, not UTF-8, not what its name says
+        |-- TokenizerError  a vocabulary that cannot be trained, opened or used here
+        |-- DatasetError    token shards: truncated, damaged, made with another tokenizer, too few tokens
+        |-- ModelError      a model folder that is missing, incomplete or of another architecture
+        |-- CheckpointError a checkpoint that is missing, damaged or of another run
+        |-- OutputError     the place to write to: taken by another run, not writable, full
+        |-- DeviceError     the machine cannot do what was asked (no such device, fp16)
+        |-- PeerError       what a benchmark shall compare with is not there, or does not do that kind of work
+        `-- MissingExtra    an optional library is not installed
+
+A message names the setting or file, the value, and what would work.
+"""
 
 
 class GemmuleError(Exception):
-    """A failure that Gemmule foresaw and can explain, in one sentence and without a traceback."""
+    """A failure that Gemmule foresaw and can explain."""
 
     exit_code = 1
 
 
 class TrainingError(GemmuleError):
-    """The run cannot go on: the loss is no longer finite, no gradient reaches a parameter."""
+    """The run cannot go on."""
 
 
 class UserError(GemmuleError):
@@ -46,7 +63,7 @@ class OutputError(UserError):
 
 
 class DeviceError(UserError):
-    """The machine cannot do what was asked: no such device, fp16, memory that ran out."""
+    """The machine cannot do what was asked."""
 
 
 class PeerError(UserError):

@@ -301,5 +301,5 @@ def test_settings_that_cannot_work_are_refused() -> None:
         "micro_batch_size = 4: must divide train.batch_size (6)"
     )
     message = complaint({"steps": 1, "attention": "flash"})
-    assert message.endswith('attention = "flash": no such kernel; there are auto, reference, sdpa, folded')
+    assert message.endswith('attention = "flash": no such kernel; there are auto, reference, sdpa, folded, flex')
     assert "steps = 0: value should be greater than 0" in complaint({"steps": 0})

@@ -42,10 +42,7 @@ def save_settings(model: Gemma3, tokenizer: Tokenizer, folder: Path, dtype: torc
 
 
 def load_folder(
-    folder: Path,
-    kernel: str = "sdpa",
-    dtype: torch.dtype | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    folder: Path, kernel: str = "sdpa", dtype: torch.dtype | None = None, say: Callable[[str], None] = lambda _: None
 ) -> tuple[Gemma3, Tokenizer]:
     """Open a folder of any Gemma 3, every tensor of its text model used exactly once.
 

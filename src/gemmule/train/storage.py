@@ -37,7 +37,23 @@ def kind_of(name: str) -> str:
     return KINDS["/" in name]
 
 
-class Writer(StorageWriter):
+class _Plain:
+    """What torch's interface asks of both, and neither needs."""
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin anew; there is nothing to forget."""
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        """Take the plan as it is."""
+        return plan
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003
+        """Refuse to be chosen by a name."""
+        return False
+
+
+class Writer(_Plain, StorageWriter):
     """Writes each process's part aside of a folder; `finish` then gets the sha256 of every file by its name.
 
     Where that fails for want of space or rights, OutputError names the folder.
@@ -87,20 +103,8 @@ class Writer(StorageWriter):
         """Hand over what was written, on one process and when all have written; the files say where each tensor is."""
         self._finish(dict(sorted({result.storage_data for part in results for result in part})))
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin anew; there is nothing to forget."""
 
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Take the plan as it is."""
-        return plan
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003
-        """Refuse to be chosen by a name."""
-        return False
-
-
-class Reader(StorageReader):
+class Reader(_Plain, StorageReader):
     """Reads what any number of processes wrote, each process the rows that it needs."""
 
     def __init__(self, folder: Path) -> None:
@@ -144,21 +148,9 @@ class Reader(StorageReader):
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
         """Be ready since the metadata was read."""
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin anew; there is nothing to forget."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Take the plan as it is."""
-        return plan
-
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Take the plans as they are."""
         return plans
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003
-        """Refuse to be chosen by a name."""
-        return False
 
 
 def headers(folder: Path) -> Iterator[tuple[Path, str, torch.dtype, list[int]]]:
