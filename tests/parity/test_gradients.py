@@ -26,7 +26,7 @@ def distance(ours: Tensor | None, theirs: Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm().clamp(min=FAINT)).item()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", sorted(set(KERNELS) - {"flex"}))  # FlexAttention has no way back on a CPU
 @pytest.mark.parametrize("shape", SHAPES)
 def test_three_steps_of_adamw_are_the_same(shape: str, kernel: str) -> None:
     model = lively_model(tiny_config(**SHAPES[shape]), kernel, seed=1).train()
