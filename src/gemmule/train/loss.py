@@ -17,7 +17,7 @@ LOGITS_AT_ONCE = 2**24
 CACHED_LOGITS, WORTHWHILE_ROWS = 2**22, 512
 # Words that are multiplied at once: libraries copy what they multiply into an order of their own.
 WORDS_AT_ONCE = 2**15
-# Elements of a gradient that are added at once.
+# Elements of a gradient that a CPU adds at once.
 ADDED_AT_ONCE = 2**20
 
 
@@ -79,8 +79,8 @@ def _joined(products: list[Tensor]) -> Tensor:
 
 
 def _add(total: Tensor, more: Tensor) -> None:
-    """Add in place, in pieces that the caches hold: torch copies what is of another dtype before it adds it."""
-    rows = max(1, ADDED_AT_ONCE // total.shape[1])
+    """Add in place; on a CPU in pieces that its caches hold: there torch first copies what is of another dtype."""
+    rows = max(1, ADDED_AT_ONCE // total.shape[1]) if total.is_cpu else len(total)
     torch._foreach_add_(torch.split(total, rows), torch.split(more, rows))
 
 

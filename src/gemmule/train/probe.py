@@ -36,7 +36,7 @@ def time_kernels(
         return {}
     positions = torch.arange(context, device=device)[None]
     times: dict[str, float] = {}
-    for name in ("sdpa", "folded", "flex")[: 3 if flex_trains(config, device, compiled) else 2]:
+    for name in ("sdpa", "folded", *(["flex"] if flex_trains(config, device, compiled) else [])):
         visibility = rows_in_order(name, positions, window, None)
         try:
             times[name] = _seconds(name, config, visibility, dtype, device, compiled)
