@@ -47,7 +47,11 @@ TINY = (
     "model.query_pre_attn_scalar=16", "model.sliding_window=16", "tokenizer.vocab_size=600", "train.batch_size=4",
     "train.context=48",
 )  # fmt: skip
-TRAINING = (("sdpa", False), ("folded", False), ("flex", False), ("sdpa", True))  # (kernel, Muon)
+# (kernel, Muon, the seed's dropout: without it as with the peers)
+TRAINING = (
+    ("sdpa", False, False), ("folded", False, False), ("flex", False, False), ("folded", False, True),
+    ("folded", True, False),
+)  # fmt: skip
 ROWS = (1, 64, 256, 1024)
 
 
@@ -65,10 +69,13 @@ class Bench:
         if self.device.type == "cuda":
             self.found["gpu"] = torch.cuda.get_device_name()
 
-    def job(self, attention: str = "sdpa", muon: bool = False) -> dict[str, Any]:
+    def job(self, attention: str, muon: bool = False, dropout: bool = False) -> dict[str, Any]:
         """Return the job of `gemmule bench train` for one kernel and optimizer."""
+        torch.compiler.reset()  # what is compiled too often in one process is run as it was written
         train = self.recipe.train.replace(attention=attention)
         job = job_of(self.recipe.replace(train=train), Effort(1, 0.0, self.steps, 3))
+        if dropout:
+            job["recipe"]["model"] = self.recipe.model.model_dump(mode="json", exclude_none=True)
         return job | {"muon": muon}
 
     def wait(self) -> None:
@@ -116,7 +123,7 @@ def _there_and_back(name: str, inputs: list[torch.Tensor], seen: Visibility) -> 
     kernel = torch.compile(KERNELS[name]) if name == "flex" else KERNELS[name]  # uncompiled it is another program
     mixed = kernel(query, key, value, seen, 0.125, 0.0)
     weights = torch.linspace(-1, 1, mixed.numel(), device=mixed.device, dtype=mixed.dtype).view_as(mixed)
-    return [mixed, *torch.autograd.grad(mixed, inputs, weights)]
+    return [mixed.detach(), *torch.autograd.grad(mixed, inputs, weights)]
 
 
 def losses(bench: Bench) -> dict[str, Any]:
@@ -126,6 +133,7 @@ def losses(bench: Bench) -> dict[str, Any]:
     tokens = torch.randint(config.vocab_size, (2, context), generator=torch.Generator().manual_seed(0))
 
     def measure(device: torch.device, kernel: str, half: bool, compiled: bool) -> tuple[float, float]:
+        torch.compiler.reset()
         model = Gemma3(config, kernel)
         initialise(model, 0)
         model.to(device)
@@ -159,10 +167,10 @@ def training(bench: Bench) -> dict[str, Any]:
     """Time steps of the loop's own, with each kernel and optimizer, and what share of the products' rate that is."""
     peak = bench.found["parts"]["limits"]["products_tflops"] * 1e12
     found = {}
-    for kernel, muon in TRAINING:
+    for kernel, muon, dropout in TRAINING:
         if kernel not in bench.kernels:
             continue
-        job = bench.job(kernel, muon)
+        job = bench.job(kernel, muon, dropout)
         step, facts = make(job)
         assert step is not None
         if bench.device.type == "cuda":
@@ -174,7 +182,7 @@ def training(bench: Bench) -> dict[str, Any]:
         seconds = statistics.median(times)
         tokens = job["batch"] * job["context"]
         work = flops_of_a_token(shape_of(bench.recipe), job["context"]) * tokens
-        found[f"{kernel}, {'muon' if muon else 'adamw'}"] = {
+        found[f"{kernel}, {'muon' if muon else 'adamw'}{', dropout' * dropout}"] = {
             "step_milliseconds": 1e3 * seconds,
             "tokens_per_second": tokens / seconds,
             "model_flops_utilisation": work / seconds / peak,
@@ -196,7 +204,7 @@ def _timed(step: Callable[[], float]) -> float:
 
 def profile(bench: Bench) -> dict[str, Any]:
     """Say where the time of a step goes, by the device's kernels."""
-    step, _ = make(bench.job())
+    step, _ = make(bench.job("auto"))
     assert step is not None
     for _ in range(3):
         step()
@@ -234,7 +242,7 @@ def profile(bench: Bench) -> dict[str, Any]:
 
 def peers(bench: Bench) -> dict[str, Any]:
     """Train beside transformers, each in a process of its own."""
-    effort = Effort(2, 0.0, bench.steps, 3)
+    effort = Effort(1, 0.0, bench.steps, 3)
     train = bench.recipe.train.replace(attention="auto")
     names = ["transformers", "transformers-compiled"]
     return compare_training(bench.recipe.replace(train=train), names, effort, None, lambda *_: None)
@@ -247,6 +255,7 @@ def decoding(bench: Bench) -> dict[str, Any]:
         write_untrained(bench.recipe, Path(name) / "model")
         for way in ("compiled", "plain"):
             for rows in ROWS[: 2 if bench.tiny else None]:
+                torch.compiler.reset()
                 run = gemmule_side(str(Path(name) / "model"), "bf16", way, rows, str(bench.device))
                 tokens = 8 if bench.tiny else 128
                 run(list(range(8, 24)), tokens)  # compiles, and records its graphs

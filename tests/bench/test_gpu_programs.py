@@ -27,7 +27,9 @@ def test_the_benchmark_of_a_gpu_checks_and_measures(tmp_path: Path) -> None:
     assert list(found) == ["limits", *(name for name in found if name in parts)]
     assert not [part for part in found.values() if "error" in part]
     assert found["kernels"]["wrong"] == found["losses"]["wrong"] == []
-    timed = {"sdpa, adamw", "folded, adamw", "sdpa, muon"} | ({"flex, adamw"} if DEVICE == "cuda" else set())
+    timed = {"sdpa, adamw", "folded, adamw", "folded, adamw, dropout", "folded, muon"} | (
+        {"flex, adamw"} if DEVICE == "cuda" else set()
+    )
     assert timed == set(found["training"])
     assert all(0 < figures["model_flops_utilisation"] < 1 for figures in found["training"].values())
     assert found["profile"]["kernels"]

@@ -45,7 +45,7 @@ def test_micro_batches_of_any_size_make_the_gradient_of_the_mean_over_all_target
     assert (batch.targets[5] == IGNORED).sum() > (batch.targets[0] == IGNORED).sum()
     model, whole = lively_model(tiny_config()), lively_model(tiny_config())
     settings = TrainSettings(steps=1, batch_size=6, micro_batch_size=rows_at_once)
-    loss = accumulate_gradients(alone(model), batch, batch.trained, 0, settings, "fp32")
+    loss = accumulate_gradients(alone(model), batch, batch.trained, 0, settings, "fp32").item()
     logits = whole(batch.tokens, documents=batch.documents)
     expected = functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())  # the mean over what is trained
     expected.backward()
@@ -63,7 +63,7 @@ def untrained_model(**changes: Any) -> Gemma3:
 
 def first_loss(model: Gemma3) -> float:
     batch, settings = uneven_batch(), TrainSettings(steps=1, batch_size=6)
-    return accumulate_gradients(alone(model), batch, batch.trained, 0, settings, "fp32")
+    return accumulate_gradients(alone(model), batch, batch.trained, 0, settings, "fp32").item()
 
 
 def test_first_step_of_a_fresh_model_passes() -> None:

@@ -5,7 +5,8 @@ native    the model's step in C on the CPU (`native.py`), for few rows
 compiled  the model in shapes that never change, through torch.compile; on GPUs replayed as a CUDA graph
 """
 
-from typing import Literal, Protocol, get_args
+from functools import partial
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -94,8 +95,7 @@ class StaticCache(Cache):
         """Take over what a cache holds; a local layer has as many places as its window, a global one `capacity`."""
         super().__init__(model.config)
         self.length = cache.length
-        # On the device, so that a recorded graph finds the next number there each time it is replayed.
-        self._fed = torch.tensor([cache.length], device=model.embedding.weight.device)
+        # The place last filled: on the device, where a recorded graph finds it each time it is replayed.
         self._slots: dict[Kind, Tensor] = {}
         self._tags: dict[Kind, Tensor] = {}
         self._rings: list[tuple[Tensor, Tensor]] = []
@@ -109,22 +109,20 @@ class StaticCache(Cache):
             if kind not in self._tags:
                 tags = torch.full((rows, size), _FREE, device=positions.device)
                 tags[:, slots] = torch.where(positions < 0, _FREE, positions).expand(rows, -1)
-                self._tags[kind] = _pinned(tags)
+                self._tags[kind] = tags
+                self._slots[kind] = torch.tensor([cache.length - 1], device=positions.device) % size
             ring = (rows, keys.shape[1], size, keys.shape[3])
             pair = keys.new_zeros(ring), values.new_zeros(ring)
             pair[0][:, :, slots], pair[1][:, :, slots] = keys, values
-            self._rings.append((_pinned(pair[0]), _pinned(pair[1])))
-        _pinned(self._fed)
+            self._rings.append(pair)
 
     def extend(self, positions: Tensor, documents: Tensor | None) -> dict[Kind, Visibility]:
         """Announce one token a row, at positions (B,1); return what each will see, per kind."""
         assert documents is None, "padding is not taken over, so nothing is to be told apart"
         visible: dict[Kind, Visibility] = {}
         for kind, tags in self._tags.items():
-            self._slots[kind] = self._fed % tags.shape[1]
-            tags.index_copy_(1, self._slots[kind], positions)
+            tags.index_copy_(1, self._slots[kind].add_(1).remainder_(tags.shape[1]), positions)
             visible[kind] = Visibility(positions, tags, self._windows[kind])
-        self._fed.add_(1)
         return visible
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,17 +135,31 @@ class StaticCache(Cache):
 
 
 class CompiledDecoder:
-    """The model through torch.compile, in shapes that never change; on GPUs as a CUDA graph."""
+    """The model through torch.compile, in shapes that never change; on GPUs recorded as a graph, and replayed."""
 
     def __init__(self, model: Gemma3, cache: Cache, rows: int, capacity: int) -> None:
         places = max(_SMALLEST, 1 << (capacity - 1).bit_length())
-        self._model, self._cache = model, StaticCache(model, cache, rows, places)
-        self._function = _compiled_step(model.embedding.weight.device.type)
+        device = model.embedding.weight.device
+        # Where the step finds what it is fed: what is recorded reads, writes and leaves its logits in the same places.
+        self._tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self._positions = torch.zeros_like(self._tokens)
+        arguments = (model, self._tokens, self._positions, StaticCache(model, cache, rows, places))
+        self._run = partial(_compiled_step(device.type), *arguments)
+        self._recorded: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Return the logits (B,V) after tokens (B,) at positions (B,)."""
-        # A graph writes its next result over the last one.
-        return self._function(self._model, tokens[:, None], positions[:, None], self._cache).clone()
+        """Return the logits (B,V) after tokens (B,) at positions (B,), until the next step."""
+        self._tokens[:, 0], self._positions[:, 0] = tokens, positions
+        if self._recorded is None:
+            logits = self._run()
+            if logits.is_cuda:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):  # nothing runs in here
+                    self._recorded = graph, self._run()
+            return logits
+        graph, logits = self._recorded
+        graph.replay()
+        return logits
 
 
 def static_step(model: Gemma3, tokens: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
@@ -157,8 +169,8 @@ def static_step(model: Gemma3, tokens: Tensor, positions: Tensor, cache: StaticC
 
 def _compiled_step(device: str) -> "_Step":
     if device not in _COMPILED:
-        mode = "reduce-overhead" if device == "cuda" else None
-        _COMPILED[device] = torch.compile(static_step, fullgraph=True, dynamic=False, mode=mode)
+        options: dict[str, Any] | None = {"coordinate_descent_tuning": True} if device == "cuda" else None
+        _COMPILED[device] = torch.compile(static_step, fullgraph=True, dynamic=False, options=options)
     return _COMPILED[device]
 
 
@@ -167,11 +179,3 @@ class _Step(Protocol):
 
 
 _COMPILED: dict[str, _Step] = {}
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    """Promise that a tensor stays at its address, which CUDA graphs ask for where they write."""
-    from torch._dynamo import mark_static_address
-
-    mark_static_address(tensor)
-    return tensor

@@ -118,6 +118,14 @@ def reference(
 def sdpa(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scale: float, dropout: float) -> Tensor:
     """Attend with PyTorch's scaled_dot_product_attention; exact for Gemma 3, which has no soft-cap."""
     assert not visibility.sparse
+    if query.shape[2] == 1 and not visibility.causal:
+        # The one query of each head of a group are queries of one head: no key is copied for each of them.
+        together = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
+        return _sdpa(together, key, value, visibility, scale, dropout).reshape(query.shape)
+    return _sdpa(query, key, value, visibility, scale, dropout)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scale: float, dropout: float) -> Tensor:
     return functional.scaled_dot_product_attention(
         query,
         key,

@@ -157,7 +157,8 @@ class Gemma3(nn.Module):
         """
         visibility, rotary = self._geometry(tokens, positions, documents, cache)
         # The scale is rounded to the weights' dtype, as Google's models were trained with; the head is not scaled.
-        scale = torch.tensor(math.sqrt(self.config.hidden_size), dtype=self.embedding.weight.dtype)
+        dtype = self.embedding.weight.dtype
+        scale = torch.full((), math.sqrt(self.config.hidden_size), dtype=dtype, device=tokens.device)
         x = self.dropout(self.embedding(tokens) * scale)
         for block, kind in zip(self.blocks, self.config.layer_kinds, strict=True):
             x = block(x, rotary[kind], visibility[kind], cache)

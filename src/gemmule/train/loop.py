@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from gemmule.data.batches import Batch, MixedRows, PackedRows
 from gemmule.errors import TrainingError
@@ -93,16 +94,19 @@ def train(
     world, model = parallel.world, parallel.model
     model.train()
     here = settings.batch_size // world.size
+    first = start.step * settings.batch_size + world.rank * here
+    batch = rows.rows(first, here)
     for step in range(start.step, settings.steps):
         factor = learning_rate_factor(step, settings.steps, schedule)
-        first = step * settings.batch_size
-        batch = rows.rows(first + world.rank * here, here)
         (trained,) = world.total(batch.trained)
-        mine = accumulate_gradients(parallel, batch, int(trained), first + world.rank * here, settings, precision)
-        loss, stop = world.total(mine, hooks.stop_requested())
+        mine = accumulate_gradients(parallel, batch, int(trained), first, settings, precision)
+        measured = updater.norm()
+        first += settings.batch_size
+        batch = rows.rows(first, here)  # the next one, while the device is busy with this one
+        loss, stop = world.total(mine.item(), hooks.stop_requested())
         if step == 0:
             check_first_step(model, loss)
-        norm = updater.update(factor)
+        norm = updater.update(factor, measured)
         learned = math.isfinite(loss) and math.isfinite(norm)
         if not learned:
             excuse_or_stop(position, loss, norm, settings, hooks)
@@ -151,11 +155,12 @@ def accumulate_gradients(
     first_row: int,
     settings: TrainSettings,
     precision: Literal["bf16", "fp32"],
-) -> float:
+) -> Tensor:
     """Add up the gradients of the mean loss over all `trained` targets of the step; return this process's part of it.
 
-    The part is in nats; those of all processes add up to the mean. Every micro-batch is divided by the whole step's
-    count, and draws its dropout by its first row in the stream, so neither depends on how the batch is cut or shared.
+    The part is in nats, on the device, and not waited for; those of all processes add up to the mean. Every micro-batch
+    is divided by the whole step's count, and draws its dropout by its first row in the stream, so neither depends on
+    how the batch is cut or shared.
     """
     device = parallel.model.embedding.weight.device
     total = torch.zeros((), device=device)
@@ -172,7 +177,7 @@ def accumulate_gradients(
                 loss = loss / trained
             torch.autograd.backward(loss * parallel.world.size)  # the mean over processes becomes their sum
         total += loss.detach()
-    return total.item()
+    return total
 
 
 def excuse_or_stop(position: Position, loss: float, norm: float, settings: TrainSettings, hooks: Hooks) -> None:

@@ -88,13 +88,17 @@ class Updater:
         owned = [parameter for group in self._groups for parameter in group["params"]]
         assert sorted(map(id, owned)) == sorted(map(id, self._names)), "each parameter needs exactly one owner"
 
-    def update(self, factor: float) -> float:
+    def norm(self) -> Tensor:
+        """Return the norm over all gradients, on the device, not waited for."""
+        return nn.utils.get_total_norm([parameter.grad for parameter in self._names if parameter.grad is not None])
+
+    def update(self, factor: float, measured: Tensor | None = None) -> float:
         """Clip the gradients, move every parameter at `factor` of its peak rate, clear the gradients.
 
-        Returns the gradient's norm before clipping; where that is not finite, nothing is moved.
+        Returns the gradient's norm before clipping, `measured` where that was done; where that is not finite, nothing
+        is moved.
         """
-        gradients = [parameter.grad for parameter in self._names if parameter.grad is not None]
-        measured = nn.utils.get_total_norm(gradients)
+        measured = self.norm() if measured is None else measured
         norm = whole(measured).item()
         if math.isfinite(norm):
             if norm > self._clip:  # else a pass over all gradients would multiply them by 1
