@@ -6,7 +6,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -203,6 +203,20 @@ def autocast(device: torch.device, precision: Literal["bf16", "fp32"]) -> Abstra
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def arriving(tensor: Tensor) -> Callable[[], Tensor]:
+    """Send a tensor to the CPU; what is returned waits for it, but not for what a device is given to do after it."""
+    if not tensor.is_cuda:
+        return lambda: tensor
+    copy = tensor.to("cpu", non_blocking=True)
+    sent = torch.cuda.current_stream().record_event()
+
+    def wait() -> Tensor:
+        sent.synchronize()
+        return copy
+
+    return wait
 
 
 def reason_not_to_compile(device: torch.device) -> str | None:

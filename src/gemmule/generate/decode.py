@@ -5,7 +5,7 @@ native    the model's step in C on the CPU (`native.py`), for few rows
 compiled  the model in shapes that never change, through torch.compile; on GPUs replayed as a CUDA graph
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -144,7 +144,7 @@ class CompiledDecoder:
         self._tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._positions = torch.zeros_like(self._tokens)
         arguments = (model, self._tokens, self._positions, StaticCache(model, cache, rows, places))
-        self._run = partial(_compiled_step(device.type), *arguments)
+        self._run = partial(_compiled_step(tuned=rows == 1 and device.type == "cuda"), *arguments)
         self._recorded: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -167,15 +167,12 @@ def static_step(model: Gemma3, tokens: Tensor, positions: Tensor, cache: StaticC
     return model(tokens, positions, None, cache, readout=last_logits)[:, 0]
 
 
-def _compiled_step(device: str) -> "_Step":
-    if device not in _COMPILED:
-        options: dict[str, Any] | None = {"coordinate_descent_tuning": True} if device == "cuda" else None
-        _COMPILED[device] = torch.compile(static_step, fullgraph=True, dynamic=False, options=options)
-    return _COMPILED[device]
+@cache
+def _compiled_step(tuned: bool) -> "_Step":
+    # Tuned, products with a single row become kernels of the compiler's own, joined with what comes before and after.
+    options: dict[str, Any] | None = {"coordinate_descent_tuning": True} if tuned else None
+    return torch.compile(static_step, fullgraph=True, dynamic=False, options=options)
 
 
 class _Step(Protocol):
     def __call__(self, model: Gemma3, tokens: Tensor, positions: Tensor, cache: StaticCache) -> Tensor: ...
-
-
-_COMPILED: dict[str, _Step] = {}

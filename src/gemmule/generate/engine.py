@@ -4,12 +4,14 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from gemmule.errors import ModelError
 from gemmule.generate.decode import Decoding, choose_decoding, decoder_for, prefill
 from gemmule.generate.sampling import SamplingSettings, draw
 from gemmule.model.cache import Cache
 from gemmule.model.gemma3 import Gemma3
+from gemmule.runtime import arriving
 from gemmule.tokenizer import Tokenizer
 
 
@@ -50,15 +52,25 @@ def stream_tokens(
     logits = prefill(model, tokens, torch.arange(longest, device=device) - padding[:, None], cache)
     ended = [False] * len(prompts)
     capacity = longest + max_new_tokens - 1
+
+    def step(chosen: Tensor, end: int) -> Tensor:
+        nonlocal decoder
+        decoder = decoder or decoder_for(model, cache, len(prompts), capacity, decoding)
+        return decoder.step(chosen, end - padding)
+
+    ahead = device.type == "cuda"  # it goes on while a token is read, in vain after the last one
     for end in range(longest, capacity + 1):
         chosen = draw(logits, sampling, generator)
-        ids: list[int] = chosen.tolist()
+        read = arriving(chosen)
+        if ahead and end < capacity:
+            logits = step(chosen, end)
+        ids: list[int] = read().tolist()
         yield [None if done else token for token, done in zip(ids, ended, strict=True)]
         ended = [done or token in stops for token, done in zip(ids, ended, strict=True)]
         if all(ended) or end == capacity:
             return
-        decoder = decoder or decoder_for(model, cache, len(prompts), capacity, decoding)
-        logits = decoder.step(chosen, end - padding)
+        if not ahead:
+            logits = step(chosen, end)
 
 
 def generate(
