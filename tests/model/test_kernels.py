@@ -179,11 +179,15 @@ def test_each_kernel_gets_its_form() -> None:
 
 
 def test_blocks_are_half_a_window_or_a_short_row() -> None:
-    assert block_of(256, 128) == 64
-    assert block_of(2, 1) == 1
-    assert block_of(WHOLE, None) == block_of(WHOLE, WHOLE) == WHOLE
-    assert block_of(WHOLE + 1, None) is None
-    assert block_of(2 * WHOLE, 2 * WHOLE) is None
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert block_of(256, 128, cpu) == 64
+    assert block_of(256, 128, gpu) == 256
+    assert block_of(2, 1, cpu) == 1
+    for device in (cpu, gpu):
+        assert block_of(2 * WHOLE, 128, device) == 64
+        assert block_of(WHOLE, None, device) == block_of(WHOLE, WHOLE, device) == WHOLE
+        assert block_of(WHOLE + 1, None, device) is None
+        assert block_of(2 * WHOLE, 2 * WHOLE, device) is None
 
 
 def test_blocks_keep_the_dtype_and_drop_weights() -> None:

@@ -148,11 +148,11 @@ def _one_query(query: Tensor, key: Tensor, value: Tensor, table: Tensor, scale: 
 WHOLE = 512
 
 
-def block_of(length: int, window: int | None) -> int | None:
+def block_of(length: int, window: int | None, device: torch.device) -> int | None:
     """Return the size of the blocks that `folded` cuts a sequence into, None where it leaves it to `sdpa`."""
-    if window is not None and window < length:
+    if window is not None and window < length and (device.type != "cuda" or length > WHOLE):
         return max(1, window // 2)
-    return length if length <= WHOLE else None
+    return length if length <= WHOLE else None  # a GPU makes scores that nobody sees faster than it copies keys
 
 
 def rows_in_order(kernel: str, positions: Tensor, window: int | None, documents: Tensor | None) -> Visibility:
@@ -161,7 +161,7 @@ def rows_in_order(kernel: str, positions: Tensor, window: int | None, documents:
     Positions (B or 1, T) count on one by one.
     """
     length = positions.shape[1]
-    block = block_of(length, window) if kernel == "folded" else None
+    block = block_of(length, window, positions.device) if kernel == "folded" else None
     lower = (window is None or length <= window) and documents is None and block is None
     sparse = kernel == "flex" and not lower
     return Visibility(positions, positions, window, documents, documents, lower, block, sparse)

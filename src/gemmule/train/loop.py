@@ -163,20 +163,24 @@ def accumulate_gradients(
     how the batch is cut or shared.
     """
     device = parallel.model.embedding.weight.device
-    total = torch.zeros((), device=device)
+
+    def learn(here: Batch, divisor: Tensor) -> Tensor:
+        with autocast(device, precision):
+            readout = summed_loss(here.targets, settings.compile)
+            loss = parallel.forward(here.tokens, documents=here.documents, readout=readout) / divisor
+        torch.autograd.backward(loss * parallel.world.size)  # the mean over processes becomes their sum
+        return loss.detach()
+
+    total, divisor = torch.zeros((), device=device), torch.full((), float(trained), device=device)
     size = min(settings.micro_batch_size or len(batch.tokens), len(batch.tokens))
     parts = list(batch.split(size))
     for number, part in enumerate(parts):
         seed_everything(settings.seed, "rows", first_row + number * size)
-        here = part.to(device)
         with parallel.micro_batch(number == len(parts) - 1):
-            with autocast(device, precision):
-                loss = parallel.forward(
-                    here.tokens, documents=here.documents, readout=summed_loss(here.targets, settings.compile)
-                )
-                loss = loss / trained
-            torch.autograd.backward(loss * parallel.world.size)  # the mean over processes becomes their sum
-        total += loss.detach()
+            if parallel.recorder is not None and len(parts) == 1:
+                total += parallel.recorder.learn(learn, part.to(device), divisor)
+            else:
+                total += learn(part.to(device), divisor)
     return total
 
 

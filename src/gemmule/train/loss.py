@@ -61,7 +61,7 @@ class _SummedLoss(torch.autograd.Function):
                 if to_hidden is not None and to_vocabulary is not None:
                     for part in parts:
                         to_hidden[chunk] += slope[:, part] @ words[part]
-                        _add(to_vocabulary[part], slope[:, part].T @ states)
+                        _grow(to_vocabulary[part], slope[:, part].T, states)
         ctx.gradients = to_hidden, to_vocabulary
         return total
 
@@ -78,8 +78,13 @@ def _joined(products: list[Tensor]) -> Tensor:
     return torch.cat(products, dim=1) if len(products) > 1 else products[0]
 
 
-def _add(total: Tensor, more: Tensor) -> None:
-    """Add in place; on a CPU in pieces that its caches hold: there torch first copies what is of another dtype."""
+def _grow(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """Add a product to what is fp32, in place."""
+    if total.is_cuda and one.dtype != total.dtype:  # within the product, which there adds up in fp32 anyway
+        torch.addmm(total, one, other, out_dtype=total.dtype, out=total)
+        return
+    more = one @ other
+    # On a CPU in pieces that its caches hold: there torch first copies what is of another dtype.
     rows = max(1, ADDED_AT_ONCE // total.shape[1]) if total.is_cpu else len(total)
     torch._foreach_add_(torch.split(total, rows), torch.split(more, rows))
 

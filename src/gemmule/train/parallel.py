@@ -18,6 +18,7 @@ from gemmule.model.gemma3 import Gemma3
 from gemmule.model.initialise import unfilled
 from gemmule.recipe import Settings
 from gemmule.runtime import ALONE, World, whole
+from gemmule.train.recorder import Recorder
 
 # On a CPU gelu's tanh is made of exp, which takes half the time; near 0 it is off by 1e-7 and not by 1e-7 of itself.
 COMPILER = {"cpp.use_decompose_tanh": True}
@@ -48,6 +49,8 @@ class Parallel(NamedTuple):
     forward: Callable[..., Tensor]
     # A block in which a micro-batch runs forward and backward: gradients travel only after the last one.
     micro_batch: Callable[[bool], AbstractContextManager[None]]
+    # Where steps of one micro-batch can be recorded and replayed.
+    recorder: Recorder | None = None
 
 
 def parallelise(
@@ -76,7 +79,8 @@ def parallelise(
     if isinstance(model, FSDPModule):
         return Parallel(world, model, model, partial(_fsdp_micro_batch, model))
     if world.size == 1:
-        return alone(model, world)
+        recorded = compile_blocks and device.type == "cuda"  # what is not compiled may wait for the device on its way
+        return alone(model, world)._replace(recorder=Recorder(model) if recorded else None)
     copies = DistributedDataParallel(model, gradient_as_bucket_view=True)
     return Parallel(world, model, copies, lambda last: nullcontext() if last else copies.no_sync())
 

@@ -32,7 +32,7 @@ def time_kernels(
     Empty where all of them would do the same: long rows that no window cuts. Kernels that do not run here are told.
     """
     window = config.window("local")
-    if block_of(context, window) is None:
+    if block_of(context, window, device) is None:
         return {}
     positions = torch.arange(context, device=device)[None]
     times: dict[str, float] = {}
