@@ -307,8 +307,8 @@ PARTS: dict[str, tuple[Callable[[Bench], dict[str, Any]], float]] = {
     "training": (training, 60),
     "recording": (recording, 20),
     "decoding": (decoding, 60),
-    "peers": (peers, 100),
     "profile": (profile, 20),
+    "peers": (peers, 100),
 }
 
 
