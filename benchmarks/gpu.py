@@ -80,7 +80,7 @@ class Bench:
         train = self.recipe.train.replace(attention=attention)
         job = job_of(self.recipe.replace(train=train), Effort(1, 0.0, self.steps, 3))
         if dropout:
-            job["recipe"]["model"] = self.recipe.model.model_dump(mode="json", exclude_none=True)
+            job["recipe"]["model"] = shape_of(self.recipe).model_dump(mode="json", exclude_none=True)
         return job | {"muon": muon}
 
     def wait(self) -> None:
@@ -150,7 +150,7 @@ def losses(bench: Bench) -> dict[str, Any]:
         with autocast(device, "bf16" if half else "fp32"):
             loss = model(here[:, :-1], readout=summed_loss(here[:, 1:])) / here[:, 1:].numel()
         torch.autograd.backward(loss)
-        norms = [p.grad.float().norm() for p in model.parameters() if p.grad is not None]
+        norms = [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
         return float(loss.detach()), float(torch.stack(norms).norm())
 
     exact = measure(torch.device("cpu"), "reference", False, False)

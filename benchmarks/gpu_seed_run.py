@@ -28,7 +28,8 @@ TINY = (
 
 def gemmule(*arguments: object) -> None:
     """Run a command to its end, in a process of its own; it speaks for itself."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     subprocess.run([sys.executable, "-m", "gemmule", *map(str, arguments)], check=True, env=environment)
 
 

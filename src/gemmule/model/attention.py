@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
+# On Hopper GPUs cuDNN's way back gives wrong gradients for rows of some lengths, silently (seen: 255 tokens, head dim
+# 256, compiled; pytorch issue 196678 has others). What is left for torch to choose from is right.
+torch.backends.cuda.enable_cudnn_sdp(enabled=False)
+
+
 def visible(distance: Tensor, window: int | None, documents: tuple[Tensor, Tensor] | None) -> Tensor:
     """Say which keys are seen, by how far they are before the query, and the documents of query and key."""
     seen = distance >= 0
@@ -120,6 +125,8 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scal
     assert not visibility.sparse
     if query.shape[2] == 1 and isinstance(visibility.table, Tensor) and not query.requires_grad:
         return _one_query(query, key, value, visibility.table, scale)
+    if query.is_cuda and not visibility.causal:  # no kernel there that takes a table knows groups
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     return functional.scaled_dot_product_attention(
         query,
         key,

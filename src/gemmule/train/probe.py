@@ -10,8 +10,12 @@ from gemmule.model.attention import KERNELS, Visibility, block_of, rows_in_order
 from gemmule.model.config import Gemma3Config
 
 AUTO = "auto"
-# Tokens of a trial, which then takes some hundredths of a second; the first one to be compiled, some seconds more.
-TOKENS, TRIALS = 2048, 5
+TRIALS = 5
+
+
+def tokens_of_a_trial(device: torch.device) -> int:
+    """Return how many tokens take some hundredths of a second, and a GPU longer than it takes to launch its kernels."""
+    return 2**15 if device.type == "cuda" else 2**11
 
 
 def flex_trains(config: Gemma3Config, device: torch.device, compiled: bool) -> bool:
@@ -49,7 +53,7 @@ def _seconds(
     name: str, config: Gemma3Config, visibility: Visibility, dtype: torch.dtype, device: torch.device, compiled: bool
 ) -> float:
     context = visibility.query_positions.shape[1]
-    rows, scale = max(1, TOKENS // context), config.query_pre_attn_scalar**-0.5
+    rows, scale = max(1, tokens_of_a_trial(device) // context), config.query_pre_attn_scalar**-0.5
 
     def drawn(heads: int) -> Tensor:
         return torch.randn(rows, heads, context, config.head_dim, dtype=dtype, device=device, requires_grad=True)

@@ -37,7 +37,7 @@ from gemmule.train.memory import out_of_memory_explained
 from gemmule.train.metrics import JsonLines
 from gemmule.train.optim import OptimizerSettings, Updater
 from gemmule.train.parallel import Parallel, ParallelSettings, gather, parallelise
-from gemmule.train.probe import AUTO, TOKENS, flex_trains, time_kernels
+from gemmule.train.probe import AUTO, flex_trains, time_kernels, tokens_of_a_trial
 from gemmule.train.schedule import ScheduleSettings
 from gemmule.train.validation import Score, score
 
@@ -347,7 +347,8 @@ def settle_attention(
     best = min(times, key=lambda name: times[name], default="sdpa")
     if times:
         others = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items())
-        say(f"train.attention: {best} is the fastest here ({others} for {TOKENS:,} tokens of a local layer)")
+        tokens = tokens_of_a_trial(device)
+        say(f"train.attention: {best} is the fastest here ({others} for {tokens:,} tokens of a local layer)")
     return recipe.replace(train=recipe.train.replace(attention=best))
 
 
