@@ -308,7 +308,7 @@ PARTS: dict[str, tuple[Callable[[Bench], dict[str, Any]], float]] = {
     "recording": (recording, 20),
     "decoding": (decoding, 60),
     "profile": (profile, 20),
-    "peers": (peers, 100),
+    "peers": (peers, 180),
 }
 
 
