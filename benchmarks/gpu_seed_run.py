@@ -10,7 +10,6 @@ itself. Leaves OUT/run (its loss.png is the curve) and OUT/result.json, and prin
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -28,9 +27,7 @@ TINY = (
 
 def gemmule(*arguments: object) -> None:
     """Run a command to its end, in a process of its own; it speaks for itself."""
-    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    subprocess.run([sys.executable, "-m", "gemmule", *map(str, arguments)], check=True, env=environment)
+    subprocess.run([sys.executable, "-m", "gemmule", *map(str, arguments)], check=True)
 
 
 def main() -> None:

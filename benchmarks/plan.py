@@ -51,9 +51,8 @@ CASES = (
 
 def gemmule(*arguments: object) -> str:
     """Run a command to its end, in a process of its own; return what it printed."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-m", "gemmule", *map(str, arguments)]
-    return subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def vocabulary_of(case: Case) -> int:

@@ -13,7 +13,6 @@ validation text. Prints a table, and writes it as JSON. Forty-five minutes.
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -103,8 +102,7 @@ def paces(batch: int) -> dict[str, Any]:
 
 def peer(job: dict[str, Any], validation: Path) -> dict[str, Any]:
     """Train transformers in a process of its own, and judge what came out."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], check=True, env=environment)
+    subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], check=True)
     loss = judged(Path(job["out"]), validation)
     return {"side": "transformers", "rate": job["rate"], "steps": job["steps"], "bits_per_byte": loss}
 
