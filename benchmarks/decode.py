@@ -12,14 +12,12 @@ start is timed, too. `gemmule_side` measures a GPU as well as a CPU.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -348,6 +346,8 @@ def main() -> None:
     if options.serve:
         serve(json.loads(options.serve))
         return
+    from gemmule.bench.rounds import machine
+
     with tempfile.TemporaryDirectory() as name:
         result = in_rows(options) if options.rows else against_others(options, Path(name))
     result |= {
@@ -355,23 +355,14 @@ def main() -> None:
         "tokens": options.tokens,
         "rounds": options.rounds,
         "threads": options.threads,
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
+        "machine": machine("transformers", "llama-cpp-python"),
         # Above the threads of one side, other work ran beside it, and times are not the machine's.
         "load_averages": [round(load, 1) for load in os.getloadavg()],
-        "versions": {name: _version(name) for name in ("gemmule", "torch", "transformers", "llama-cpp-python")},
     }
     text = json.dumps(result, indent=2)
     print(text)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

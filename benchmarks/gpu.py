@@ -71,8 +71,6 @@ class Bench:
         self.found: dict[str, Any] = {"benchmark": "gpu", "device": device, "machine": machine(), "parts": {}}
         # FlexAttention knows no way back on a CPU.
         self.kernels = [name for name in KERNELS if name != "flex" or self.device.type != "cpu"]
-        if self.device.type == "cuda":
-            self.found["gpu"] = torch.cuda.get_device_name()
 
     def job(self, attention: str, muon: bool = False, dropout: bool = False) -> dict[str, Any]:
         """Return the job of `gemmule bench train` for one kernel and optimizer."""

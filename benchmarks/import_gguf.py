@@ -9,13 +9,13 @@ seconds, the ratio and the peak resident memory.
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
+
+from gemmule.bench.rounds import machine
 
 SIDES = {
     "gemmule": """
@@ -74,8 +74,7 @@ def main() -> None:
         "transformers_over_gemmule": seconds["transformers"] / seconds["gemmule"],
         "peak_gib": {side: max(round_[side]["peak_bytes"] for round_ in rounds) / 2**30 for side in SIDES},
         "rounds": options.rounds,
-        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
-        "versions": {name: version(name) for name in ("gemmule", "torch", "transformers", "tokenizers", "gguf")},
+        "machine": machine("transformers", "tokenizers", "gguf"),
     }
     print(json.dumps(result, indent=2))
 

@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+from gemmule.bench.rounds import machine
 
 RECIPE = """
 [data]
@@ -99,8 +100,8 @@ def main() -> None:
             prepare_and_train(Path(folder) / str(size), size, options.vocab_size, options.steps)
             for size in sorted({1, options.megabytes})
         ]
-    machine = {"platform": platform.platform(), "python": platform.python_version(), "torch": version("torch")}
-    print(json.dumps({"runs": runs, "vocab_size": options.vocab_size, "steps": options.steps} | machine, indent=2))
+    settings = {"vocab_size": options.vocab_size, "steps": options.steps}
+    print(json.dumps({"runs": runs, **settings, "machine": machine()}, indent=2))
 
 
 if __name__ == "__main__":

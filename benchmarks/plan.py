@@ -11,14 +11,13 @@ benchmarks/results/plan.json with the machine and versions.
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from gemmule.bench.rounds import machine
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,25 +93,6 @@ def run(case: Case, data: Path, out: Path, device: str) -> dict[str, Any]:
     return {"case": case.name, "changes": list(case.cpu)} | {
         key: found[key] for key in ("predicted", "measured", "off")
     }
-
-
-def machine() -> dict[str, Any]:
-    """Describe the machine and the versions."""
-    import torch
-
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": cpu, "cores": os.cpu_count(), "gpu": gpu, "platform": platform.platform(),
-        "python": platform.python_version(), "torch": version("torch"),
-    }  # fmt: skip
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def test_sides_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_machine_tells_what_figures_depend_on() -> None:
-    assert set(machine()) == {"cpu", "cores", "platform", "python", "versions"}
+    assert set(machine()) == {"cpu", "cores", "gpu", "platform", "python", "versions"}
     assert machine()["versions"]["torch"]
 
 

@@ -58,8 +58,10 @@ def peak(answers: list[dict[str, Any]]) -> int | None:
     return max((answer["peak_memory"] for answer in answers if answer["peak_memory"] is not None), default=None)
 
 
-def machine() -> dict[str, Any]:
-    """Describe the machine and our own versions."""
+def machine(*libraries: str) -> dict[str, Any]:
+    """Describe the machine, and the versions of Gemmule, torch and other libraries that are installed."""
+    import torch  # by a parent that only waits, not before
+
     cpu = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.exists():
@@ -68,9 +70,10 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: found for name in ("gemmule", "torch") if (found := _version(name))},
+        "versions": {name: found for name in ("gemmule", "torch", *libraries) if (found := _version(name))},
     }
 
 
