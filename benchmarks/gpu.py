@@ -4,8 +4,9 @@
 
 In this order: what the device can do at most; every kernel of attention against the reference; losses and gradients of
 the seed's shape against fp32 and the CPU; training steps of that shape (64 x 256 tokens), with each kernel and
-optimizer; the same beside transformers; a profile of a step; decoding, one row and many. A part that fails or for which
-no time is left says so, and the others go on. The JSON is written anew after each part; a table is printed at the end.
+optimizer; recorded steps against launched ones; decoding, one row and many; a profile of a step; transformers beside.
+A part that fails or for which no time is left says so, and the others go on. The JSON is written anew after each part;
+a table is printed at the end.
 `--device cpu --tiny` tries the program itself where there is no GPU.
 """
 # ruff: noqa: E402 - the process is prepared before torch is loaded

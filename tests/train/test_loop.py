@@ -18,6 +18,7 @@ from gemmule.train.checkpoint import Position
 from gemmule.train.loop import Hooks, TrainSettings, accumulate_gradients, check_first_step, train
 from gemmule.train.optim import OptimizerSettings, Updater
 from gemmule.train.parallel import alone
+from gemmule.train.recorder import Learn, Recorder
 from gemmule.train.schedule import ScheduleSettings, learning_rate_factor
 from gemmule.train.validation import Score
 from tiny import lively_model, some_tokens, tiny_config
@@ -53,6 +54,25 @@ def test_micro_batches_of_any_size_make_the_gradient_of_the_mean_over_all_target
     wanted = gradients_of(whole)
     for name, gradient in gradients_of(model).items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("rows_at_once", "handed"), [(None, 1), (6, 1), (3, 0)])
+def test_a_step_of_one_micro_batch_is_handed_to_the_recorder(rows_at_once: int | None, handed: int) -> None:
+    class Spy(Recorder):
+        seen = 0
+
+        def learn(self, learn: Learn, batch: Batch, trained: Tensor) -> Tensor:
+            self.seen += 1
+            return learn(batch, trained)
+
+    batch, model, settings = uneven_batch(), lively_model(tiny_config()), TrainSettings(steps=1, batch_size=6)
+    wanted = accumulate_gradients(alone(model), batch, batch.trained, 0, settings, "fp32").item()
+    settings, recorder = settings.replace(micro_batch_size=rows_at_once), Spy(model)
+    found = accumulate_gradients(
+        alone(model)._replace(recorder=recorder), batch, batch.trained, 0, settings, "fp32"
+    ).item()
+    assert recorder.seen == handed
+    assert found == pytest.approx(wanted, rel=1e-6)
 
 
 def untrained_model(**changes: Any) -> Gemma3:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -174,13 +175,12 @@ def accumulate_gradients(
     total, divisor = torch.zeros((), device=device), torch.full((), float(trained), device=device)
     size = min(settings.micro_batch_size or len(batch.tokens), len(batch.tokens))
     parts = list(batch.split(size))
+    recorder = parallel.recorder if len(parts) == 1 else None
+    run = learn if recorder is None else partial(recorder.learn, learn)
     for number, part in enumerate(parts):
         seed_everything(settings.seed, "rows", first_row + number * size)
         with parallel.micro_batch(number == len(parts) - 1):
-            if parallel.recorder is not None and len(parts) == 1:
-                total += parallel.recorder.learn(learn, part.to(device), divisor)
-            else:
-                total += learn(part.to(device), divisor)
+            total += run(part.to(device), divisor)
     return total
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class Recorder:
 
     def learn(self, learn: Learn, batch: Batch, trained: Tensor) -> Tensor:
         """Do what `learn(batch, trained)` does."""
-        given = [part for part in (*batch, trained) if part is not None]
+        given = _tensors(batch, trained)
         if self._recording is None and self._works and self._launched >= WARM:
             self._recording = self._record(learn, batch, trained)
         recording = self._recording
@@ -51,12 +52,11 @@ class Recorder:
         return recording.loss
 
     def _record(self, learn: Learn, batch: Batch, trained: Tensor) -> _Recording | None:
-        places = [None if part is None else part.clone() for part in (*batch, trained)]
-        *copy, divisor = places
+        place, divisor = deepcopy((batch, trained))
         graph, parameters = torch.cuda.CUDAGraph(), list(self._model.parameters())
         try:
             with torch.cuda.graph(graph):  # nothing runs in here
-                loss = learn(Batch(*copy), divisor)  # type: ignore[arg-type]
+                loss = learn(place, divisor)
         except RuntimeError as error:
             self._works = False
             for parameter in parameters:
@@ -64,4 +64,8 @@ class Recorder:
             warnings.warn(f"steps are launched kernel by kernel, for none can be recorded: {error}", stacklevel=2)
             return None
         gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
-        return _Recording(graph, [place for place in places if place is not None], loss, gradients)
+        return _Recording(graph, _tensors(place, divisor), loss, gradients)
+
+
+def _tensors(batch: Batch, trained: Tensor) -> list[Tensor]:
+    return [part for part in (*batch, trained) if part is not None]

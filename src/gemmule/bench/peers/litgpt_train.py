@@ -49,8 +49,6 @@ def make(job: dict[str, Any]) -> tuple[Optional[Callable[[], float]], dict[str, 
         torch.nn.utils.clip_grad_norm_(parameters, rates["clip"])
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
         return total
 
     return step, {
