@@ -232,7 +232,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_bytes().decode()
     except FileNotFoundError:
         raise TokenizerError(f"tokenizer {file}: no such file") from None
     except UnicodeDecodeError as error:

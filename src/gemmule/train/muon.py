@@ -10,32 +10,32 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-# Of a polynomial that pulls singular values from (0, 1] to about 1 in five applications; Jordan's.
+# Of a polynomial a x + b x^3 + c x^5 that pulls singular values from (0, 1] to about 1 in five applications; Jordan's.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 # Elements that are stacked at once: larger matrices gain nothing from company, and copies of all would take memory.
 _STACKED = 2**24
 
 
-def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Return U V^T, roughly, for each U S V^T of matrices (number, rows, columns), by Newton-Schulz iteration in dtype.
-
-    A number format as coarse as bf16 is enough for learning, but makes of rounding in the gradients something larger.
-    """
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Return U V^T, roughly, for each U S V^T of matrices (number, rows, columns), by Newton-Schulz iteration."""
     wide = matrices.shape[1] <= matrices.shape[2]
-    x = (matrices if wide else matrices.mT).to(dtype)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(_ITERATIONS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
-    return x if wide else x.mT
+        gram = x @ x.mT if wide else x.mT @ x
+        # A + B gram + C gram^2, on the short side, so that the long one is passed over twice and not three times.
+        factor = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+        factor.diagonal(dim1=1, dim2=2).add_(_A)
+        x = factor @ x if wide else x @ factor
+    return x
 
 
 class Muon(Optimizer):
     """Move matrices along their Nesterov momentum with all singular values set to about 1.
 
     The step is scaled to the size that AdamW's would have (arXiv 2502.16982), so rates and decay carry over.
-    `make` is `orthogonal`, or does the same for stacks of which this process has a share.
+    `make` is `orthogonal`, or does the same for stacks of which this process has a share. It computes in `dtype`: bf16
+    is enough for learning, but makes of rounding in the gradients something larger.
     """
 
     def __init__(
@@ -44,10 +44,11 @@ class Muon(Optimizer):
         lr: float,
         weight_decay: float,
         momentum: float,
+        dtype: torch.dtype = torch.bfloat16,
         make: Callable[[Tensor], Tensor] = orthogonal,
     ) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self._make = make
+        self._dtype, self._make = dtype, make
 
     @torch.no_grad()
     def step(self, closure: object = None) -> None:  # type: ignore[override]
@@ -64,7 +65,8 @@ class Muon(Optimizer):
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        steps = self._make(torch.stack(torch._foreach_lerp(gradients, buffers, momentum)))
+        ahead = torch._foreach_lerp(gradients, buffers, momentum)
+        steps = self._make(torch.stack([direction.to(self._dtype) for direction in ahead]))
         size = 0.2 * max(steps.shape[1:]) ** 0.5
         torch._foreach_mul_(matrices, 1 - rate * decay)
         torch._foreach_add_(matrices, list(steps), alpha=-rate * size)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -60,8 +59,10 @@ def adamw(parameters: Named, settings: OptimizerSettings, _precision: Arithmetic
 def muon(parameters: Named, settings: OptimizerSettings, precision: Arithmetic) -> list[Optimizer]:
     """Muon for the blocks' matrices, AdamW for the rest (Jordan et al. 2024; update size as in arXiv 2502.16982)."""
     matrices, others = _split(parameters)
-    make = apart(partial(orthogonal, dtype=torch.float32 if precision == "fp32" else torch.bfloat16))
-    mover = Muon(matrices, settings.learning_rate, settings.weight_decay, settings.momentum, make)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    mover = Muon(
+        matrices, settings.learning_rate, settings.weight_decay, settings.momentum, dtype, make=apart(orthogonal)
+    )
     groups = [{"params": others, "weight_decay": 0.0}]
     return [mover, _adamw(groups, settings.adamw_learning_rate, settings)]
 
