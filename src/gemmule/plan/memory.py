@@ -7,7 +7,6 @@ remembers and works with) and, on a CPU, the copies for a checkpoint.
 import resource
 import sys
 from collections import Counter
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
 from gemmule.plan.trace import Operation, Recorder, Trace, peak
-from gemmule.train.muon import Muon, orthogonal, stacks
+from gemmule.train.muon import Muon, stacks
 from gemmule.train.optim import OptimizerSettings
 
 FP32, BF16 = 4, 2
@@ -113,7 +112,7 @@ def _trace_muon(config: Gemma3Config, dtype: torch.dtype) -> list[tuple[int, lis
         stack = next(iter(stacks(matrices)))
         for matrix in stack:
             matrix.grad = torch.empty_like(matrix)
-        muon = Muon(stack, 1.0, 0.0, 0.9, partial(orthogonal, dtype=dtype))
+        muon = Muon(stack, 1.0, 0.0, 0.9, dtype)
         muon.step()  # remembers its first momentum
         recorder = Recorder()
         recorder.mark("embedding", False)
