@@ -52,6 +52,17 @@ def test_a_matrix_without_gradient_stays() -> None:
     assert moved == [False, True, True, True, True, True]
 
 
+def test_orthogonal_keeps_directions_and_evens_lengths() -> None:
+    wide = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(0))
+    for given in (wide, wide.mT.contiguous()):
+        u, _, v = torch.linalg.svd(given, full_matrices=False)
+        found = u.mT @ orthogonal(given.bfloat16()).float() @ v.mT
+        lengths = found.diagonal(dim1=1, dim2=2)
+        assert lengths.min() > 0.6
+        assert lengths.max() < 1.3
+        assert (found - torch.diag_embed(lengths)).abs().max() < 0.05, "nothing turns"
+
+
 def pulled(lengths: torch.Tensor) -> torch.Tensor:
     for _ in range(5):
         lengths = 3.4445 * lengths - 4.7750 * lengths**3 + 2.0315 * lengths**5
@@ -84,4 +95,5 @@ def test_rounding_in_bf16_lets_nothing_grow(rank: int, others: float) -> None:
 
 
 def test_nothing_to_learn_moves_nothing() -> None:
-    assert torch.equal(orthogonal(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
+    nothing = torch.zeros(2, 3, 4, dtype=torch.bfloat16)
+    assert torch.equal(orthogonal(nothing), nothing)
