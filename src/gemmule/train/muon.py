@@ -23,10 +23,8 @@ def orthogonal(matrices: Tensor) -> Tensor:
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(_ITERATIONS):
         gram = x @ x.mT if wide else x.mT @ x
-        # A + B gram + C gram^2, on the short side, so that the long one is passed over twice and not three times.
         factor = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
-        factor.diagonal(dim1=1, dim2=2).add_(_A)
-        x = factor @ x if wide else x @ factor
+        x = torch.baddbmm(x, *((factor, x) if wide else (x, factor)), beta=_A)
     return x
 
 
