@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -75,6 +77,45 @@ def test_workers_end_when_they_are_no_longer_wanted(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         local(partial(mark_and_wait, folder=tmp_path), range(4), 2, interrupt)
     assert not any(Path(f"/proc/{file.name}").exists() for file in tmp_path.iterdir())
+
+
+# Ctrl-C comes just when the wait for the second result has closed a lock that the pool needs too.
+AT_THE_WORST_MOMENT = """
+import os, signal, threading, time
+from gemmule.data.engines import local
+
+enter, armed = threading.Condition.__enter__, False
+
+def strike(condition):
+    entered = enter(condition)
+    if armed and threading.current_thread() is threading.main_thread():
+        os.kill(os.getpid(), signal.SIGINT)
+    return entered
+
+def arm(_):
+    global armed
+    armed = True
+
+threading.Condition.__enter__ = strike
+local(time.sleep, [0.0] + [0.1] * 30, 2, arm)
+"""
+
+
+def test_ctrl_c_ends_the_work_whenever_it_comes() -> None:
+    process = subprocess.run([sys.executable, "-c", AT_THE_WORST_MOMENT], stderr=subprocess.PIPE, timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert process.stderr.rstrip().endswith(b"KeyboardInterrupt")
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_ctrl_c_is_left_to_whom_it_belonged(ignored: bool) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    try:
+        chosen = signal.getsignal(signal.SIGINT)
+        local(square, range(2), 2, lambda _: os.kill(os.getpid(), signal.SIGINT) if ignored else None)
+        assert signal.getsignal(signal.SIGINT) is chosen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_there_is_a_core() -> None:

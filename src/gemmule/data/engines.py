@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 from gemmule.errors import DeviceError, GemmuleError, MissingExtra
@@ -40,7 +41,10 @@ def local(function: Callable[[T], R], items: Sequence[T], workers: int, told: Ca
     context = multiprocessing.get_context("spawn")  # a copy of a process with threads, which fork makes, may hang
     watched, alive = context.Pipe(duplex=False)
     try:
-        with ProcessPoolExecutor(min(workers, len(items)), context, _begin, (watched,)) as pool:
+        with (
+            _at_ctrl_c(alive.close),
+            ProcessPoolExecutor(min(workers, len(items)), context, _begin, (watched,)) as pool,
+        ):
             try:
                 with _deaf_to_ctrl_c():
                     # Not `pool.map`, which cancels what is left over; Python 3.11 then trips over it.
@@ -61,8 +65,33 @@ def local(function: Callable[[T], R], items: Sequence[T], workers: int, told: Ca
 
 
 @contextmanager
+def _at_ctrl_c(act: Callable[[], None]) -> Iterator[None]:
+    """Act at Ctrl-C at once, and raise KeyboardInterrupt only at the block's end.
+
+    Raised amid the pool's own work, it can leave a lock closed that another thread then waits for without end.
+    """
+    heard = False
+
+    def hear(_number: int, _frame: FrameType | None) -> None:
+        nonlocal heard
+        heard = True
+        act()
+
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield  # where Ctrl-C raises nothing
+        return
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if heard:
+            raise KeyboardInterrupt
+
+
+@contextmanager
 def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Hold Ctrl-C back; a process that starts meanwhile never hears it, as its parent ends it."""
+    """Start processes that never hear Ctrl-C, as their parent ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
