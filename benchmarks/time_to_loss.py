@@ -7,7 +7,8 @@ First their steps are timed in turns, so that what slows the machine slows both.
 (Gemma3ForCausalLM, compiled, AdamW, bf16, warm-up and a cosine to a tenth) gets the steps of ten minutes, once for each
 rate of --rates, and Gemmule (`gemmule train` with the settings of tinystories-cpu.toml) those of each share of the same
 ten minutes. Compiling and saving do not count on either side. `gemmule evaluate` judges all of them on all of the
-validation text. Prints a table, and writes it as JSON. Forty-five minutes.
+validation text. Prints a table, and writes it as JSON. Forty-five minutes; ten of them where only our settings changed,
+and --earlier names the result that has transformers' part.
 """
 
 import argparse
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.225, 0.25], help="of them, for us")
     parser.add_argument("--batch", type=int, default=32, help="rows of 256 tokens a step")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one of our settings")
+    parser.add_argument("--earlier", type=Path, help="a result of this machine: its pace and transformers' runs count")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/time_to_loss.json")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -138,7 +140,11 @@ def main() -> None:
     if not options.train or not options.validation:
         parser.error("--train and --validation are needed")
     validation, seconds = options.validation.resolve(), 60 * options.minutes
-    pace = paces(options.batch)
+    earlier = json.loads(options.earlier.read_text(encoding="utf-8")) if options.earlier else {"runs": []}
+    if options.earlier and earlier["minutes"] != options.minutes:
+        parser.error(f"{options.earlier}: is of {earlier['minutes']} minutes, not {options.minutes}")
+    pace = earlier["pace"] if options.earlier else paces(options.batch)
+    peers = [run for run in earlier["runs"] if run["side"] == "transformers"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = folder / "data"
@@ -149,11 +155,12 @@ def main() -> None:
             steps = int(share * seconds / pace["gemmule"])
             run = ours(data, steps, options.batch, options.set, folder / f"ours-{share}", validation)
             runs.append(run | {"share": share})
-        for rate in options.rates:
+        for rate in sorted({*options.rates} - {run["rate"] for run in peers}):
             job = {"rate": rate, "steps": int(seconds / pace["transformers"]), "batch": options.batch, "context": 256}
-            runs.append(peer(job | {"data": str(data), "out": str(folder / f"peer-{rate}")}, validation))
-    best = min(run["bits_per_byte"] for run in runs if run["side"] == "transformers")
-    enough = [run["share"] for run in runs if run["side"] == "gemmule" and run["bits_per_byte"] <= best]
+            peers.append(peer(job | {"data": str(data), "out": str(folder / f"peer-{rate}")}, validation))
+    best = min(run["bits_per_byte"] for run in peers)
+    enough = [run["share"] for run in runs if run["bits_per_byte"] <= best]
+    runs += peers
     found = {
         "benchmark": "time_to_loss", "machine": pace["found"]["machine"], "minutes": options.minutes,
         "changes": options.set, "pace": pace, "runs": runs, "best_of_transformers": best,
