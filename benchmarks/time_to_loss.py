@@ -140,11 +140,13 @@ def main() -> None:
     if not options.train or not options.validation:
         parser.error("--train and --validation are needed")
     validation, seconds = options.validation.resolve(), 60 * options.minutes
-    earlier = json.loads(options.earlier.read_text(encoding="utf-8")) if options.earlier else {"runs": []}
-    if options.earlier and earlier["minutes"] != options.minutes:
-        parser.error(f"{options.earlier}: is of {earlier['minutes']} minutes, not {options.minutes}")
-    pace = earlier["pace"] if options.earlier else paces(options.batch)
-    peers = [run for run in earlier["runs"] if run["side"] == "transformers"]
+    if options.earlier:
+        earlier = json.loads(options.earlier.read_text(encoding="utf-8"))
+        if earlier["minutes"] != options.minutes or earlier["pace"]["found"]["settings"]["batch"] != options.batch:
+            parser.error(f"{options.earlier}: was made with other --minutes or another --batch")
+    else:
+        earlier = {"pace": paces(options.batch), "runs": []}
+    pace, peers = earlier["pace"], [run for run in earlier["runs"] if run["side"] == "transformers"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = folder / "data"
