@@ -20,9 +20,10 @@ from gemmule.train.optim import OptimizerSettings
 FP32, BF16 = 4, 2
 # What a process of a CUDA device holds beside its tensors: the context, the libraries' workspaces.
 CUDA_CONTEXT = 0.6e9
-# What torch's caching allocator, or glibc's, holds in pieces that fit nothing, as a share of what comes and goes.
-FRAGMENTS = 0.10
-_LASTING = ("weights", "gradients", "optimizer")
+# What an allocator holds in pieces that fit nothing, as a share of what comes and goes: torch's caching one (assumed),
+# and glibc's heap, which keeps all that is freed (cli/main.py), as benchmarks/plan.py found.
+FRAGMENTS, HOLES = 0.10, 0.43
+_LASTING = ("weights", "gradients", "optimizer", "copies for the checkpoint")
 # Bytes by which a run's process grows beside its tensors, as benchmarks/plan.py found on one machine: what is loaded on
 # the way (curves, kernels and their buffers, this plan), and the compiler.
 GROWTH, COMPILER = 160e6, 20e6
@@ -178,9 +179,8 @@ def fullest_moment(
     if device == "cpu":
         # A checkpoint is copied before it is written, and once more on its way to the file.
         moments["a checkpoint"] = always | {"copies for the checkpoint": 2 * (weights + state)}
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
-    classes = {label: size for label, size in moments[moment].items() if size >= 1}
-    return Memory(moment, classes | _around(classes, device, compiled, process))
+    whole = (Memory(name, _in_process(tensors, device, compiled, process)) for name, tensors in moments.items())
+    return max(whole, key=lambda memory: memory.total)
 
 
 def _gathered(config: Gemma3Config, count: Count, precision: Literal["bf16", "fp32"]) -> float:
@@ -193,15 +193,16 @@ def _gathered(config: Gemma3Config, count: Count, precision: Literal["bf16", "fp
     return width * (count.embedding + count.head) + block * (2 * width + width + FP32)
 
 
-def _around(
-    classes: dict[str, float], device: Literal["cpu", "gpu", "apple"], compiled: bool, process: float
+def _in_process(
+    tensors: dict[str, float], device: Literal["cpu", "gpu", "apple"], compiled: bool, process: float
 ) -> dict[str, float]:
     """Add what a process holds beside its tensors."""
+    classes = {label: size for label, size in tensors.items() if size >= 1}
     passing = sum(size for label, size in classes.items() if label not in _LASTING)
-    beside = {"allocator's fragments": FRAGMENTS * passing}
+    beside = {"allocator's fragments": (HOLES if device == "cpu" else FRAGMENTS) * passing}
     if device == "gpu":
-        return beside | {"CUDA context": CUDA_CONTEXT}
-    return beside | {"Python and libraries": process + GROWTH + COMPILER * compiled}
+        return classes | beside | {"CUDA context": CUDA_CONTEXT}
+    return classes | beside | {"Python and libraries": process + GROWTH + COMPILER * compiled}
 
 
 def process_bytes() -> float:

@@ -188,8 +188,10 @@ class Planner:
     def shape(self, rows: int) -> Shape:
         """Describe a micro-batch of so many rows."""
         settings, recipe = self.recipe.train, self.recipe
-        # A run's own plan knows what "auto" became; what only a GPU can run is planned as what it replaces.
-        kernel = "sdpa" if settings.attention in (AUTO, "flex") else settings.attention
+        # A run's own plan knows what "auto" became, which on a CPU is "folded" as a rule; what only a GPU can run is
+        # planned as what it replaces.
+        likely = {AUTO: "folded" if self.device.name == "cpu" else "sdpa", "flex": "sdpa"}
+        kernel = likely.get(settings.attention, settings.attention)
         return Shape(
             model=recipe.model,
             rows=rows,
