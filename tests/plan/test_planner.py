@@ -92,6 +92,16 @@ def test_apples_devices_keep_the_table_of_attention() -> None:
     assert kept["m4"] > 2 * kept["t4"]
 
 
+def test_the_fastest_attention_of_a_cpu_is_planned_as_folded() -> None:
+    kept = {
+        kernel: Planner(recipe(train={"context": 512, "attention": kernel}, model={"sliding_window": 64}), "cpu")
+        .memory(8)
+        .classes["activations"]
+        for kernel in ("auto", "folded", "sdpa")
+    }
+    assert kept["auto"] == kept["folded"] > kept["sdpa"]
+
+
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"train.batch_size = 16: must be a multiple of 5 GPUs, such as 15"):
         Planner(recipe(), "h100", gpus=5)

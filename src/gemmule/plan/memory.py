@@ -23,7 +23,8 @@ CUDA_CONTEXT = 0.6e9
 # What an allocator holds in pieces that fit nothing, as a share of what comes and goes: torch's caching one (assumed),
 # and glibc's heap, which keeps all that is freed (cli/main.py), as benchmarks/plan.py found.
 FRAGMENTS, HOLES = 0.10, 0.43
-_LASTING = ("weights", "gradients", "optimizer", "copies for the checkpoint")
+# What leaves none: it stays where it is, or is one large piece at a time.
+_SOLID = ("weights", "gradients", "optimizer", "copies for the checkpoint")
 # Bytes by which a run's process grows beside its tensors, as benchmarks/plan.py found on one machine: what is loaded on
 # the way (curves, kernels and their buffers, this plan), and the compiler.
 GROWTH, COMPILER = 160e6, 20e6
@@ -179,8 +180,8 @@ def fullest_moment(
     if device == "cpu":
         # A checkpoint is copied before it is written, and once more on its way to the file.
         moments["a checkpoint"] = always | {"copies for the checkpoint": 2 * (weights + state)}
-    whole = (Memory(name, _in_process(tensors, device, compiled, process)) for name, tensors in moments.items())
-    return max(whole, key=lambda memory: memory.total)
+    full = (Memory(name, _in_process(tensors, device, compiled, process)) for name, tensors in moments.items())
+    return max(full, key=lambda memory: memory.total)
 
 
 def _gathered(config: Gemma3Config, count: Count, precision: Literal["bf16", "fp32"]) -> float:
@@ -198,7 +199,7 @@ def _in_process(
 ) -> dict[str, float]:
     """Add what a process holds beside its tensors."""
     classes = {label: size for label, size in tensors.items() if size >= 1}
-    passing = sum(size for label, size in classes.items() if label not in _LASTING)
+    passing = sum(size for label, size in classes.items() if label not in _SOLID)
     beside = {"allocator's fragments": (HOLES if device == "cpu" else FRAGMENTS) * passing}
     if device == "gpu":
         return classes | beside | {"CUDA context": CUDA_CONTEXT}
