@@ -42,9 +42,9 @@ CASES = (
     Case("story", "story", (), 40),
     Case("story, not compiled", "story", ("train.compile=false",), 40),
     Case("tinystories-cpu", "tinystories-cpu", (), 25),
-    Case("tinystories-90m, batch 8", "tinystories-90m", MANY_IDS, 4),
-    Case("six layers of width 256, batch 32", "tinystories-cpu", WIDE, 8),
-    Case("the same, blocks computed again", "tinystories-cpu", (*WIDE, "parallel.activation_checkpointing=full"), 8),
+    Case("tinystories-90m, batch 8", "tinystories-90m", MANY_IDS, 10),
+    Case("six layers of width 256, batch 32", "tinystories-cpu", WIDE, 12),
+    Case("the same, blocks computed again", "tinystories-cpu", (*WIDE, "parallel.activation_checkpointing=full"), 12),
 )
 
 

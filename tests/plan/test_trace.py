@@ -147,6 +147,36 @@ def test_compiled_blocks_store_what_products_use_and_move_less() -> None:
             assert all(compiled.buffers[number].size for number in (*before.reads, *before.writes))
 
 
+def test_a_compiled_loss_holds_no_logits_in_fp32_and_keeps_what_it_hands_on() -> None:
+    eager = trace(tiny_shape(precision="bf16"))
+    compiled = fuse(eager)
+    logits = {
+        (operation.name, operation.call[0].shape): operation.writes[0]
+        for segment in eager.segments
+        if segment.part == "loss" and segment.forward
+        for operation in eager.operations[segment.start : segment.stop]
+        if operation.writes and operation.call
+    }
+    shape = (ROWS * LENGTH, tiny_config().vocab_size)
+    assert eager.buffers[logits["exp_", shape]].size == 4 * shape[0] * shape[1]
+    assert compiled.buffers[logits["exp_", shape]].size == 0
+    back = next(segment for segment in eager.segments if segment.part == "loss" and not segment.forward)
+    for place in range(back.start, back.stop):  # is not compiled
+        assert compiled.operations[place] == eager.operations[place]
+        assert all(compiled.buffers[number].size for number in eager.operations[place].writes)
+
+
+def test_how_operands_lie_in_memory_is_that_of_the_real_products() -> None:
+    products = [operation for operation in trace(tiny_shape()).operations if operation.name == "mm"]
+    tokens = ROWS * LENGTH
+    # There a weight (out, in) is used turned, back as it lies; its gradient turns the gradient of what it made.
+    of_weights = [product.call for product in products if product.call[0].shape[1] == tokens]
+    assert of_weights
+    assert all(left.transposed and not right.transposed for left, right in of_weights)
+    there = next(call for call in (product.call for product in products) if call[0].shape[0] == tokens)
+    assert (there[0].transposed, there[1].transposed) == (False, True)
+
+
 def test_rows_beside_gradients_of_an_earlier_micro_batch_make_none_anew() -> None:
     assert "gradients" in left_at_the_end(trace(tiny_shape()))
     assert "gradients" not in left_at_the_end(trace(tiny_shape(accumulating=True)))

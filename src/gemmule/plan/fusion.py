@@ -2,7 +2,8 @@
 
 Inductor fuses element-wise operations and reductions into one loop over memory, and its partitioner computes them again
 on the way back instead of keeping them. So of a block the inputs and outputs of products (matrices and attention) and
-what leaves the block stay in memory; everything else lasts as long as a register.
+what leaves the block stay in memory; everything else lasts as long as a register. The loss's chunks are the same, but
+for what they hand on to the way back, which is not compiled.
 """
 
 from dataclasses import replace
@@ -23,7 +24,7 @@ def is_product(name: str) -> bool:
 
 
 def fuse(trace: Trace) -> Trace:
-    """Return the trace with each block compiled; embedding and loss stay as they are."""
+    """Return the trace with each block and the loss compiled; embedding and final norm stay as they are."""
     buffers = [replace(buffer) for buffer in trace.buffers]
     stored = _stored(trace)
     # What a fused value would have to be computed from again.
@@ -31,8 +32,8 @@ def fuse(trace: Trace) -> Trace:
     operations: list[Operation] = []
     for place, operation in enumerate(trace.operations):
         here = trace.segment_of(place)
-        inside = here is not None and here.part in ("local", "global")
-        if not inside or is_product(operation.name):
+        alone = sources.keys().isdisjoint(operation.reads) and stored.issuperset(operation.writes)
+        if here is None or not _compiled(here) or is_product(operation.name) or alone:
             operations.append(operation)
             continue
         origins = frozenset().union(*(sources.get(number, {number}) for number in operation.reads))
@@ -49,6 +50,11 @@ def fuse(trace: Trace) -> Trace:
     return trace._replace(operations=operations, buffers=buffers)
 
 
+def _compiled(segment: Segment) -> bool:
+    """Whether a part of the step is compiled in this direction."""
+    return segment.part in ("local", "global") or (segment.part == "loss" and segment.forward)
+
+
 def _outlive(buffers: list[Buffer], number: int, origins: frozenset[int]) -> None:
     """Keep the origins of a fused value as long as the value itself would have lasted."""
     freed = buffers[number].freed
@@ -59,13 +65,13 @@ def _outlive(buffers: list[Buffer], number: int, origins: frozenset[int]) -> Non
 
 
 def _stored(trace: Trace) -> set[int]:
-    """Find the buffers that exist: those of products, those made outside of blocks, those that leave their segment."""
+    """Find the buffers that exist: of products, made where nothing is compiled, or leaving their segment."""
     stored = {number for number, buffer in enumerate(trace.buffers) if buffer.label in ("given", "gradients")}
     born_in: dict[int, Segment] = {}
     for place, operation in enumerate(trace.operations):
         here = trace.segment_of(place)
         assert here is not None
-        if is_product(operation.name) or here.part not in ("local", "global"):
+        if is_product(operation.name) or not _compiled(here):
             stored.update(operation.reads, operation.writes)
         for number in operation.writes:
             born_in.setdefault(number, here)
@@ -77,4 +83,4 @@ def _crosses(made: Segment | None, used: Segment) -> bool:
     """Whether a value leaves the graph it was made in, other than from a block's way there to its way back."""
     if made is None or made is used:
         return False
-    return not (made.part == used.part and made.forward and not used.forward)
+    return made.part == "loss" or not (made.part == used.part and made.forward and not used.forward)

@@ -4,7 +4,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -13,14 +14,16 @@ from torch.nn import functional
 
 from gemmule.plan.devices import Device
 from gemmule.plan.fusion import is_attention, is_product
-from gemmule.plan.trace import Operation
+from gemmule.plan.trace import Operand, Operation
 
-# Larger dimensions are measured at this size, which is large enough to be as fast as any.
-_LARGEST = 1024
+# FLOPs of a product that is timed: of a larger one a part, in which its longest sides are halved.
+_ENOUGH = 2**33
 # Elements that no cache holds.
 _COLD = 2**24
 # Elements of a tensor that two threads share, small enough to take no time beside that of waking them.
 _SMALL = 2**16
+# Operations that compute an exponential for each element, which takes longer than to read and write it.
+_CURVES = frozenset({"exp_", "gelu", "gelu_backward", "_softmax"})
 
 
 def this_machine() -> Device:
@@ -42,6 +45,9 @@ class Probe:
         self._bandwidth = 8 * elements * len(ones) / seconds
         small = torch.ones(_SMALL)
         self._call = _time(lambda: small * 2.0)
+        cached = torch.ones(4 * _SMALL)
+        self._exponential = _time(cached.exp) / cached.numel()
+        self._forget = ones[0].mul_ if elements >= _COLD else torch.ones(_COLD).mul_
         self._known: dict[Any, float] = {}
 
     @property
@@ -51,7 +57,8 @@ class Probe:
         middle = statistics.median(rates) if rates else 0.0
         return [
             f"measured here: products at the model's shapes, {middle / 1e9:,.0f} GFLOP/s in the middle of them; memory "
-            f"{self._bandwidth / 1e9:.1f} GB/s; {self._call * 1e6:.0f} us to start anything; nothing else runs"
+            f"{self._bandwidth / 1e9:.1f} GB/s; {self._exponential * 1e9:.2f} ns an exponential; "
+            f"{self._call * 1e6:.0f} us to start anything; nothing else runs"
         ]
 
     def seconds(self, operations: Iterable[Operation]) -> float:
@@ -60,42 +67,58 @@ class Probe:
         for operation in operations:
             if is_product(operation.name):
                 total += operation.flops / self._rate(operation)
-            elif operation.bytes:
+                continue
+            if operation.bytes:
                 total += operation.bytes / self._bandwidth + self._call
+            if operation.name in _CURVES:
+                total += prod(operation.call[0].shape) * self._exponential
         return total
 
     def _rate(self, operation: Operation) -> float:
         key = (operation.name, operation.call)
         if key not in self._known:
-            self._known[key] = _attention_rate(operation) if is_attention(operation.name) else _product_rate(operation)
+            rate = _attention_rate if is_attention(operation.name) else _product_rate
+            self._known[key] = rate(operation, lambda: self._forget(1.0))
         return self._known[key]
 
 
-def _time(work: Callable[[], Any]) -> float:
+def _time(work: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
     """Return the lower quartile of a few times: what else the machine does makes work slower, never faster."""
     work()
     times: list[float] = []
-    while len(times) < 3 or (sum(times) < 0.01 and len(times) < 50):
+    while len(times) < 5 or (sum(times) < 0.02 and len(times) < 50):
+        before()
         began = time.perf_counter()
         work()
         times.append(time.perf_counter() - began)
     return statistics.quantiles(times, n=4)[0]
 
 
-def _product_rate(operation: Operation) -> float:
-    """Time a matrix product, its dimensions capped; FLOP/s."""
-    (left, dtype), (right, _) = operation.call[-2:]
-    one, other = (torch.ones([min(size, _LARGEST) for size in shape], dtype=dtype) for shape in (left, right))
-    flops: float = 2 * one.numel() * other.shape[-1]
-    return flops / _time(lambda: one @ other)
+def _product_rate(operation: Operation, forget: Callable[[], Any]) -> float:
+    """Time a matrix product, or a part of it, with operands that lie as its own do and in no cache; FLOP/s."""
+    left, right = operation.call[-2:]
+    *stack, rows, inner = left.shape
+    sides = [*stack, rows, inner, right.shape[-1]]
+    while 2 * prod(sides) > _ENOUGH:
+        sides[sides.index(max(sides))] //= 2
+    *stack, rows, inner, columns = sides
+    one, other = _like(left, [*stack, rows, inner]), _like(right, [*stack, inner, columns])
+    return 2 * prod(sides) / _time(lambda: one @ other, forget)
 
 
-def _attention_rate(operation: Operation) -> float:
+def _like(operand: Operand, shape: Sequence[int]) -> Tensor:
+    """Return a tensor of another shape that lies in memory as an operand does."""
+    if operand.transposed:
+        return torch.ones([*shape[:-2], shape[-1], shape[-2]], dtype=operand.dtype).mT
+    return torch.ones(shape, dtype=operand.dtype)
+
+
+def _attention_rate(operation: Operation, forget: Callable[[], Any]) -> float:
     """Time attention there or back, on two rows; FLOP/s."""
     backward = operation.name.endswith("backward")
     tensors = operation.call[1:] if backward else operation.call
-    (query, dtype), (key, _) = tensors[:2]
-    masks = [torch.ones((1, 1, *shape[2:]), dtype=torch.bool).tril() for shape, _ in tensors[3:] if shape[1:2] == (1,)]
+    (query, dtype, _), (key, *_) = tensors[:2]
+    masks = [torch.ones((1, 1, *shape[2:]), dtype=torch.bool).tril() for shape, *_ in tensors[3:] if shape[1:2] == (1,)]
     rows = min(2, query[0])
     q, k, v = (torch.ones((rows, *shape[1:]), dtype=dtype, requires_grad=True) for shape in (query, key, key))
     options = {"enable_gqa": True, "is_causal": not masks, "attn_mask": masks[0] if masks else None}
@@ -105,6 +128,6 @@ def _attention_rate(operation: Operation) -> float:
 
     flops: float = operation.flops * rows / query[0]
     if not backward:
-        return flops / _time(there)
+        return flops / _time(there, forget)
     out = there()
-    return flops / _time(lambda: torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True))
+    return flops / _time(lambda: torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True), forget)

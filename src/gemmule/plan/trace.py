@@ -45,11 +45,19 @@ class Shape(Settings):
     accumulating: bool
 
 
+class Operand(NamedTuple):
+    """A tensor that a kernel is given, as far as its time depends on it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transposed: bool  # whether its last two dimensions lie the other way round in memory
+
+
 class Operation(NamedTuple):
     """One call of a kernel."""
 
     name: str  # aten's, such as mm
-    call: tuple[Any, ...]  # shapes and dtypes of its tensors
+    call: tuple[Operand, ...]
     flops: int
     bytes: int  # read and written
     reads: tuple[int, ...]  # buffers, by number
@@ -188,7 +196,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = function._schema.name.removeprefix("aten::")
         if name == "_to_copy" and given[0].ndim == 2 and self.buffers[reads[0]].label == "given":
             self.buffers[writes[0]].label = "weights in bf16"  # autocast keeps them for the way back
-        call = tuple((tuple(tensor.shape), tensor.dtype) for tensor in given)
+        call = tuple(Operand(tuple(tensor.shape), tensor.dtype, _transposed(tensor)) for tensor in given)
         self.operations.append(Operation(name, call, _flops(function, args, kwargs, result), moved, reads, writes))
         return result
 
@@ -199,6 +207,10 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
+
+
+def _transposed(tensor: Tensor) -> bool:
+    return tensor.ndim >= 2 and tensor.stride(-2) < tensor.stride(-1)
 
 
 def _extent(tensor: Tensor) -> int:
