@@ -1,5 +1,6 @@
 import copy
 import mmap
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,41 @@ def test_weights_laid_out_are_the_same_and_lie_in_one_block(dtype: torch.dtype) 
         assert all(place % 64 == 0 for place in places)
         assert max(places) - min(places) < 2 * sum(weight.nbytes for weight in model.parameters())
         assert places == sorted(places)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="says how memory is mapped on Linux alone")
+@pytest.mark.parametrize("eight", [False, True])
+def test_weights_laid_out_lie_in_private_memory_that_asks_for_huge_pages(eight: bool) -> None:
+    model = lively_model(tiny_config())
+    model = lay_out(quantise(model) if eight else model)
+    held = model.embedding.weight.data
+    header, *about = next(mapping for mapping in mappings() if covers(mapping[0], held.data_ptr()))
+    assert header.split()[1] == "rw-p"  # what is shared gets huge pages only where the system was told so
+    assert "hg" in next(line for line in about if line.startswith("VmFlags:")).split()
+
+
+def mappings() -> list[list[str]]:
+    """Return the lines of each piece of this process's memory, its addresses first."""
+    found: list[list[str]] = []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.split()[0].endswith(":"):
+            found[-1].append(line)
+        else:
+            found.append([line])
+    return found
+
+
+def covers(header: str, address: int) -> bool:
+    first, last = (int(end, 16) for end in header.split()[0].split("-"))
+    return first <= address < last
+
+
+def test_eight_bits_laid_out_are_the_same() -> None:
+    model = quantise(lively_model(tiny_config()))
+    tokens = some_tokens(model.config)
+    before, at = model(tokens), model.embedding.weight.data.data_ptr()
+    assert torch.equal(lay_out(model)(tokens), before)
+    assert not hasattr(mmap, "MADV_HUGEPAGE") or model.embedding.weight.data.data_ptr() != at
 
 
 def test_laid_out_weights_can_be_trained_and_moved() -> None:
