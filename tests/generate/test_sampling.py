@@ -100,6 +100,14 @@ def test_the_likeliest_is_never_ruled_out(settings: SamplingSettings, seed: int)
     assert (chosen.gather(-1, order).diff() >= 0).all(), "a likelier token is never less likely to be drawn"
 
 
+@given(st.integers(0, 99), st.integers(1, 40), st.floats(0.01, 0.99))
+def test_top_p_of_few_words_is_top_p_of_all_where_the_others_are_ruled_out(seed: int, k: int, p: float) -> None:
+    logits = torch.randn(2, 30, generator=generator(seed)).double() * 3
+    few = RULES["top_k"](logits, SamplingSettings(top_k=k))
+    quick, slow = SamplingSettings(top_k=k, top_p=p), SamplingSettings(top_p=p)
+    assert torch.equal(RULES["top_p"](few, quick), RULES["top_p"](few, slow))
+
+
 def test_draws_follow_the_distribution() -> None:
     count = 20_000
     settings = SamplingSettings(temperature=0.5)

@@ -1,5 +1,6 @@
 """From logits to the next token: rules that each narrow the choice, then one draw."""
 
+import math
 from collections.abc import Callable
 from typing import Annotated
 
@@ -48,10 +49,11 @@ def top_p(logits: Tensor, settings: SamplingSettings) -> Tensor:
     """Rule out all but the smallest set of likeliest tokens that reaches probability p (arXiv 1904.09751)."""
     if settings.top_p == 1:
         return logits
-    ordered, indices = logits.sort(descending=True)
+    few = 0 < settings.top_k < logits.shape[-1]  # are left, and sorting all words takes a third as long as a token
+    ordered, indices = logits.topk(settings.top_k) if few else logits.sort(descending=True)
     probabilities = ordered.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
-    beyond = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, indices, before >= settings.top_p)
+    beyond = torch.ones_like(logits, dtype=torch.bool).scatter(-1, indices, before >= settings.top_p)
     return logits.masked_fill(beyond, NEVER)
 
 
@@ -59,9 +61,8 @@ def min_p(logits: Tensor, settings: SamplingSettings) -> Tensor:
     """Rule out tokens far less likely than the likeliest (arXiv 2407.01082)."""
     if settings.min_p == 0:
         return logits
-    probabilities = logits.softmax(dim=-1)
-    least = settings.min_p * probabilities.amax(dim=-1, keepdim=True)
-    return logits.masked_fill(probabilities < least, NEVER)
+    least = logits.amax(dim=-1, keepdim=True) + math.log(settings.min_p)
+    return logits.masked_fill(logits < least, NEVER)
 
 
 # In the order of application.
