@@ -27,7 +27,7 @@ def test_weights_laid_out_are_the_same_and_lie_in_one_block(dtype: torch.dtype) 
         assert places == sorted(places)
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="says how memory is mapped on Linux alone")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages")
 @pytest.mark.parametrize("eight", [False, True])
 def test_weights_laid_out_lie_in_private_memory_that_asks_for_huge_pages(eight: bool) -> None:
     model = lively_model(tiny_config())
@@ -52,6 +52,13 @@ def mappings() -> list[list[str]]:
 def covers(header: str, address: int) -> bool:
     first, last = (int(end, 16) for end in header.split()[0].split("-"))
     return first <= address < last
+
+
+def test_a_kernel_without_huge_pages_gets_the_block_in_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 10**6, raising=False)  # EINVAL, as there
+    model = lively_model(tiny_config())
+    before = model.embedding.weight.data_ptr()
+    assert lay_out(model).embedding.weight.data_ptr() != before
 
 
 def test_eight_bits_laid_out_are_the_same() -> None:

@@ -221,7 +221,7 @@ static void rotate(float *x, const float *cosines, const float *sines, int64_t h
 /* e to the x, of which a compiler can make vectors, unlike of the library's: 2^k times a polynomial of what is left. */
 static inline float exponential(float x) {
     x = x < -87 ? -87 : x > 88 ? 88 : x;
-    float k = rintf(x * 1.44269504f), r = x - k * 0.693359375f + k * 2.12194440e-4f;
+    float k = rintf(x * 1.44269504f), r = x - k * 0.693147181f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;

@@ -2,6 +2,7 @@
 
 import mmap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def lay_out(model: Gemma3) -> Gemma3:
         return model
     # Private, for what processes could share gets huge pages on few systems only.
     block = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel that was built without them
+        block.madvise(mmap.MADV_HUGEPAGE)
     at = 0
     for weight, size in zip(weights, sizes, strict=True):
         held = weight.data

@@ -47,7 +47,7 @@ class Probe:
         self._call = _time(lambda: small * 2.0)
         cached = torch.ones(4 * _SMALL)
         self._exponential = _time(cached.exp) / cached.numel()
-        self._forget = ones[0].mul_ if elements >= _COLD else torch.ones(_COLD).mul_
+        self._forget = torch.ones(_COLD).mul_
         self._known: dict[Any, float] = {}
 
     @property
