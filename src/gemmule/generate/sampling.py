@@ -49,7 +49,7 @@ def top_p(logits: Tensor, settings: SamplingSettings) -> Tensor:
     """Rule out all but the smallest set of likeliest tokens that reaches probability p (arXiv 1904.09751)."""
     if settings.top_p == 1:
         return logits
-    # Where top_k has left few words only these are sorted: sorting 262,144 takes a third as long as a token of the 270M.
+    # Where top_k left few words only these are sorted: to sort 262,144 takes a third as long as a token of the 270M.
     few = 0 < settings.top_k < logits.shape[-1]
     ordered, indices = logits.topk(settings.top_k) if few else logits.sort(descending=True)
     probabilities = ordered.softmax(dim=-1)
