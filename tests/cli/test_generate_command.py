@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -100,13 +101,48 @@ def test_an_empty_prompt_begins_a_text(tiny_run: Path) -> None:
     assert generate(tiny_run, "--prompt", "", "--max-new-tokens", 20, "--seed", 1) != "\n"
 
 
+def piped(command: list[str]) -> subprocess.Popen[str]:
+    """Start a command as users do, whose Python keeps what it prints until there is enough of it."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+LAST_WORDS = """
+import sys, typer
+from gemmule.cli.main import graceful
+app = typer.Typer()
+@app.command()
+@graceful
+def tell():
+    print("first", flush=True)
+    sys.stdin.read()  # until the reader has gone
+    print("last")
+app()
+"""
+
+
+def test_a_reader_that_leaves_before_the_last_words_is_no_failure() -> None:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", LAST_WORDS], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "first\n"
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
 def test_a_reader_that_has_seen_enough_is_no_failure(tiny_run: Path) -> None:
     command = [sys.executable, "-m", "gemmule", "generate", str(tiny_run), "--max-new-tokens", "2000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    assert process.stdout.read(9) == "Once upon"
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait() == 0
-    process.stderr.close()
+    with piped(command) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(9) == "Once upon"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0

@@ -6,6 +6,7 @@ import errno
 import functools
 import gc
 import os
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -65,12 +66,15 @@ def graceful(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*arguments: Any, **options: Any) -> None:
         try:
             command(*arguments, **options)
+            sys.stdout.flush()  # here, where it is no failure if nobody reads on
         except GemmuleError as error:
             _leave(str(error), error.exit_code)
         except KeyboardInterrupt:
             _leave("stopped", INTERRUPTED)
         except BrokenPipeError:
-            raise typer.Exit(0) from None  # the reader of our output has seen enough
+            # The reader of our output has seen enough; what is left of it would fail again when Python flushes it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
