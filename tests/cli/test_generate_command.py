@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -101,11 +102,20 @@ def test_an_empty_prompt_begins_a_text(tiny_run: Path) -> None:
     assert generate(tiny_run, "--prompt", "", "--max-new-tokens", 20, "--seed", 1) != "\n"
 
 
-def piped(command: list[str]) -> subprocess.Popen[str]:
+def piped(command: list[str], stdout: IO[str] | int = subprocess.PIPE) -> subprocess.Popen[str]:
     """Start a command as users do, whose Python keeps what it prints until there is enough of it."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+    return subprocess.Popen(command, stdin=pipe, stdout=stdout, stderr=pipe, text=True, env=environment)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_output_to_a_full_disk_ends_in_a_sentence(tiny_run: Path) -> None:
+    command = [sys.executable, "-m", "gemmule", "generate", str(tiny_run), "--max-new-tokens", "3"]
+    with Path("/dev/full").open("w") as full, piped(command, stdout=full) as process:
+        assert process.stderr is not None
+        assert process.stderr.read() == "gemmule: output: no space left on the device\n"
+    assert process.returncode == 2
 
 
 LAST_WORDS = """
@@ -123,10 +133,7 @@ app()
 
 
 def test_a_reader_that_leaves_before_the_last_words_is_no_failure() -> None:
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [sys.executable, "-c", LAST_WORDS], stdin=pipe, stdout=pipe, stderr=pipe, text=True
-    ) as process:
+    with piped([sys.executable, "-c", LAST_WORDS]) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None

@@ -66,21 +66,29 @@ def graceful(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*arguments: Any, **options: Any) -> None:
         try:
             command(*arguments, **options)
-            sys.stdout.flush()  # here, where it is no failure if nobody reads on
+            sys.stdout.flush()  # here, where a failure is told
         except GemmuleError as error:
             _leave(str(error), error.exit_code)
         except KeyboardInterrupt:
             _leave("stopped", INTERRUPTED)
         except BrokenPipeError:
-            # The reader of our output has seen enough; what is left of it would fail again when Python flushes it.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
+            _let_go_of_output()
+            raise typer.Exit(0) from None  # the reader of our output has seen enough
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
+            _let_go_of_output()
             _leave(f"{error.filename or 'output'}: no space left on the device", 2)
 
     return wrapped
+
+
+def _let_go_of_output() -> None:
+    """Write what is left of the output, or drop it: Python would try again at its end, and change the exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _leave(sentence: str, code: int) -> None:

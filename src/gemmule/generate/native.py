@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gemmule.generate.weights import Int8, int8_weights
+from gemmule.generate.weights import Int8, all_weights
 from gemmule.model.cache import Cache
 from gemmule.model.gemma3 import Block, Gemma3, RMSNorm
 
@@ -72,8 +72,7 @@ def reason_against(model: Gemma3, rows: int = 1) -> str | None:
         return f"{rows} rows, more than {MOST_ROWS}"
     if type(model) is not Gemma3 or "forward" in vars(model):
         return "the model's forward is not Gemma 3's own"
-    weights: list[tuple[str, Tensor | Int8]] = [*model.named_parameters(), *int8_weights(model)]
-    for name, weight in weights:
+    for name, weight in all_weights(model):
         held = weight.data
         if type(held) is not Tensor or held.device.type != "cpu" or held.dtype not in KINDS or not held.is_contiguous():
             return f"{name} is {held.dtype} on {held.device}, not fp32, bf16 or int8 in the CPU's memory"

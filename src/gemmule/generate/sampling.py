@@ -37,9 +37,14 @@ def temperature(logits: Tensor, settings: SamplingSettings) -> Tensor:
     return logits / settings.temperature
 
 
+def _few(logits: Tensor, settings: SamplingSettings) -> bool:
+    """Whether top_k leaves fewer words than there are."""
+    return 0 < settings.top_k < logits.shape[-1]
+
+
 def top_k(logits: Tensor, settings: SamplingSettings) -> Tensor:
     """Rule out all but the k likeliest tokens."""
-    if not 0 < settings.top_k < logits.shape[-1]:
+    if not _few(logits, settings):
         return logits
     smallest = logits.topk(settings.top_k).values[..., -1:]
     return logits.masked_fill(logits < smallest, NEVER)
@@ -50,8 +55,7 @@ def top_p(logits: Tensor, settings: SamplingSettings) -> Tensor:
     if settings.top_p == 1:
         return logits
     # Where top_k left few words only these are sorted: to sort 262,144 takes a third as long as a token of the 270M.
-    few = 0 < settings.top_k < logits.shape[-1]
-    ordered, indices = logits.topk(settings.top_k) if few else logits.sort(descending=True)
+    ordered, indices = logits.topk(settings.top_k) if _few(logits, settings) else logits.sort(descending=True)
     probabilities = ordered.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
     beyond = torch.ones_like(logits, dtype=torch.bool).scatter(-1, indices, before >= settings.top_p)

@@ -21,9 +21,7 @@ def lay_out(model: Gemma3) -> Gemma3:
 
     Reading a matrix of hundreds of megabytes is a fifth faster there, for the processor looks up fewer addresses.
     """
-    matrices = [held for _, held in int8_weights(model)]
-    weights: list[Tensor | Int8] = [*model.parameters(), *matrices]
-    weights = [weight for weight in weights if weight.device.type == "cpu"]
+    weights = [weight for _, weight in all_weights(model) if weight.device.type == "cpu"]
     sizes = [-(-weight.data.nbytes // _ALIGNMENT) * _ALIGNMENT for weight in weights]
     if not hasattr(mmap, "MADV_HUGEPAGE") or not sum(sizes):
         return model
@@ -89,3 +87,8 @@ def int8_weights(model: Gemma3) -> list[tuple[str, Int8]]:
     """Return the matrices of a model that were turned into eight bits, by name."""
     found = ((name, getattr(module, "weight", None)) for name, module in model.named_modules())
     return [(f"{name}.weight", weight) for name, weight in found if isinstance(weight, Int8)]
+
+
+def all_weights(model: Gemma3) -> list[tuple[str, Tensor | Int8]]:
+    """Return every weight of a model by name, the matrices in eight bits last."""
+    return [*model.named_parameters(), *int8_weights(model)]

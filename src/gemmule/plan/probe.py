@@ -47,7 +47,7 @@ class Probe:
         self._call = _time(lambda: small * 2.0)
         cached = torch.ones(4 * _SMALL)
         self._exponential = _time(cached.exp) / cached.numel()
-        self._forget = torch.ones(_COLD).mul_
+        self._cold = torch.ones(_COLD)
         self._known: dict[Any, float] = {}
 
     @property
@@ -74,11 +74,15 @@ class Probe:
                 total += prod(operation.call[0].shape) * self._exponential
         return total
 
+    def _forget(self) -> None:
+        """Fill the caches with something else."""
+        self._cold.mul_(1.0)
+
     def _rate(self, operation: Operation) -> float:
         key = (operation.name, operation.call)
         if key not in self._known:
             rate = _attention_rate if is_attention(operation.name) else _product_rate
-            self._known[key] = rate(operation, lambda: self._forget(1.0))
+            self._known[key] = rate(operation, self._forget)
         return self._known[key]
 
 
