@@ -2,21 +2,28 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help story test test-all check format docs clean
+.PHONY: help env story test test-all coverage check format docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: .venv/ready ## set up .venv, for the command gemmule
+	@echo "ready; next:  source .venv/bin/activate  and then  gemmule --help"
 
 story: .venv/ready ## train a Gemma 3 on the embedded corpus (CPU, minutes), draw its curves, let it tell stories
 	$(BIN)/gemmule train recipes/story.toml --out runs/story --resume
 
 test: .venv/ready-dev ## the quick tests, about three minutes
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/ready-all ## every test: also parity with transformers and llama.cpp, Google's weights, memory, whole runs
-	$(BIN)/pytest
+	$(PYTEST)
+
+coverage: .venv/ready-dev ## branch coverage of the quick tests
+	$(PYTEST) -m "not slow" --cov --cov-report=term
 
 check: .venv/ready-dev ## formatting, lint, types, layers
 	$(BIN)/ruff format --check .
@@ -28,11 +35,12 @@ format: .venv/ready-dev ## put the code into its format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: .venv/ready-dev ## check that the documentation's links and commands exist
+docs: .venv/ready-dev ## make docs/settings.md, and check that the documentation's links and commands exist
+	$(BIN)/gemmule settings --markdown > docs/settings.md
 	$(BIN)/pytest tests/architecture/test_documentation.py
 
 clean: ## remove the environment and caches, never runs/
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf .venv build dist .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 
 # The environment: one for users, the same with the developers' tools on top.
 

@@ -3,7 +3,7 @@
     python benchmarks/chaos.py --kills 220
 
 Takes the smallest recipe that has whatever a resumed run could get wrong (dropout, two optimizers, micro-batches,
-validation, samples) through `gemmule resume-check`: a third of the kills come while a checkpoint is being written. Adds
+validation, samples) through `resume_check.py`: a third of the kills come while a checkpoint is being written. Adds
 the machine to its verdict, and writes it to benchmarks/results/chaos.json.
 """
 
@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from gemmule.bench.rounds import machine
+from harness.trials import machine
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/chaos.json")
     options = parser.parse_args()
-    command = [sys.executable, "-m", "gemmule", "resume-check", str(ROOT / "recipes/story.toml"), "--json"]
+    command = [sys.executable, str(ROOT / "benchmarks/resume_check.py"), str(ROOT / "recipes/story.toml"), "--json"]
     for name in ("kills", "steps", "seed"):
         command += [f"--{name}", str(getattr(options, name))]
     for setting in TINY:

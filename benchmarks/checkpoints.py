@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoints.py
 
-Time: stretches of training steps without and with a checkpoint written meanwhile, in turn; the difference, divided by
+Time: stretches of training steps without and with a concurrent checkpoint, interleaved; the difference, divided by
 the steps between two checkpoints (`train.checkpoint_every`, by default 500), is what a step pays. A stretch ends when
 the checkpoint is whole, so that slower steps while it is written count. Memory: a small model is saved a thousand
 times with a step between two; resident memory is read after each. Prints a table, and writes it with machine and
@@ -19,20 +19,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gemmule.cli.main import prepare_process
+from gemmule.processes import prepare_process
 
 prepare_process()  # as the command does
 
 import torch
 
-from gemmule.bench.rounds import machine
 from gemmule.data import open_dataset
 from gemmule.data.prepare import prepare_dataset
-from gemmule.recipe import read_recipe
-from gemmule.runtime import choose_precision, joined
-from gemmule.train.checkpoint import Position, Saver
-from gemmule.train.loop import TrainSettings, accumulate_gradients
-from gemmule.train.run import Recipe, build, training_rows
+from gemmule.distributed import process_group
+from gemmule.runtime import Runtime, choose_precision
+from gemmule.settings import read_recipe
+from gemmule.train.checkpoint import Saver
+from gemmule.train.loop import forward_backward
+from gemmule.train.recipe import Recipe, TrainSettings
+from gemmule.train.resolve import build, training_rows
+from gemmule.train.state import Position
+from harness.trials import machine
 
 ROOT = Path(__file__).parents[1]
 INTERVAL = TrainSettings.model_fields["checkpoint_every"].default
@@ -43,7 +46,7 @@ WIDE = (
     "model.intermediate_size=1024", "model.vocab_size=4096",
 )  # fmt: skip
 # (name, settings, steps of a stretch)
-CASES = (
+CASES: tuple[tuple[str, tuple[str, ...], int], ...] = (
     ("story", (), 24),
     ("six layers of width 256, batch 8", (*WIDE, "train.batch_size=8"), 8),
 )
@@ -61,33 +64,34 @@ class Run:
             self.recipe = self.recipe.replace(model=self.recipe.model.replace(vocab_size=ids))
         self.rows = training_rows(self.dataset, self.recipe)
         device = torch.device("cpu")
-        self.precision = choose_precision("auto", device)
         self.step, self.run = 0, folder / "run"
-        with joined(device) as world:
-            self.parallel, self.updater = build(self.recipe, device, self.precision, world)
+        with process_group(device) as world:
+            self.state = build(self.recipe, Runtime(device, choose_precision("auto", device), world))
 
     def train(self, steps: int) -> None:
         """Make some optimizer steps."""
         for _ in range(steps):
             size = self.recipe.train.batch_size
             batch = self.rows.rows(self.step * size, size)
-            accumulate_gradients(self.parallel, batch, batch.trained, 0, self.recipe.train, self.precision)
-            self.updater.update(1e-3)
+            forward_backward(self.state.parallel, batch, batch.num_targets, 0, self.recipe.train)
+            self.state.optimizers.set_learning_rate(1e-3)
+            self.state.optimizers.step()
+            self.state.optimizers.zero_grad()
             self.step += 1
 
     def saver(self) -> Saver:
         """Return what writes its checkpoints, keeping two."""
-        return Saver(self.run, self.parallel, self.dataset.tokenizer, self.updater, 2, print)
+        return Saver(self.run, self.state, self.dataset.tokenizer, 2)
 
 
-def time_of_checkpoints(name: str, changes: tuple[str, ...], steps: int, rounds: int) -> dict[str, Any]:
+def time_of_checkpoints(name: str, changes: tuple[str, ...], steps: int, trials: int) -> dict[str, Any]:
     """Compare stretches of training without and with a checkpoint."""
-    with tempfile.TemporaryDirectory() as folder, joined(torch.device("cpu")):
+    with tempfile.TemporaryDirectory() as folder, process_group(torch.device("cpu")):
         run = Run(Path(folder), changes)
         saver = run.saver()
         run.train(4)
-        without, with_one, blocked = [], [], []
-        for number in range(2 * rounds + 2):
+        without, with_one, blocked = list[float](), list[float](), list[float]()
+        for number in range(2 * trials + 2):
             began = time.perf_counter()
             if number % 2:
                 saver.save(Position(step=run.step))
@@ -102,19 +106,19 @@ def time_of_checkpoints(name: str, changes: tuple[str, ...], steps: int, rounds:
     extra = statistics.median(b - a for a, b in zip(without[1:], with_one[1:], strict=True))
     return {
         "name": name,
-        "parameters": sum(p.numel() for p in run.parallel.model.parameters()),
+        "parameters": sum(p.numel() for p in run.state.parallel.model.parameters()),
         "checkpoint_megabytes": round(size / 1e6, 1),
         "step_milliseconds": round(1000 * step, 1),
         "training_stands_still_milliseconds": round(1000 * statistics.median(blocked[1:]), 1),
         "checkpoint_costs_milliseconds": round(1000 * extra, 1),
         "share_of_step_time_at_interval": round(extra / (INTERVAL * step), 5),
-        "rounds": rounds,
+        "trials": trials,
     }
 
 
 def memory_of_checkpoints(count: int) -> dict[str, Any]:
     """Save so often, and watch the memory."""
-    with tempfile.TemporaryDirectory() as folder, joined(torch.device("cpu")):
+    with tempfile.TemporaryDirectory() as folder, process_group(torch.device("cpu")):
         run = Run(Path(folder), ("train.batch_size=2", "train.context=64"))
         saver, resident = run.saver(), []
         for _ in range(count):
@@ -141,11 +145,11 @@ def _resident() -> int:
 def main() -> None:
     """Measure both and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--trials", type=int, default=7)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/checkpoints.json")
     options = parser.parse_args()
-    cases = [time_of_checkpoints(*case, options.rounds) for case in CASES]
+    cases = [time_of_checkpoints(*case, options.trials) for case in CASES]
     result = {
         "benchmark": "checkpoints",
         "interval": INTERVAL,

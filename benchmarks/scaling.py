@@ -1,11 +1,11 @@
-"""How do the time and memory of a training step grow?
+"""Time and memory of a training step by context, window, batch, vocabulary, width and processes.
 
     python benchmarks/scaling.py --out benchmarks/results/scaling.json --picture docs/images/scaling.png
 
-Takes the step of `gemmule bench train` (AdamW, random tokens, not compiled unless --compile) on a small shape, and
+Takes the step of `benchmarks/train.py` (AdamW, random tokens, not compiled unless --compile) on a small shape, and
 changes one thing at a time: the context at equal tokens a step, the same where all layers are local, the window, the
-batch, the vocabulary, the width of the model, the number of processes. Each point is a process of its own, all of them
-in turn, --rounds times. Prints a table, and writes JSON and a picture. About ten minutes on two cores.
+batch, the vocabulary, the width of the model, the number of processes. Each point is a process of its own, in
+--trials interleaved trials. Prints a table, and writes JSON and a picture. About ten minutes on two cores.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gemmule.bench.rounds import Effort, machine, run_rounds, spread
-from gemmule.bench.sides import Side, our_side
-from gemmule.bench.train import job_of
-from gemmule.recipe import check_recipe
-from gemmule.train.metrics import read_json_lines
-from gemmule.train.run import Recipe
+from gemmule.run_folder import read_json_lines
+from gemmule.settings import check_recipe
+from gemmule.train.recipe import Recipe
+from harness.backends import Backend, gemmule_backend
+from harness.train import job_of
+from harness.trials import Budget, machine, run_trials, spread
 
 LOCAL = "context, all layers local"
 TOKENS = 4096  # of a step, where the batch is not what changes
@@ -79,7 +79,7 @@ def recipe_of(changes: dict[str, int], compiled: bool) -> Recipe:
     return check_recipe(table, Recipe, "of the benchmark")
 
 
-def processes(number: int, folder: Path, rounds: int) -> dict[str, Any]:
+def processes(number: int, folder: Path, trials: int) -> dict[str, Any]:
     """Train the base shape by so many processes, the cores shared among them, on stories."""
     data, recipe = folder / "data", folder / "base.toml"
     if not data.exists():
@@ -88,8 +88,8 @@ def processes(number: int, folder: Path, rounds: int) -> dict[str, Any]:
     lines = [f"[{g}]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in group.items()) for g, group in table.items()]
     recipe.write_text("\n".join(lines), encoding="utf-8")
     rates = []
-    for turn in range(rounds):
-        out = folder / f"run-{number}-{turn}"
+    for trial in range(trials):
+        out = folder / f"run-{number}-{trial}"
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
         gemmule([*launcher, "-m", "gemmule", "train", str(recipe), "--out", str(out)], number)
         lines_of_metrics = read_json_lines(out / "metrics.jsonl")[5:]  # the first steps fill caches
@@ -98,7 +98,7 @@ def processes(number: int, folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def gemmule(words: list[str], number: int) -> None:
-    """Run a command that starts so many processes to its end; what it told is shown where it fails."""
+    """Run a command that starts so many processes to its end; its standard error is shown where it fails."""
     threads = str(max(1, len(os.sched_getaffinity(0)) // number))
     environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
     ended = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
@@ -106,30 +106,30 @@ def gemmule(words: list[str], number: int) -> None:
         sys.exit(ended.stderr)
 
 
-def measure(only: list[str], rounds: int, steps: int, compiled: bool) -> list[dict[str, Any]]:
-    """Measure every point in turn."""
+def measure(only: list[str], trials: int, steps: int, compiled: bool) -> list[dict[str, Any]]:
+    """Measure every point in interleaved trials."""
     wanted = list(points(only))
-    sides: list[Side] = []
+    backends: list[Backend] = []
     for point in wanted:
-        job = job_of(recipe_of(point.changes, compiled), Effort(rounds, 0.0, steps, 2))
-        sides.append(our_side(f"{point.axis} {point.value}", "train", job))
+        job = job_of(recipe_of(point.changes, compiled), Budget(trials, 0.0, steps, 2))
+        backends.append(gemmule_backend(f"{point.axis} {point.value}", "train", job))
     say = lambda label, done, total: print(f"{label} ({done} of {total})", file=sys.stderr)  # noqa: E731
-    answers = run_rounds(sides, rounds, say)
+    measurements = run_trials(backends, trials, say)
     found = []
-    for point, side in zip(wanted, sides, strict=True):
-        tokens = side.job["batch"] * side.job["context"]
-        seconds = [statistics.median(answer["seconds"]) for answer in answers[side.name]]
+    for point, backend in zip(wanted, backends, strict=True):
+        tokens = backend.job["batch"] * backend.job["context"]
+        seconds = [statistics.median(one["seconds"]) for one in measurements[backend.name]]
         found.append(
             {"axis": point.axis, "value": point.value, "tokens_per_step": tokens, "step_seconds": spread(seconds)}
             | {"tokens_per_second": spread(tokens / value for value in seconds)}
-            | {"peak_memory": max(answer["peak_memory"] or 0 for answer in answers[side.name]) or None}
-            | {"parameters": answers[side.name][0]["parameters"]}
+            | {"peak_memory": max(one["peak_memory"] or 0 for one in measurements[backend.name]) or None}
+            | {"parameters": measurements[backend.name][0]["parameters"]}
         )
     return found
 
 
 def draw(found: list[dict[str, Any]], picture: Path) -> None:
-    """Draw tokens a second and memory against each of what was changed."""
+    """Plot tokens per second and peak memory against each variable."""
     from matplotlib.figure import Figure
 
     axes_names = list(dict.fromkeys(point["axis"] for point in found))
@@ -159,16 +159,16 @@ def main() -> None:
     kinds = ["context", LOCAL, "window", "batch", "vocabulary", "width", "processes"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, help="what is changed; --out keeps the rest")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each point has its turn")
+    parser.add_argument("--trials", type=int, default=2, help="number of trials")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed at each")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, a minute for each point")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     parser.add_argument("--picture", type=Path, help="where to draw")
     options = parser.parse_args()
-    found = measure(options.only, options.rounds, options.steps, options.compile)
+    found = measure(options.only, options.trials, options.steps, options.compile)
     if "processes" in options.only:
         with tempfile.TemporaryDirectory() as name:
-            found += [processes(number, Path(name), options.rounds) for number in (1, 2)]
+            found += [processes(number, Path(name), options.trials) for number in (1, 2)]
     for point in found:
         memory = f"{point['peak_memory'] / 2**20:8,.0f} MiB" if point["peak_memory"] else ""
         print(

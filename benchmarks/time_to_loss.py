@@ -2,11 +2,11 @@
 
     python benchmarks/time_to_loss.py --train train.txt --validation valid.txt
 
-Both train the 6.76M shape of `gemmule bench train` from nothing, on the same prepared tokens, 32 x 256 of them a step.
-First their steps are timed in turns, so that what slows the machine slows both. At that pace transformers
+Both train the 6.76M shape of `benchmarks/train.py` from nothing, on the same prepared tokens, 32 x 256 of them a step.
+First their steps are timed interleaved, so that what slows the machine slows both. At that pace transformers
 (Gemma3ForCausalLM, compiled, AdamW, bf16, warm-up and a cosine to a tenth) gets the steps of ten minutes, once for each
 rate of --rates, and Gemmule (`gemmule train` with the settings of tinystories-cpu.toml) those of each share of the same
-ten minutes. Compiling and saving do not count on either side. `gemmule evaluate` judges all of them on all of the
+ten minutes. Compiling and saving do not count on either backend. `gemmule evaluate` judges all of them on all of the
 validation text. Prints a table, and writes it as JSON. Forty-five minutes; ten of them where only our settings changed,
 and --earlier names the result that has transformers' part.
 """
@@ -44,8 +44,8 @@ def train_transformers(job: dict[str, Any]) -> None:
     from gemmule.data import open_dataset
     from gemmule.data.batches import PackedRows
     from gemmule.formats.config_json import write_config
-    from gemmule.recipe import read_recipe
-    from gemmule.train.run import Recipe
+    from gemmule.settings import read_recipe
+    from gemmule.train.recipe import Recipe
 
     dataset = open_dataset(Path(job["data"]))
     rows = PackedRows(dataset.train, job["context"], 0, False, dataset.tokenizer.bos_id)
@@ -54,14 +54,15 @@ def train_transformers(job: dict[str, Any]) -> None:
     torch.manual_seed(0)
     table = transformers.Gemma3TextConfig(**write_config(config, dataset.tokenizer))
     model = transformers.Gemma3ForCausalLM._from_config(table, attn_implementation="sdpa").train()
-    parameters, network = list(model.parameters()), torch.compile(model)
+    parameters = list(model.parameters())
+    network: Any = torch.compile(model)
     optimizer = torch.optim.AdamW(parameters, lr=job["rate"], betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def gradients(number: int) -> float:
         tokens = rows.rows(number * job["batch"], job["batch"]).tokens
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = network(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         return float(loss.detach())
 
@@ -80,20 +81,20 @@ def train_transformers(job: dict[str, Any]) -> None:
 
 
 def paces(batch: int) -> dict[str, Any]:
-    """Time the steps of both sides in turns; return the seconds of one by side, and the figures behind them."""
-    from gemmule.bench.rounds import Effort
-    from gemmule.bench.train import compare_training
-    from gemmule.recipe import read_recipe
-    from gemmule.train.run import Recipe
+    """Time the steps of both backends interleaved; return the seconds per step, and the figures behind them."""
+    from gemmule.settings import read_recipe
+    from gemmule.train.recipe import Recipe
+    from harness.train import compare_training
+    from harness.trials import Budget
 
     changes = [*SHAPE, "tokenizer.vocab_size=4096", f"train.batch_size={batch}"]
     recipe = read_recipe(ROOT / "recipes/tinystories-cpu.toml", Recipe, changes)
     peers = ["transformers-compiled", "gemmule-muon"]
     found = compare_training(
-        recipe, peers, Effort(3, 4.0, None, 3), None, lambda what, *_: print(what, file=sys.stderr)
+        recipe, peers, Budget(3, 4.0, None, 3), None, lambda what, *_: print(what, file=sys.stderr)
     )
     tokens = batch * recipe.train.context
-    rates = {name: side["tokens_per_second"]["median"] for name, side in found["sides"].items()}
+    rates = {name: backend["tokens_per_second"]["median"] for name, backend in found["backends"].items()}
     return {
         "gemmule": tokens / rates["gemmule-muon"],
         "transformers": tokens / rates["transformers-compiled"],
@@ -105,7 +106,7 @@ def peer(job: dict[str, Any], validation: Path) -> dict[str, Any]:
     """Train transformers in a process of its own, and judge what came out."""
     subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], check=True)
     loss = judged(Path(job["out"]), validation)
-    return {"side": "transformers", "rate": job["rate"], "steps": job["steps"], "bits_per_byte": loss}
+    return {"backend": "transformers", "rate": job["rate"], "steps": job["steps"], "bits_per_byte": loss}
 
 
 def ours(data: Path, steps: int, batch: int, changes: list[str], out: Path, validation: Path) -> dict[str, Any]:
@@ -117,11 +118,11 @@ def ours(data: Path, steps: int, batch: int, changes: list[str], out: Path, vali
         "train.validation_tokens=10000", "train.sample_tokens=8", *changes,
     ]  # fmt: skip
     gemmule("train", recipe, "--out", out, *(part for change in settings for part in ("--set", change)))
-    return {"side": "gemmule", "steps": steps, "bits_per_byte": judged(out, validation)}
+    return {"backend": "gemmule", "steps": steps, "bits_per_byte": judged(out, validation)}
 
 
 def main() -> None:
-    """Prepare, train both sides, compare."""
+    """Prepare, train both backends, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, help="a text file of stories")
     parser.add_argument("--validation", type=Path, help="another")
@@ -146,7 +147,7 @@ def main() -> None:
             parser.error(f"{options.earlier}: was made with other --minutes or another --batch")
     else:
         earlier = {"pace": paces(options.batch), "runs": []}
-    pace, peers = earlier["pace"], [run for run in earlier["runs"] if run["side"] == "transformers"]
+    pace, peers = earlier["pace"], [run for run in earlier["runs"] if run["backend"] == "transformers"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = folder / "data"
@@ -170,7 +171,7 @@ def main() -> None:
     }  # fmt: skip
     for run in runs:
         what = f"rate {run['rate']}" if "rate" in run else f"{run['share']:.1%} of its time"
-        print(f"{run['side']}, {what}: {run['bits_per_byte']:.4f} bits/byte after {run['steps']:,} steps")
+        print(f"{run['backend']}, {what}: {run['bits_per_byte']:.4f} bits/byte after {run['steps']:,} steps")
     print(f"Gemmule needs {min(enough):.1%} of the time" if enough else "Gemmule needs more than any of these shares")
     options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

@@ -10,6 +10,8 @@ import torch
 
 import gemmule
 
+if len(sys.argv) != 3:
+    sys.exit("usage: python examples/surprise.py MODEL TEXT")
 model, tokenizer = gemmule.load(sys.argv[1])
 ids = tokenizer.encode(sys.argv[2])
 with torch.inference_mode():

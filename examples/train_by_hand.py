@@ -7,15 +7,15 @@ import sys
 
 import torch
 
-from gemmule.data.storybook import stories
-from gemmule.generate.engine import complete
-from gemmule.generate.sampling import STORYTELLING
+from gemmule.inference.engine import complete
+from gemmule.inference.sampling import STORYTELLING
 from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
-from gemmule.model.initialise import initialise
+from gemmule.model.init import init_weights
+from gemmule.storybook import stories
 from gemmule.tokenizer.training import train_tokenizer
 from gemmule.train.loss import IGNORED, summed_loss
-from gemmule.train.optim import OptimizerSettings, Updater
+from gemmule.train.optim import Optimizers, OptimizerSettings
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 300
 texts = [story.text for story in stories(4000, seed=1)]
@@ -35,16 +35,19 @@ config = Gemma3Config(
     sliding_window_pattern=4,  # three layers see a window, the fourth sees all
 )
 model = Gemma3(config)
-initialise(model, seed=0, damp_branches=True)
-updater = Updater(model, OptimizerSettings(name="muon", learning_rate=0.02, adamw_learning_rate=0.005))
+init_weights(model, seed=0, damp_branches=True)
+optimizers = Optimizers(model, OptimizerSettings(name="muon", learning_rate=0.02, adamw_learning_rate=0.005))
 
 for step in range(steps):
     rows = [documents[(8 * step + row) % len(documents)] for row in range(8)]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
     tokens, targets = padded[:, :-1].clamp(min=0), padded[:, 1:]
-    loss = model(tokens, readout=summed_loss(targets)) / (targets != IGNORED).sum()
+    loss = model(tokens, output_head=summed_loss(targets)) / (targets != IGNORED).sum()
     loss.backward()
-    updater.update(factor=1 - step / steps)
+    optimizers.clip_grad_norm(optimizers.grad_norm())
+    optimizers.set_learning_rate(1 - step / steps)
+    optimizers.step()
+    optimizers.zero_grad()
     if step % 20 == 0 or step == steps - 1:
         print(f"step {step:4}  loss {loss.item():.3f} nats per token", flush=True)
 

@@ -1,6 +1,9 @@
 """What tests of several packages share; tiny models are in `tiny.py`, so that torch is loaded only where needed."""
 
+import logging
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,24 @@ settings.load_profile("gemmule")
 # To models this small a second thread is no help, and on a busy machine the two wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# nohup and a shell's background jobs ignore these, and child processes would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What Gemmule logs in the test, from INFO up."""
+    logged: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("gemmule")
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield logged
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

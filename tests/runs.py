@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gemmule.cli.main import build_app, main
-from gemmule.train.metrics import read_json_lines
+from gemmule.run_folder import read_json_lines
 
 # Dropout, two optimizers and micro-batches: whatever a resumed run could get wrong is there.
 RECIPE = """
@@ -95,9 +95,9 @@ class Ended(NamedTuple):
     err: str
 
 
-def gemmule(*arguments: object) -> Ended:
-    """Run a command in this process; what would end in a traceback is raised."""
-    result = CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+def gemmule(*arguments: object, given: bytes = b"") -> Ended:
+    """Run a command in this process, with so much standard input; what would end in a traceback is raised."""
+    result = CliRunner().invoke(build_app(), [str(argument) for argument in arguments], input=given)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Ended(result.exit_code, result.stdout, result.stderr)
@@ -208,7 +208,7 @@ def _run(arguments: list[str], log: Path, death: Death | None, threads: int, env
 def workers(launcher: int) -> list[int]:
     """Return the processes that torchrun started, by rank."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    ranks = {}
+    ranks = dict[int, int]()
     for child in children:
         variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
         ranks |= {int(name[5:]): int(child) for name in variables if name.startswith(b"RANK=")}

@@ -1,4 +1,5 @@
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,10 @@ import torch
 
 import gemmule
 from gemmule.errors import DeviceError, ModelError
+from gemmule.train import checkpoint
 from gemmule.train.checkpoint import checkpoints
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_load_opens_a_model_folder_ready_to_predict(tiny_run: Path) -> None:
@@ -61,3 +65,82 @@ def test_generate_can_be_called_again_and_again_and_streams_one_event_a_token(ti
 def test_a_name_that_is_not_there_is_an_ordinary_error() -> None:
     with pytest.raises(AttributeError, match="module 'gemmule' has no attribute 'lode'"):
         gemmule.lode  # noqa: B018
+
+
+def test_a_run_that_is_being_trained_can_be_opened(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    newest, before = checkpoints(run)
+    next_one = newest.rename(tmp_path / newest.name)
+    verify = checkpoint.verify_checkpoint
+
+    def verify_and_lose(folder: Path, data: str | None, weights_only: bool) -> object:
+        position = verify(folder, data, weights_only)
+        if folder == before:  # the next one is written and this one removed, before it is opened
+            next_one.rename(newest)
+            shutil.rmtree(before)
+        return position
+
+    monkeypatch.setattr(checkpoint, "verify_checkpoint", verify_and_lose)
+    assert gemmule.load_with_path(run)[2] == newest
+
+
+def test_opening_a_run_reads_no_optimizer_state(tiny_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    newest = checkpoints(run)[0]
+    (newest / "optimizer.safetensors").unlink()
+    assert gemmule.load_with_path(run)[2] == newest
+
+
+def test_a_damaged_checkpoint_of_a_run_that_stands_still_is_explained(tiny_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    for folder in checkpoints(run):
+        (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ModelError, match=r"a run without a good checkpoint yet; .*damaged.*; .*damaged"):
+        gemmule.load(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("x" * 300, "File name too long"), ("loop", "Too many levels of symbolic links"), ("a\0b", "null character")],
+)
+def test_a_name_that_cannot_be_looked_at_is_explained(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ModelError, match=reason):
+        gemmule.load(tmp_path / name)
+
+
+def test_a_closed_folder_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = Path.stat
+
+    def refuse(self: Path, **options: bool) -> object:
+        if self.parent == tmp_path / "closed":
+            raise PermissionError(13, "Permission denied", str(self))
+        return stat(self, **options)
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(ModelError, match=r"closed/recipe\.toml: cannot be read: Permission denied"):
+        gemmule.load(tmp_path / "closed")
+
+
+def test_a_folder_of_runs_names_them(tiny_run: Path, tmp_path: Path) -> None:
+    for name in ("over", "story"):
+        (tmp_path / name).symlink_to(tiny_run)
+    (tmp_path / "small.gguf").touch()
+    with pytest.raises(
+        ModelError,
+        match=f"is not a model but a folder of models: over, story, small.gguf; name one, such as {tmp_path}/over",
+    ):
+        gemmule.load(tmp_path)
+
+
+def test_every_data_file_is_in_the_wheel() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    package = ROOT / "src" / "gemmule"
+    shipped = {
+        file for pattern in config["tool"]["setuptools"]["package-data"]["gemmule"] for file in package.glob(pattern)
+    }
+    data = {file for file in package.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert data == shipped

@@ -1,5 +1,8 @@
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from gemmule.distributed import _store_of_live_ranks, launch_environment
 from gemmule.errors import DeviceError
 from gemmule.runtime import (
     Interrupt,
-    _meet,
     autocast,
     choose_device,
     choose_precision,
@@ -83,13 +86,62 @@ def test_auto_precision_is_bf16_on_gpus_that_have_it(
     assert choose_precision("auto", torch.device("cuda")) == chosen
 
 
-@pytest.mark.parametrize(("fast", "chosen"), [(True, "bf16"), (False, "fp32")])
-def test_auto_precision_is_bf16_on_cpus_that_are_fast_in_it(
-    monkeypatch: pytest.MonkeyPatch, fast: bool, chosen: str
-) -> None:
-    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, probe, lambda: fast, raising=False)
-    assert choose_precision("auto", CPU) == chosen
+def test_auto_precision_without_a_measurement_is_fp32_on_cpus() -> None:
+    assert choose_precision("auto", CPU) == "fp32"
+
+
+LAUNCHED = {
+    "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node-0",
+    "MASTER_PORT": "29500", "TORCHELASTIC_RESTART_COUNT": "3",
+}  # fmt: skip
+
+
+def test_a_launcher_says_which_process_this_is() -> None:
+    assert launch_environment(LAUNCHED) == (1, 4, 1, 2, 3, "node-0:29500", False)
+    assert launch_environment({}) is None
+    assert launch_environment({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": ""}) is None, (
+        "as some clusters set for one process"
+    )
+    one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    assert launch_environment(one) == (0, 1, 0, 1, 0, "localhost:1", False)
+
+
+@pytest.mark.parametrize("name", sorted(LAUNCHED))
+@pytest.mark.parametrize("value", [None, "", " ", "x", "-1", "1.5", "99", "9" * 30, "\u0663"])
+def test_what_launchers_set_is_right_or_refused_by_name(name: str, value: str | None) -> None:
+    given = {key: text for key, text in (LAUNCHED | {name: value}).items() if text is not None}
+    defaults = {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 4, "TORCHELASTIC_RESTART_COUNT": 0}
+    if not (value or "").strip() and name in defaults:
+        place = launch_environment(given)
+        assert place is not None
+        assert defaults[name] in (place.local_rank, place.local_size, place.restarts)
+    elif (name == "MASTER_ADDR" and value and value.strip()) or (
+        value == "99" and name in ("WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+    ):
+        assert launch_environment(given) is not None
+    else:
+        with pytest.raises(DeviceError, match=name):
+            launch_environment(given)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_signals_that_ask_for_a_stop_are_noted(number: int) -> None:
+    with interruptible() as interrupt:
+        os.kill(os.getpid(), number)
+        assert interrupt.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
+    """As nohup asks for."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_autocast_multiplies_in_bf16_or_changes_nothing() -> None:
@@ -152,10 +204,54 @@ def test_processes_that_start_again_never_meet_the_dead() -> None:
     store = dist.HashStore()  # type: ignore[attr-defined]
     with ThreadPoolExecutor(2) as pool:
         for generation in ("one", "two", "three"):
-            late = pool.submit(_meet, store, 1, 2)  # before the first, so that it finds what the dead left
+            late = pool.submit(
+                _store_of_live_ranks, store, 1, 2
+            )  # before the first, so that it finds what the dead left
             time.sleep(0.1)
             assert not late.done()
-            first = _meet(store, 0, 2)
+            first = _store_of_live_ranks(store, 0, 2)
             assert not first.check(["address"])
             first.set("address", generation)
             assert late.result(timeout=10).get("address").decode() == generation
+
+
+WAITING = """
+import signal, sys, torch
+from gemmule.errors import DeviceError
+from gemmule.processes import Terminated, terminated_as_interrupted
+from gemmule.distributed import process_group
+
+signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1]))
+signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
+try:
+    with terminated_as_interrupted(), process_group(torch.device("cpu")):
+        pass
+except (DeviceError, Terminated) as error:
+    print(repr(error))
+"""
+
+
+def waiting(port: int, seconds: float) -> str:
+    """What ends the first process of two that waits for the other, and gets SIGTERM after some seconds."""
+    place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = os.environ | {name: str(value) for name, value in place.items()}
+    command = [sys.executable, "-c", WAITING, str(seconds)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=True).stdout
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_the_others_can_be_stopped() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert waiting(port, 5) == "Terminated()\n"
+
+
+def test_a_port_in_use_is_told() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = waiting(port, 60)
+    assert said.startswith(f"DeviceError('127.0.0.1:{port}: the processes of the run cannot meet there (")
+    assert "address already in use" in said

@@ -6,6 +6,7 @@ import torch
 
 from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
+from gemmule.train.optim import Optimizers
 
 LENGTH = 13  # of test sequences: more than twice the window
 
@@ -37,6 +38,16 @@ def lively_model(config: Gemma3Config, kernel: str = "sdpa", seed: int = 0) -> G
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return model.eval()
+
+
+def optimizer_step(optimizers: Optimizers, scale: float = 1.0) -> float:
+    """Clip, update and clear the gradients, as the training loop does; return their norm before clipping."""
+    grad_norm = optimizers.grad_norm()
+    optimizers.clip_grad_norm(grad_norm)
+    optimizers.set_learning_rate(scale)
+    optimizers.step()
+    optimizers.zero_grad()
+    return grad_norm.item()
 
 
 def some_tokens(config: Gemma3Config, rows: int = 2, length: int = LENGTH, seed: int = 1) -> torch.Tensor:

@@ -7,11 +7,14 @@ for event in gemmule.generate(model, tokenizer, "Once upon a time", max_new_toke
 """
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemmule.generate.engine import generate as generate
+    import torch
+
+    from gemmule.inference.engine import generate as generate
     from gemmule.model.gemma3 import Gemma3
     from gemmule.tokenizer import Tokenizer
 
@@ -22,27 +25,55 @@ __all__ = ["__version__", "generate", "load"]
 def load(model: str | Path, device: str = "cpu") -> tuple["Gemma3", "Tokenizer"]:
     """Open a MODEL, ready to predict on a device.
 
-    MODEL is a model folder (ours or Hugging Face's), a run folder (its newest good checkpoint), a .gguf file, or
-    owner/name, which is fetched from the Hugging Face Hub.
+    MODEL is a model folder (ours or Hugging Face's), a run folder (its newest good checkpoint), a GGUF file, or
+    owner/name, which is fetched from the Hugging Face Hub. ModelError where it is none of these, or damaged.
     """
-    from gemmule.errors import ModelError
-    from gemmule.formats.opening import open_model
+    network, tokenizer, _ = load_with_path(model, device)
+    return network, tokenizer
+
+
+def load_with_path(
+    model: str | Path,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda _: None,
+    dtype: "torch.dtype | None" = None,
+) -> tuple["Gemma3", "Tokenizer", Path]:
+    """Open a MODEL as `load` does, and return also the folder or file that it was opened from.
+
+    `say` receives messages on what is downloaded and ignored; `dtype` is the one of the weights, by default as stored.
+    """
+    from gemmule.errors import ModelError, UserError
+    from gemmule.formats.opening import find_model, open_model
+    from gemmule.reading import local_path, path_kind
     from gemmule.runtime import choose_device
 
-    folder = Path(model)
-    if not (folder / "config.json").exists() and (folder / "recipe.toml").exists():
-        from gemmule.train.checkpoint import newest_checkpoint  # slow to load, so only where it is needed
+    target, run = choose_device(device), local_path(model)
+    path_kind(run, lambda told: ModelError(f"MODEL {told}"))
+    is_run = path_kind(run / "recipe.toml", ModelError) and not path_kind(run / "config.json", ModelError)
+    if not is_run:
+        found = find_model(model, say)
+        network, tokenizer = open_model(found, say, dtype)
+        return network.to(target), tokenizer, found
+    from gemmule.train.checkpoint import checkpoints, newest_checkpoint  # slow to load, so only where it is needed
 
-        newest, damage = newest_checkpoint(folder)
-        if newest is None:
-            raise ModelError(f"MODEL {folder}: a run without a good checkpoint yet" + "".join(f"; {d}" for d in damage))
-        model = newest
-    network, tokenizer = open_model(model)
-    return network.to(choose_device(device)), tokenizer
+    while True:
+        present = checkpoints(run)
+        newest, damage = newest_checkpoint(run, weights_only=True)
+        try:
+            if newest is None:
+                told = "".join(f"; {each}" for each in damage)
+                raise ModelError(f"MODEL {run}: a run without a good checkpoint yet{told}")
+            network, tokenizer = open_model(newest, say, dtype)
+            return network.to(target), tokenizer, newest
+        except (UserError, OSError) as error:
+            if checkpoints(run) == present:
+                told = f"MODEL {run}: cannot be read: {error}"
+                raise (error if isinstance(error, UserError) else ModelError(told)) from None
+            # The run is being trained: it has written another checkpoint, and removed this one.
 
 
 def __getattr__(name: str) -> Any:
     """Fetch `generate` when it is first used, so that importing gemmule does not load torch."""
     if name == "generate":
-        return importlib.import_module("gemmule.generate.engine").generate
+        return importlib.import_module("gemmule.inference.engine").generate
     raise AttributeError(f"module 'gemmule' has no attribute {name!r}")

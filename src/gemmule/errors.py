@@ -1,49 +1,48 @@
-"""Everything that can go wrong, by name.
+"""Exception hierarchy and exit codes.
 
     GemmuleError            a failure: exit code 1
-    |-- TrainingError       the run cannot go on (the loss is no longer finite, no gradient reaches a parameter)
-    `-- UserError           something the user can mend: exit code 2, one sentence, no traceback
-        |-- RecipeError     a setting is unknown, of the wrong type, or impossible beside another
-        |-- SourceError     raw text: a file is missing, empty, not UTF-8, not what its name says
-        |-- TokenizerError  a vocabulary that cannot be trained, opened or used here
+    |-- TrainingError       the run cannot continue (non-finite loss, a parameter without a gradient)
+    `-- UserError           an error that the user can fix: exit code 2, one sentence, no traceback
+        |-- RecipeError     a setting is unknown, of the wrong type, or in conflict with another
+        |-- SourceError     raw text: a file is missing, empty, not UTF-8, or of another format
+        |-- TokenizerError  a tokenizer cannot be trained, loaded or used here
         |-- DatasetError    token shards: truncated, damaged, made with another tokenizer, too few tokens
-        |-- ModelError      a model folder that is missing, incomplete or of another architecture
-        |-- CheckpointError a checkpoint that is missing, damaged or of another run
-        |-- OutputError     the place to write to: taken by another run, not writable, full
-        |-- DeviceError     the machine cannot do what was asked (no such device, fp16)
-        |-- PeerError       what a benchmark shall compare with is not there, or does not do that kind of work
-        `-- MissingExtra    an optional library is not installed
+        |-- ModelError      a model is missing, incomplete, of another architecture, or has non-finite weights
+        |-- CheckpointError a checkpoint is missing, damaged or of another run
+        |-- OutputError     the output path is in use by another run, not writable, or full
+        |-- DeviceError     the machine lacks a device or a precision
+        `-- MissingExtra    an optional dependency is not installed
 
-A message names the setting or file, the value, and what would work.
+A message names the setting or file, the value, and a remedy.
 """
 
 
 class GemmuleError(Exception):
-    """A failure that Gemmule foresaw and can explain."""
+    """Base class of expected errors."""
 
     exit_code = 1
 
 
 class TrainingError(GemmuleError):
-    """The run cannot go on."""
+    """The run cannot continue."""
 
 
 class UserError(GemmuleError):
-    """Something the user can mend."""
+    """An error that the user can fix."""
 
     exit_code = 2
 
 
 class RecipeError(UserError):
-    """A setting is unknown, of the wrong type, or impossible beside another."""
+    """A setting is unknown, of the wrong type, or in conflict with another."""
 
 
 class SourceError(UserError):
-    """Raw text is missing, empty, not UTF-8, or not what its name says."""
+    """Raw text is missing, empty, not UTF-8, or of another format."""
 
 
 class TokenizerError(UserError):
-    """A vocabulary that cannot be trained, opened or used here."""
+    """A tokenizer cannot be trained, loaded or used here."""
 
 
 class DatasetError(UserError):
@@ -51,7 +50,7 @@ class DatasetError(UserError):
 
 
 class ModelError(UserError):
-    """A model folder is missing, incomplete or of another architecture."""
+    """A model is missing, incomplete, of another architecture, or has non-finite weights."""
 
 
 class CheckpointError(UserError):
@@ -59,22 +58,18 @@ class CheckpointError(UserError):
 
 
 class OutputError(UserError):
-    """The place to write to is taken by another run, not writable, or full."""
+    """The output path is in use by another run, not writable, or full."""
 
 
 class DeviceError(UserError):
-    """The machine cannot do what was asked."""
-
-
-class PeerError(UserError):
-    """What a benchmark shall compare with is not there, or does not do that kind of work."""
+    """The machine lacks a device or a precision."""
 
 
 class MissingExtra(UserError):  # noqa: N818 - it names what is missing
-    """An optional library is not installed."""
+    """An optional dependency is not installed."""
 
     def __init__(self, library: str, extra: str, purpose: str) -> None:
-        super().__init__(library, extra, purpose)  # as they were given, so that it can go from process to process
+        super().__init__(library, extra, purpose)  # the arguments themselves, so that it can be pickled
 
     def __str__(self) -> str:
         library, extra, purpose = self.args

@@ -8,6 +8,9 @@ import pytest
 import typer.main
 
 from gemmule.cli.main import build_app
+from gemmule.fields import settings_of
+from gemmule.train.recipe import Recipe
+from runs import gemmule
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
@@ -31,7 +34,7 @@ def command_lines(text: str) -> Iterator[str]:
     fenced = False
     for line in text.replace("\\\n", " ").splitlines():
         fenced ^= line.lstrip().startswith("```")
-        command = re.match(r"\s*(?:\$ )?(?:torchrun .* -m )?((?:gemmule|make) .*)", line)
+        command = re.match(r"\s*(?:\$ )?(?:torchrun .* -m )?((?:gemmule|make|python benchmarks/\S+) .*)", line)
         if command and (fenced or line.startswith("    ")):
             yield command[1]
         yield from re.findall(r"`((?:gemmule|make) [^`]+)`", line)
@@ -40,6 +43,9 @@ def command_lines(text: str) -> Iterator[str]:
 def complaints(line: str) -> Iterator[str]:
     """Say what in a command line does not exist."""
     program, name, *rest = re.split(r"\s{2,}|#|[|;]", line)[0].split()
+    if program == "python":
+        yield from complaints_of_script(ROOT / name, rest)
+        return
     if program == "make":
         if name not in TARGETS and "=" not in name:
             yield f"make has no target {name}"
@@ -58,6 +64,17 @@ def complaints(line: str) -> Iterator[str]:
             yield f"gemmule {name} has no option {option}"
         if word.startswith("recipes/") and not (ROOT / word).exists():
             yield f"there is no {word}"
+
+
+def complaints_of_script(script: Path, words: list[str]) -> Iterator[str]:
+    """Say what of a benchmark's command line does not exist; comparative benchmarks share a parser."""
+    if not script.exists():
+        yield f"there is no {script.name}"
+        return
+    sources = script.read_text(encoding="utf-8"), (script.parent / "harness" / "command.py").read_text(encoding="utf-8")
+    for option in (word.partition("=")[0].strip("[]") for word in words if word.startswith("--")):
+        if not any(f'"{option}"' in source for source in sources):
+            yield f"{script.name} has no option {option}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -88,6 +105,18 @@ def test_files_it_names_exist(page: Path) -> None:
             assert any((place / path).exists() for place in places), path
 
 
+def test_the_page_of_settings_is_what_the_code_says() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page == gemmule("settings", "--markdown").out, "make docs"
+
+
+def test_every_setting_is_described_in_a_phrase() -> None:
+    for setting in settings_of(Recipe):
+        assert setting.meaning, setting.key
+        assert setting.meaning[:1].islower() or setting.meaning.startswith(("AdamW", "Muon")), setting
+        assert not setting.meaning.endswith("."), setting
+
+
 def test_complaints_are_made() -> None:
     assert list(complaints("gemmule train recipes/story.toml --set data.train=x --out runs/a")) == []
     assert list(complaints("gemmule trian recipes/story.toml")) == ["gemmule has no command trian"]
@@ -96,6 +125,9 @@ def test_complaints_are_made() -> None:
         "gemmule train has no option --oot",
     ]
     assert list(complaints("make story")) == []
+    assert list(complaints("python benchmarks/train.py --peer transformers")) == []
+    assert list(complaints("python benchmarks/train.py --peers x")) == ["train.py has no option --peers"]
+    assert list(complaints("python benchmarks/trian.py --peer x")) == ["there is no trian.py"]
     assert list(complaints("make storey")) == ["make has no target storey"]
     assert list(
         command_lines(

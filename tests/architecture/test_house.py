@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -10,13 +11,14 @@ from typing import Any, get_type_hints
 import pytest
 
 from gemmule.cli.main import COMMANDS
-from gemmule.generate.decode import Decoding
-from gemmule.generate.sampling import RULES, SamplingSettings
+from gemmule.errors import RecipeError
+from gemmule.inference.decode import Decoding
+from gemmule.inference.sampling import RULES, SamplingSettings
 from gemmule.model.attention import KERNELS
 from gemmule.model.config import SIZES, Gemma3Config
-from gemmule.recipe import Settings
+from gemmule.settings import Settings, check_recipe
 from gemmule.train.optim import OPTIMIZERS, OptimizerSettings
-from gemmule.train.run import Recipe
+from gemmule.train.recipe import Recipe, TrainSettings
 from gemmule.train.schedule import SCHEDULES, ScheduleSettings
 
 ROOT = Path(__file__).parents[2]
@@ -53,17 +55,31 @@ def test_every_command_has_its_own_file_and_examples() -> None:
         assert f"gemmule {name} " in command.__doc__, "an example"
 
 
-def choices(settings: type[Settings], field: str) -> set[str]:
-    return set(settings.model_fields[field].annotation.__args__)  # type: ignore[union-attr]
+@pytest.mark.parametrize(
+    ("settings", "field", "registry"),
+    [
+        (OptimizerSettings, "name", OPTIMIZERS),
+        (ScheduleSettings, "name", SCHEDULES),
+        (TrainSettings, "attention", KERNELS),
+        (Gemma3Config, "size", SIZES),
+    ],
+)
+def test_recipes_can_choose_what_is_registered_when_they_are_read(
+    settings: type[Settings], field: str, registry: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"steps": 1} if settings is TrainSettings else {}
+    for name in registry:
+        assert name in re.split(r"[ ,:()]+", settings.model_fields[field].description or "")
+        check_recipe(given | {field: name}, settings, "x")
+    with pytest.raises(RecipeError, match=f"there are .*{', '.join(registry)}$"):
+        check_recipe(given | {field: "mine"}, settings, "x")
+    monkeypatch.setitem(registry, "mine", next(iter(registry.values())))
+    check_recipe(given | {field: "mine"}, settings, "x")
 
 
-def test_recipes_can_choose_exactly_what_is_registered() -> None:
-    assert choices(OptimizerSettings, "name") == set(OPTIMIZERS)
-    assert choices(ScheduleSettings, "name") == set(SCHEDULES)
+def test_choices_are_those_of_the_code() -> None:
     assert set(SamplingSettings.model_fields) == set(RULES)
     assert get_type_hints(COMMANDS["generate"])["decoding"] == Decoding
-    sizes = Gemma3Config.model_fields["size"].annotation.__args__[0].__args__  # type: ignore[union-attr]
-    assert set(sizes) == set(SIZES)
 
 
 def subclasses(kind: type[Settings]) -> Iterator[type[Settings]]:

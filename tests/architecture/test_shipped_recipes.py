@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gemmule.model.gemma3 import Gemma3
-from gemmule.recipe import read_recipe, write_recipe
-from gemmule.train.run import Recipe
+from gemmule.settings import read_recipe, write_recipe
+from gemmule.train.recipe import Recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.toml"))

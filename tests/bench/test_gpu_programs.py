@@ -27,7 +27,7 @@ def test_the_benchmark_of_a_gpu_checks_and_measures(tmp_path: Path) -> None:
     assert list(found) == ["limits", *(name for name in found if name in parts)]
     assert not [part for part in found.values() if "error" in part]
     assert found["kernels"]["wrong"] == found["losses"]["wrong"] == []
-    timed = {"sdpa, adamw", "folded, adamw", "folded, adamw, dropout", "folded, muon"} | (
+    timed = {"sdpa, adamw", "block-local, adamw", "block-local, adamw, dropout", "block-local, muon"} | (
         {"flex, adamw"} if DEVICE == "cuda" else set()
     )
     assert timed == set(found["training"])

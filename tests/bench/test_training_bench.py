@@ -1,4 +1,4 @@
-"""What is said of training is so: the operations counted, the work of our side."""
+"""The FLOPs per token and the training step of Gemmule's own backend."""
 
 import math
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gemmule.bench.rounds import Effort
-from gemmule.bench.train import DEFAULT, PEERS, flops_of_a_token, job_of, make
 from gemmule.model.gemma3 import Gemma3
-from gemmule.recipe import check_recipe
-from gemmule.train.run import Recipe
+from gemmule.settings import check_recipe
+from gemmule.train.recipe import Recipe
+from harness.train import DEFAULT, PEERS, flops_per_token, job_of, setup
+from harness.trials import Budget
 from tiny import some_tokens, tiny_config
 
-EFFORT = Effort(1, 0.0, 1, 1)
+BUDGET = Budget(1, 0.0, 1, 1)
 
 
 def tiny_recipe_of(**train: object) -> Recipe:
@@ -35,19 +35,19 @@ def test_operations_are_those_that_torch_counts() -> None:
     everywhere = 3 * 4 * config.num_attention_heads * config.head_dim * 16
     visible = everywhere * 17 / 32
     counted = counter.get_total_flops() / 16
-    attention_seen = counted - (flops_of_a_token(config, 16) / 3 - visible)
+    attention_seen = counted - (flops_per_token(config, 16) / 3 - visible)
     # The operations of some kernels are not counted at all.
     assert any(attention_seen == pytest.approx(expected, abs=1) for expected in (everywhere, 0))
 
 
 def test_a_window_takes_operations_away() -> None:
     wide, narrow = tiny_config(sliding_window=64), tiny_config(sliding_window=4)
-    assert flops_of_a_token(wide, 64) > flops_of_a_token(narrow, 64) > flops_of_a_token(narrow, 1)
+    assert flops_per_token(wide, 64) > flops_per_token(narrow, 64) > flops_per_token(narrow, 1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"muon": True}])
 def test_our_step_is_a_step_of_training(changes: dict[str, bool]) -> None:
-    step, facts = make(job_of(tiny_recipe_of(micro_batch_size=2), EFFORT) | changes)
+    step, facts = setup(job_of(tiny_recipe_of(micro_batch_size=2), BUDGET) | changes)
     assert step is not None
     assert facts["parameters"] == sum(
         parameter.numel() for parameter in Gemma3(tiny_config(vocab_size=512)).parameters()
@@ -59,10 +59,10 @@ def test_our_step_is_a_step_of_training(changes: dict[str, bool]) -> None:
 
 
 def test_the_job_has_no_dropout_and_the_tokenizers_vocabulary() -> None:
-    job = job_of(check_recipe(DEFAULT, Recipe, "the default"), EFFORT)
+    job = job_of(check_recipe(DEFAULT, Recipe, "the default"), BUDGET)
     assert job["config"]["vocab_size"] == 4096
     changed = tiny_recipe_of()
-    job = job_of(changed.replace(model=changed.model.replace(dropout=0.1, attention_dropout=0.1)), EFFORT)
+    job = job_of(changed.replace(model=changed.model.replace(dropout=0.1, attention_dropout=0.1)), BUDGET)
     assert (job["config"]["dropout"], job["config"]["attention_dropout"]) == (0.0, 0.0)
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from gemmule.files import held
+from gemmule.files import directory_lock
 from gemmule.train.checkpoint import checkpoints
 from runs import Ended, final_weights, gemmule, steps_done, timeless_metrics, write_text
 
@@ -94,7 +95,7 @@ def test_every_mistake_in_a_recipe_is_reported_at_once(tiny_recipe: Path, tmp_pa
     assert lines == [
         f"recipe {tiny_recipe}: 4 problems",
         "  tokenizer.vocab_sise = 300: no such setting; did you mean tokenizer.vocab_size?",
-        '  train.batch_size = "many": value should be a valid integer',
+        '  train.batch_size = "many": must be a whole number from 1 to 1,000,000,000',
         "  train.context = 99999: must be at most model.max_position_embeddings (32768)",
         "  model.num_key_value_heads = 3: must divide num_attention_heads: [1, 2, 4]",
     ]
@@ -103,7 +104,7 @@ def test_every_mistake_in_a_recipe_is_reported_at_once(tiny_recipe: Path, tmp_pa
 
 def test_a_required_setting_of_the_wrong_type_is_reported_once(tiny_recipe: Path, tmp_path: Path) -> None:
     assert complaint(train(tiny_recipe, tmp_path / "run", "train.steps=many")) == (
-        f'recipe {tiny_recipe}\n  train.steps = "many": value should be a valid integer'
+        f'recipe {tiny_recipe}\n  train.steps = "many": must be a whole number from 1 to 1,000,000,000'
     )
 
 
@@ -113,7 +114,7 @@ def test_a_required_setting_of_the_wrong_type_is_reported_once(tiny_recipe: Path
         (None, "no such file"),
         (b"[train\nsteps = 1", "not valid TOML"),
         (b"\xff\xfe", "not UTF-8 text"),
-        (b"", "data = null: is required and not set"),
+        (b"", "data.train: is required and not set"),
     ],
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes | None, words: str) -> None:
@@ -176,7 +177,7 @@ def test_a_folder_that_holds_something_else(tiny_recipe: Path, tiny_run: Path, t
     assert complaint(train(tiny_recipe, tmp_path)) == f"--out {tmp_path}: {words}"
     assert complaint(gemmule("train", tiny_recipe, "--out", tmp_path, "--resume")) == f"--out {tmp_path}: {words}"
     assert complaint(train(tiny_recipe, tmp_path / "thesis.txt")).endswith(words)
-    words = "holds something already; name a new or empty folder for the dataset"
+    words = "is not empty; name a new or empty folder for the dataset"
     assert words in complaint(gemmule("prepare", tiny_recipe.parent / "train.txt", "--out", tmp_path))
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
@@ -184,7 +185,8 @@ def test_a_folder_that_holds_something_else(tiny_recipe: Path, tiny_run: Path, t
 def test_a_folder_that_holds_a_run(tiny_recipe: Path, tiny_run: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in tiny_run.rglob("*")}
     assert complaint(train(tiny_recipe, tiny_run)) == (
-        f"--out {tiny_run}: holds a run already; go on with it by --resume, or name another folder"
+        f"--out {tiny_run}: holds a run already; resume it with --resume, name another folder, or remove it "
+        f"(rm -r {tiny_run})"
     )
     changes = ["--set", "train.seed=7", "--set", "model.dropout=0.0"]
     assert complaint(gemmule("train", tiny_recipe, *changes, "--out", tiny_run, "--resume")) == (
@@ -201,18 +203,33 @@ def test_a_place_that_cannot_be_written(tiny_recipe: Path, tmp_path: Path) -> No
 
 def test_fp16_is_refused_with_the_reason(tiny_recipe: Path, tmp_path: Path) -> None:
     sentence = complaint(train(tiny_recipe, tmp_path / "run", "train.precision=fp16"))
-    assert sentence.startswith("train.precision = 'fp16': ")
+    assert sentence.startswith(f'recipe {tiny_recipe}\n  train.precision = "fp16": ')
     assert "65504" in sentence
 
 
 @pytest.mark.parametrize("command", ["train", "generate", "evaluate"])
 def test_a_device_that_is_not_there(tiny_recipe: Path, tiny_run: Path, tmp_path: Path, command: str) -> None:
     arguments: dict[str, list[object]] = {
-        "train": [tiny_recipe, "--set", "train.device=tpu", "--out", tmp_path / "run"],
-        "generate": [tiny_run, "--device", "tpu"],
-        "evaluate": [tiny_run, "--device", "tpu", "--data", "storybook:1"],
+        "train": [tiny_recipe, "--set", "train.device=mps:0", "--out", tmp_path / "run"],
+        "generate": [tiny_run, "--device", "mps:0"],
+        "evaluate": [tiny_run, "--device", "mps:0", "--data", "storybook:1"],
     }
-    assert "device 'tpu': this machine has no such device" in complaint(gemmule(command, *arguments[command]))
+    if torch.backends.mps.is_available():
+        pytest.skip("this machine has it")
+    assert "device 'mps:0': this machine has no such device" in complaint(gemmule(command, *arguments[command]))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "RECIPE", "--price", "nan"],
+        ["plan", "RECIPE", "--price", "inf"],
+    ],
+)
+def test_numbers_of_options_out_of_range(arguments: list[object]) -> None:
+    ended = gemmule(*arguments)
+    assert ended.code == 2
+    assert f"Invalid value for '{arguments[2]}'" in ended.err
 
 
 def remove(name: str) -> Callable[[Path], None]:
@@ -295,16 +312,18 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_keeps_the_checkpoints_and_the_run_goes_on(
     tiny_recipe: Path, tiny_run: Path, small_disk: Callable[[int], Path]
 ) -> None:
     run = small_disk(1200) / "run"
     ended = train(tiny_recipe, run)
     places = {step: run / "checkpoints" / f"step-{step:08d}" for step in (6, 9, 12)}
-    told = "a checkpoint could not be written, the ones before it are kept and the run goes on"
+    told = "a checkpoint could not be written; earlier ones are kept and the run continues"
     for step in (6, 9):
         assert f"{told}: {places[step]}: no space left on the device" in ended.err
-    assert complaint(ended).startswith(f"{places[12]}: no space left on the device")
+    assert f"{places[12]}: no space left on the device" in ended.err
+    assert complaint(ended).startswith(f"{run / 'model'}: no space left on the device"), "it is tried all the same"
     assert steps_done(run) == 12
     assert [folder.name for folder in checkpoints(run)] == ["step-00000003"]
     assert sorted(file.name for file in (run / "checkpoints").iterdir()) == ["step-00000003"]
@@ -318,7 +337,7 @@ def test_a_disk_that_fills_up_keeps_the_checkpoints_and_the_run_goes_on(
 def test_a_run_that_another_process_is_writing(tiny_recipe: Path, tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
-    with held(run):
+    with directory_lock(run):
         sentence = complaint(gemmule("train", tiny_recipe, "--out", run, "--resume"))
     assert sentence == f"{run}: another process is writing there; let it end, or name another folder"
 

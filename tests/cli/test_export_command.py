@@ -1,13 +1,26 @@
 import json
+import os
 import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 import gemmule as package
+from gemmule.evaluate import certificate
+from gemmule.formats import exports, k_quants
+from gemmule.formats.gguf_file import GgufFile
+from gemmule.tokenizer.chat import CHAT_TEMPLATE
 from runs import gemmule
+
+
+def metadata(file: Path) -> dict[str, object]:
+    with GgufFile(file) as opened:
+        return opened.metadata
+
 
 needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="the gguf library is not installed")
 
@@ -17,8 +30,10 @@ def test_a_gguf_file_is_a_model_for_every_command(tiny_run: Path, tmp_path: Path
     out = tmp_path / "tiny.gguf"
     ended = gemmule("export", tiny_run, "--to", "gguf", "--out", out, "--dtype", "f32")
     assert (ended.code, ended.out) == (0, "")
-    assert f"{out} is written" in ended.err
-    assert "gemma3.attention.sliding_window_pattern = 3: to a llama.cpp that does not know this key" in ended.err
+    note, written = ended.err.splitlines()
+    assert note.startswith("note: sliding_window_pattern = 3 is supported by llama.cpp since January 2026")
+    assert written == f"wrote {out}: f32, {out.stat().st_size / 1e6:.1f} MB"
+    assert metadata(out)["general.name"] == tiny_run.name
     options = ["--max-new-tokens", 12, "--temperature", 0, "--prompt", "Mia found"]
     assert gemmule("generate", out, *options).out == gemmule("generate", tiny_run, *options).out
     imported = gemmule("import", out, "--out", tmp_path / "back")
@@ -29,7 +44,9 @@ def test_a_gguf_file_is_a_model_for_every_command(tiny_run: Path, tmp_path: Path
 def test_a_folder_is_stored_as_asked(tiny_run: Path, tmp_path: Path) -> None:
     ended = gemmule("export", tiny_run, "--to", "hf", "--out", tmp_path / "out", "--dtype", "bf16", "--json")
     assert ended.code == 0, ended.err
-    assert json.loads(ended.out) == {"artefact": str(tmp_path / "out"), "format": "hf", "dtype": "bf16"}
+    size = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    told = {"artefact": str(tmp_path / "out"), "format": "hf", "dtype": "bf16", "bytes": size}
+    assert json.loads(ended.out) == told
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert {str(tensor.dtype) for tensor in weights.values()} == {"torch.bfloat16"}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -46,18 +63,50 @@ def test_ollama_gets_a_file_and_its_description(tiny_run: Path, tmp_path: Path) 
     description = (tmp_path / "out" / "Modelfile").read_text()
     assert description.startswith('FROM ./model.gguf\nTEMPLATE """{{ .Prompt }}"""\n')
     assert "stop" not in description
-    assert f"ollama create out -f {tmp_path / 'out' / 'Modelfile'}" in ended.err
+    written, advice = ended.err.splitlines()[-2:]
+    assert written.startswith(f"wrote {tmp_path / 'out' / 'model.gguf'}: bf16, ")
+    assert advice == f"add it to Ollama:  ollama create out -f {tmp_path / 'out' / 'Modelfile'}"
 
 
 @needs_gguf
 def test_ollama_is_told_of_a_chat(tiny_run: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_run / "model", tmp_path / "chat")
-    config = json.loads((tmp_path / "chat" / "tokenizer_config.json").read_text())
-    (tmp_path / "chat" / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ messages }}"}))
+    (tmp_path / "chat" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     assert gemmule("export", tmp_path / "chat", "--to", "ollama", "--out", tmp_path / "out").code == 0
+    assert metadata(tmp_path / "out" / "model.gguf")["tokenizer.chat_template"] == CHAT_TEMPLATE
     description = (tmp_path / "out" / "Modelfile").read_text()
     assert "<start_of_turn>user\n{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}<end_of_turn>\n" in description
     assert 'PARAMETER stop "<end_of_turn>"' in description
+
+
+@needs_gguf
+def test_another_chat_template_is_left_to_ollama(tiny_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run / "model", tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text("<|im_start|>{{ messages }}<|im_end|>")
+    ended = gemmule("export", tmp_path / "chat", "--to", "ollama", "--out", tmp_path / "out")
+    assert "note: the chat template is not Gemma's; Ollama uses the most similar one that it knows" in ended.err
+    assert "TEMPLATE" not in (tmp_path / "out" / "Modelfile").read_text()
+
+
+@needs_gguf
+def test_name_and_license_go_from_format_to_format(tiny_run: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_run / "model", tmp_path / "source")
+    (source / "README.md").write_text(
+        "---\nlanguage: en\nlicense: gemma\nmodel_name: 'Gemma 3 4m It'\n---\n# A story\n"
+    )
+    note = ": gemma; it also applies to this copy\n"
+    expected = {"general.name": "Gemma 3 4m It", "general.license": "gemma", "general.type": "model"}
+    steps = [("export", "--to", "hf"), ("export", "--to", "gguf"), ("import",), ("export", "--to", "ollama")]
+    for number, (command, *options) in enumerate(steps):
+        out = tmp_path / str(number)
+        ended = gemmule(command, source, *options, "--out", out)
+        assert (ended.code, ended.err.count(f"{source}{note}")) == (0, 1), ended.err
+        source = out
+    for file in (tmp_path / "1", tmp_path / "3" / "model.gguf"):
+        assert metadata(file).items() >= expected.items()
+    assert (tmp_path / "2" / "README.md").read_text() == "---\nlicense: gemma\nmodel_name: Gemma 3 4m It\n---\n"
+    assert "license of" not in gemmule("export", tiny_run, "--to", "hf", "--out", tmp_path / "mine").err
+    assert not (tmp_path / "mine" / "README.md").exists()
 
 
 @pytest.mark.parametrize(
@@ -76,12 +125,121 @@ def test_what_a_format_cannot_hold_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_paths_that_are_not_utf_8_are_used_where_programs_open_them(tiny_run: Path, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    for command in (["export", tiny_run, "--to", "hf"], ["import", tiny_run / "model"]):
+        ended = gemmule(*command, "--out", odd)
+        assert ended.code == 2
+        assert ended.err.endswith(": the path of a model or run must be UTF-8; rename it\n")
+    assert gemmule("export", tiny_run, "--to", "gguf", "--out", odd).code == 0
+    assert metadata(odd)["general.name"] == tiny_run.name
+    assert gemmule("export", odd, "--to", "gguf", "--out", tmp_path / "again").code == 0
+    shutil.copytree(tiny_run / "model", tmp_path / os.fsdecode(b"run\xe9"))
+    ended = gemmule("generate", tmp_path / os.fsdecode(b"run\xe9"))
+    assert ended.code == 2
+    assert ": the path of a model or run must be UTF-8; rename it" in ended.err
+
+
 def test_what_is_there_is_not_overwritten(tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis").write_text("mine")
     ended = gemmule("export", tiny_run, "--to", "gguf", "--out", tmp_path / "thesis")
     assert ended.code == 2
-    assert f"--out {tmp_path / 'thesis'}: is there already; name a new file or folder" in ended.err
+    assert f"--out {tmp_path / 'thesis'}: already exists; choose a new file or folder" in ended.err
     assert (tmp_path / "thesis").read_text() == "mine"
+
+
+def test_a_model_that_holds_nan_is_refused_by_its_name(tiny_run: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_run / "model", tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, source / "model.safetensors")
+    ended = gemmule("export", source, "--to", "hf", "--out", tmp_path / "out")
+    assert (ended.code, ended.out) == (2, "")
+    damage = "the model is damaged: norm.weight holds NaN or infinity"
+    assert ended.err == f"gemmule: {damage}; see `gemmule doctor {source}`\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "library", "advice"),
+    [
+        (
+            ["--to", "hf", "--verify"],
+            "transformers",
+            "transformers, which is not installed: pip install 'gemmule[parity]'",
+        ),
+        (
+            ["--to", "gguf", "--verify"],
+            "llama_cpp",
+            "llama-cpp-python, which is not installed: pip install 'gemmule[llama]'",
+        ),
+        (["--to", "gguf", "--dtype", "q4_k_m"], "llama_cpp", "llama-cpp-python, which is not installed: pip install"),
+        (["--to", "gguf"], "gguf", "gguf, which is not installed: pip install 'gemmule[gguf]'"),
+    ],
+)
+def test_a_missing_library_is_told_before_anything_is_read_or_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], library: str, advice: str
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    for module in (certificate, k_quants):
+        monkeypatch.setattr(module, "find_spec", lambda name: None if name == library else find_spec(name))
+    ended = gemmule("export", tmp_path / "no model", *options, "--out", tmp_path / "out")
+    assert ended.code == 2
+    assert advice in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def accepting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every runtime answer as we do, for tests of what is around it."""
+
+    def answer(runtime: str, artefact: Path, ids: list[int], strings: list[str]) -> object:
+        model, tokenizer = exports.reopen(artefact)
+        logits = model(torch.tensor([ids]))[0].detach().numpy()
+        return {"encoded": [tokenizer.encode(text) for text in strings], "version": "1"}, logits
+
+    monkeypatch.setattr(certificate, "check_runtime", lambda _: None)
+    monkeypatch.setattr(certificate, "_ask", answer)
+    monkeypatch.setattr(certificate, "STRINGS", 3)
+
+
+@needs_gguf
+@pytest.mark.parametrize("to", ["hf", "gguf", "ollama"])
+def test_an_export_can_be_verified_later(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    accepting(monkeypatch)
+    out = tmp_path / "out"
+    command = ["export", tiny_run, "--to", to, "--out", out]
+    assert gemmule(*command).code == 0
+    before = {file: file.read_bytes() for file in out.rglob("*")} or {out: out.read_bytes()}
+    for _ in range(2):  # the certificate of the first is no part of what is compared
+        ended = gemmule(*command, "--verify")
+        assert ended.code == 0, ended.err
+        assert "certificate.json" in ended.err
+        assert "wrote" not in ended.err
+    assert all(file.read_bytes() == content for file, content in before.items())
+    assert len(list(tmp_path.iterdir())) == (2 if to == "gguf" else 1), "temporary folders are gone"
+    others = gemmule(*command, "--verify", "--dtype", "f16")
+    assert others.code == 2
+    assert "already exists, and " in others.err
+    assert " differs from this export; choose a new file or folder" in others.err
+
+
+def test_logits_that_are_not_numbers_fail_the_certificate(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accepting(monkeypatch)
+    answer = certificate._ask
+
+    def broken(*question: object) -> object:
+        told, logits = answer(*question)  # type: ignore[arg-type]
+        logits[3, 7] = float("nan")
+        return told, logits
+
+    monkeypatch.setattr(certificate, "_ask", broken)
+    ended = gemmule("export", tiny_run, "--to", "hf", "--out", tmp_path / "out", "--verify", "--json")
+    assert (ended.code, ended.out) == (1, "")
+    assert f"{tmp_path / 'out'}: transformers computes logits from it that are NaN or infinite" in ended.err
 
 
 @pytest.mark.slow
@@ -105,8 +263,6 @@ def test_a_certificate_that_fails_makes_the_command_fail(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from gemmule.formats import exports
-
     whole = exports.reopen
 
     def tampered(artefact: Path) -> object:

@@ -37,3 +37,8 @@ def test_python_m_gemmule_is_the_command() -> None:
 )
 def test_a_command_line_that_makes_no_sense_ends_with_2(arguments: list[str]) -> None:
     assert gemmule(*arguments).code == 2
+
+
+def test_help_of_train_names_the_list_of_settings() -> None:
+    text = " ".join(gemmule("train", "--help").out.replace("│", "").split())
+    assert "gemmule settings lists every key, as docs/settings.md does" in text

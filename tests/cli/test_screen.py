@@ -31,6 +31,8 @@ def test_a_line_of_metrics_in_words() -> None:
     assert describe_metrics(line_of(100, **VALIDATED), 100) == (
         "step 100/100  train 2.500  validation 2.200 nats/token, 0.900 bits/byte"
     )
+    without = VALIDATED | {"val_bits_per_byte": None}  # a tokenizer that changes the text
+    assert describe_metrics(line_of(5, **without), 100) == "step   5/100  train 2.500  validation 2.200 nats/token"
     assert describe_metrics(line_of(7, **VALIDATED, val_floor=2.0), 9).endswith(", +10.0% above the floor of 2.000")
 
 
@@ -57,10 +59,25 @@ def test_a_terminal_shows_a_bar_and_keeps_the_validations(monkeypatch: pytest.Mo
     screen, text = shown(monkeypatch, terminal=True)
     with screen:
         for step in range(1, 11):
-            screen.training(line_of(step, **(VALIDATED if step in (5, 10) else {})), 10)
+            screen.training(line_of(step, **(VALIDATED if step in (5, 10) else {})), 20)
     assert "training" in text.getvalue()
     assert "loss 2.500  1,234 tokens/s" in text.getvalue()
     assert text.getvalue().count("validation 2.200 nats/token") == 2
+
+
+def test_a_full_bar_goes_away_and_work_of_unknown_length_shows_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, text = shown(monkeypatch, terminal=True)
+    with screen:
+        screen.progress("encoding", 4, 5)
+        assert [task.description for task in screen._progress.tasks] == ["encoding"]
+        screen.progress("encoding", 5, 5)
+        assert screen._progress.tasks == []
+        screen.progress("compiling", 0, None)
+        assert [task.fields["note"] for task in screen._progress.tasks] == [""]
+        screen._progress.refresh()
+        assert "0:00:00" in text.getvalue()
+        screen.progress("reading", 1200, None)
+        assert [task.fields["note"] for task in screen._progress.tasks] == ["1,200"]
 
 
 def test_what_is_said_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def test_every_token_but_the_first_of_a_document_is_a_target_once(
     # The stream's very first token is the target of no row; the last row's last target opens the next epoch.
     assert ignored == epochs * len(documents)
     assert targets == Counter(token for document in documents for token in document[1:] for _ in range(epochs))
-    assert rows.trained == targets.total()
+    assert rows.num_targets == targets.total()
 
 
 @given(documents=corpora, context=st.integers(1, 7), first=st.integers(0, 30), count=st.integers(1, 5))
@@ -115,13 +115,13 @@ def test_batches_split_into_portions_of_rows(folders: Path) -> None:
     assert [len(portion.tokens) for portion in portions] == [2, 2, 1]
     for joined, whole in zip(map(torch.cat, zip(*portions, strict=True)), batch.to(torch.device("cpu")), strict=True):
         assert torch.equal(joined, whole)
-    assert sum(portion.trained for portion in portions) == batch.trained
+    assert sum(portion.num_targets for portion in portions) == batch.num_targets
 
 
 def test_only_what_something_before_predicts_is_trained(folders: Path) -> None:
     documents = [[10, 11, 12, EOS], [20, 21, 22, EOS]]  # a vocabulary without bos
     corpus = corpus_of(documents, folders)
-    assert PackedRows(corpus, 8 - 1, 0).rows(0, 8).trained == 56
+    assert PackedRows(corpus, 8 - 1, 0).rows(0, 8).num_targets == 56
     masked = PackedRows(corpus, 8 - 1, 0, mask_documents=True).rows(0, 8)
     assert not set(masked.targets.flatten().tolist()) & {10, 20}
 
@@ -197,7 +197,7 @@ def test_validation_sees_each_document_whole_and_once(
         for start in range(0, len(document) - 1, context)
     ]
     assert sorted(piece for batch in batches for piece in pieces_of(batch)) == sorted(expected)
-    assert validation.targets == sum(batch.trained for batch in batches) == sum(len(d) - 1 for d in documents)
+    assert validation.targets == sum(batch.num_targets for batch in batches) == sum(len(d) - 1 for d in documents)
 
 
 @given(documents=corpora, limit=st.integers(1, 100))

@@ -124,3 +124,46 @@ def test_there_is_a_core() -> None:
 
 def test_the_engines_are_these() -> None:
     assert set(ENGINES) == {"local", "ray"}
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from gemmule.data import DataSettings
+from gemmule.data import sources
+from gemmule.data.prepare import prepare_dataset
+from gemmule.tokenizer import TokenizerSettings
+
+sources.UNIT = 2000
+prepare_dataset(DataSettings(train=sys.argv[1]), TokenizerSettings(vocab_size=300), Path(sys.argv[2]), workers=2)
+"""
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
+    text = "<|endoftext|>".join(f"This is story number {n} of {n * n}, told by {n % 7} foxes." for n in range(400))
+    (tmp_path / "text.txt").write_text(text)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "text.txt"), str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert "no worker process could start: each imports the main script" in ended.stderr
+    assert 'if __name__ == "__main__":' in ended.stderr
+    assert ended.stderr.count("Traceback") == 1, "the workers say nothing"
+
+
+AT_SIGTERM = """
+import os, signal, sys, time
+from gemmule.data.engines import local
+
+def stop(number, frame):
+    sys.exit(7)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
+    local(time.sleep, [0.0] + [60.0] * 3, 2, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+"""
+
+
+def test_sigterm_ends_the_work_as_ctrl_c_does() -> None:
+    process = subprocess.run([sys.executable, "-c", AT_SIGTERM], stderr=subprocess.PIPE, timeout=50, check=False)
+    assert process.returncode == 7, process.stderr

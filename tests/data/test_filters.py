@@ -3,9 +3,9 @@ import pytest
 from gemmule.data.filters import FILTERS, QUALITY, reason_to_drop
 from gemmule.data.report import SplitReport
 from gemmule.data.settings import DataSettings
-from gemmule.data.storybook import stories
 from gemmule.errors import RecipeError
-from gemmule.recipe import check_recipe
+from gemmule.settings import check_recipe
+from gemmule.storybook import stories
 
 PROSE = "Once upon a time there was a fox. It ran over the hills, far away, and found a den under an old oak tree."
 
@@ -72,9 +72,9 @@ def test_every_filter_is_counted_in_the_report() -> None:
     [
         ({"drop_matching": "(fox"}, r'drop_matching = "\(fox": is not a regular expression: missing \)'),
         ({"keep_matching": "*"}, "keep_matching = .*nothing to repeat"),
-        ({"max_characters": 0}, "max_characters = 0: leaves no document"),
+        ({"max_characters": 0}, "max_characters = 0: must be a whole number from 1"),
         ({"min_characters": 9, "max_characters": 5}, r"leaves no document; use more than min_characters \(9\)"),
-        ({"near_duplicates": 0.3}, r"near_duplicates = 0\.3: must lie between 0\.6 and 1"),
+        ({"near_duplicates": 0.3}, r"near_duplicates = 0\.3: must be a number from 0\.6 to 1"),
         ({"weights": [1, 2]}, None),
         ({"train": ["a", "b"], "weights": [1]}, "must have one number for each of the 2 SOURCEs"),
         ({"train": ["a", "b"], "weights": [1, 0]}, "must be numbers above 0"),

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from gemmule.data import DataSettings
 from gemmule.data.prepare import prepare_dataset
+from gemmule.processes import peak_memory
 from gemmule.tokenizer import TokenizerSettings
 from gemmule.tokenizer.training import train_tokenizer
 source, tokenizer, out = sys.argv[1:]
 prepare_dataset(DataSettings(train=source), TokenizerSettings(path=tokenizer), Path(out))
-status = Path("/proc/self/status").read_text()
-print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+print(peak_memory())
 """
 
 
@@ -38,4 +38,4 @@ def peak_mebibytes(folder: Path, size: int) -> float:
         for number in range(size << 10):
             file.write(f"{number} is the number of this story, and {number * 7} of its friend. " * 14 + "<|endoftext|>")
     command = [sys.executable, "-c", PREPARE, str(source), str(folder / "tokenizer"), str(folder / str(size))]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 2**20

@@ -1,5 +1,9 @@
+import errno
+import hashlib
 import json
 import math
+import os
+import pkgutil
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +14,7 @@ import pytest
 import tokenizers
 
 from gemmule.data import Dataset, DataSettings, open_dataset
+from gemmule.data.dataset import prepared_folder
 from gemmule.data.prepare import prepare_dataset
 from gemmule.data.shards import verify_shard
 from gemmule.data.sources import read_source
@@ -71,7 +76,7 @@ def test_the_folder_holds_what_the_formats_page_says(settings: DataSettings, tmp
     ]
     assert json.loads((out / "dataset.json").read_text())["settings"]["train"] == list(settings.train)
     for corpus in (open_dataset(out).train, open_dataset(out).validation):
-        verify_shard(corpus.shards[0])
+        verify_shard(corpus.shards[0], 350)
 
 
 def test_preparing_twice_gives_the_same_bytes(settings: DataSettings, tmp_path: Path) -> None:
@@ -121,7 +126,7 @@ def test_documents_are_held_out_by_their_text(tmp_path: Path) -> None:
 
 def test_a_prepared_folder_is_not_prepared_again(settings: DataSettings, tmp_path: Path) -> None:
     prepare_dataset(settings, VOCABULARY, tmp_path / "made")
-    with pytest.raises(SourceError, match="made: is prepared already"):
+    with pytest.raises(SourceError, match="made: is a prepared dataset already"):
         prepare_dataset(DataSettings(train=str(tmp_path / "made")), VOCABULARY, tmp_path / "unused")
     assert not (tmp_path / "unused").exists()
 
@@ -173,7 +178,7 @@ def test_the_floor_is_the_surprise_of_all_validation_stories(tmp_path: Path) -> 
 
 def test_held_out_stories_have_a_floor_too(tmp_path: Path) -> None:
     dataset = prepare_dataset(DataSettings(train="storybook:300", holdout=0.1), VOCABULARY, tmp_path / "out")
-    chances = {d.text: d.log_probability or 0.0 for d in read_source("storybook:300", DataSettings(train=""), "train")}
+    chances = {d.text: d.log_probability or 0.0 for d in read_source("storybook:300", DataSettings(train="x"), "train")}
     assert dataset.floor_nats == pytest.approx(-sum(chances[text] for text in decoded(dataset, "validation")))
 
 
@@ -182,11 +187,11 @@ def test_progress_names_each_stage(settings: DataSettings, tmp_path: Path) -> No
     prepare_dataset(settings, VOCABULARY, tmp_path / "out", lambda *news: heard.append(news))
     assert list(dict.fromkeys(label for label, _, _ in heard)) == [
         "cleaning (bytes)",
-        "choosing documents",
+        "deduplicating",
         "training the tokenizer",
-        "encoding (documents)",
+        "tokenizing (documents)",
     ]
-    assert heard[-1] == ("encoding (documents)", 220, 220)
+    assert heard[-1] == ("tokenizing (documents)", 220, 220)
 
 
 # What the user gets wrong.
@@ -216,16 +221,21 @@ def test_what_the_user_gets_wrong_makes_no_dataset(tmp_path: Path, settings: Dat
     same = settings.replace(train=settings.validation)
     fails(SourceError, r"data\.train = .*no document is left to use \(20 read, 20 shared", same, out)
     few = DataSettings(train=write(tmp_path / "few.txt", stories(3)), holdout=0.0001)
-    fails(SourceError, r"data\.holdout = 0\.0001: none of the 3 documents", few, out)
+    fails(
+        SourceError,
+        r"data\.holdout = 0\.0001: does not divide 3 documents of 4\d\d bytes.*use data\.holdout = 0\.\d+, set ",
+        few,
+        out,
+    )
 
 
 def test_a_folder_that_holds_something_is_not_touched(tmp_path: Path, settings: DataSettings) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("dear")
-    with pytest.raises(OutputError, match="out: holds something already"):
+    with pytest.raises(OutputError, match="out: is not empty"):
         prepare_dataset(settings, VOCABULARY, tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "dear"
-    with pytest.raises(OutputError, match="holds something already"):
+    with pytest.raises(OutputError, match="is not empty"):
         prepare_dataset(settings, VOCABULARY, tmp_path / "out" / "thesis.txt")
 
 
@@ -251,12 +261,131 @@ def test_no_space_left_names_the_folder_and_what_is_finished_is_kept(
 
 def test_an_interruption_leaves_what_is_finished_and_no_dataset(settings: DataSettings, tmp_path: Path) -> None:
     def interrupt(label: str, *_: object) -> None:
-        if label.startswith("encoding"):
+        if label.startswith("tokenizing"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         prepare_dataset(settings, VOCABULARY, tmp_path / "out", interrupt)
     assert [path.name for path in tmp_path.glob("*out*")] == [".out.partial"]
+
+
+@pytest.mark.parametrize(
+    ("victim", "error"),
+    [
+        ("gemmule.files.sync", KeyboardInterrupt()),
+        ("gemmule.files._is_filled_in_place", OSError(errno.EIO, "Input/output error")),
+        ("gemmule.data.prepare.atomic_replace", OSError(errno.EBUSY, "Device or resource busy")),
+    ],
+)
+def test_a_last_step_that_fails_loses_nothing(
+    victim: str, error: BaseException, settings: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, *_: object, **__: object) -> None:
+        if (tmp_path / ".out.partial" / "encode" / "dataset" / "dataset.json").exists():
+            raise error
+        return original(path)
+
+    original: Callable[[Path], Any] = pkgutil.resolve_name(victim)
+    with monkeypatch.context() as patched:
+        patched.setattr(victim, fail)
+        with pytest.raises((KeyboardInterrupt, OutputError)):
+            prepare_dataset(settings, VOCABULARY, tmp_path / "out")
+    made = tmp_path / ".out.partial" / "encode" / "dataset"
+    before = {file.name: file.read_bytes() for file in made.iterdir()}
+    assert "dataset.json" in before
+    heard: list[str] = []
+    prepare_dataset(settings, VOCABULARY, tmp_path / "out", lambda label, *_: heard.append(label))
+    assert heard == []
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_what_came_into_the_folder_meanwhile_is_kept_as_is_the_dataset(settings: DataSettings, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    notes = out / "notes.txt"
+    with pytest.raises(OutputError, match="another program wrote into it meanwhile; the finished output is kept"):
+        prepare_dataset(
+            settings, VOCABULARY, out, lambda *_: None if notes.exists() else notes.write_text("weeks") and None
+        )
+    assert notes.read_text() == "weeks"
+    with pytest.raises(OutputError, match="is not empty"):
+        prepare_dataset(settings, VOCABULARY, out)
+    notes.rename(tmp_path / "notes.txt")
+    prepare_dataset(settings, VOCABULARY, out, lambda label, *_: pytest.fail(label))
+
+
+@pytest.mark.parametrize("moves", [0, 1, 3])
+def test_a_folder_that_cannot_be_renamed_is_filled_and_filling_goes_on(
+    moves: int, settings: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current directory, here, as a mounted volume."""
+    prepare_dataset(settings, VOCABULARY, tmp_path / "expected")
+    (tmp_path / "volume").mkdir()
+    monkeypatch.chdir(tmp_path / "volume")
+    rename = Path.rename
+
+    def rename_some(path: Path, target: Path) -> Path:
+        nonlocal moves
+        if path.parent.name == "dataset":
+            moves -= 1
+            if moves < 0:
+                raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    for out in (Path(), tmp_path / "volume"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "rename", rename_some)
+            with pytest.raises(OutputError, match="Input/output error"):
+                prepare_dataset(settings, VOCABULARY, out)
+    assert (tmp_path / "volume" / ".partial").exists()
+    prepare_dataset(settings, VOCABULARY, Path())
+    made, expected = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("volume", "expected")
+    )
+    assert made == expected
+
+
+def test_a_folder_may_hold_files_whose_names_are_not_utf8(settings: DataSettings, tmp_path: Path) -> None:
+    """Their own names are refused, as no recipe could be written with them."""
+    (tmp_path / "texts").mkdir()
+    file = tmp_path / "texts" / os.fsdecode(b"caf\xe9.txt")
+    shutil.copy(settings.train[0], file)
+    made = settings.replace(train=str(file.parent))
+    dataset = prepare_dataset(made, VOCABULARY, tmp_path / os.fsdecode(b"o\xfft"))
+    assert dataset.train.documents == prepare_dataset(settings, VOCABULARY, tmp_path / "expected").train.documents
+    with pytest.raises(ValueError, match="valid string"):
+        settings.replace(train=str(file))
+
+
+def test_a_prepared_folder_may_be_named_from_home(
+    settings: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_dataset(settings, VOCABULARY, tmp_path / "made")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert prepared_folder(DataSettings(train="~/made")) == tmp_path / "made"
+    assert prepared_folder(DataSettings(train="~/nothing")) is None
+    with pytest.raises(SourceError, match="is a prepared dataset, not text; train on it alone"):
+        prepare_dataset(DataSettings(train=("~/made", "~/made")), VOCABULARY, tmp_path / "again")
+
+
+def test_a_tokenizer_that_loses_text_is_noticed(settings: DataSettings, tmp_path: Path) -> None:
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "<eos>": 1, "the": 2}, unk_token="[UNK]"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    (tmp_path / "words").mkdir()
+    library.save(str(tmp_path / "words" / "tokenizer.json"))
+    (tmp_path / "words" / "tokenizer_config.json").write_text('{"eos_token": "<eos>", "unk_token": "[UNK]"}')
+    said: list[str] = []
+    words = TokenizerSettings(path=str(tmp_path / "words"))
+    dataset = prepare_dataset(settings, words, tmp_path / "out", log=said.append)
+    assert said == [
+        "the tokenizer changes 220 of 220 documents: decoding does not restore the text, so bits per byte are "
+        "meaningless"
+    ]
+    assert not dataset.lossless
+    assert not open_dataset(tmp_path / "out").lossless
+    assert prepare_dataset(settings, VOCABULARY, tmp_path / "whole").lossless
+    assert "lossless" not in json.loads((tmp_path / "whole" / "dataset.json").read_text())
 
 
 @pytest.fixture
@@ -277,6 +406,35 @@ def test_damaged_datasets_are_refused(prepared: Path) -> None:
         with pytest.raises(DatasetError, match=words):
             open_dataset(prepared)
         (prepared / name).write_bytes(whole)
+
+
+def test_changed_tokens_are_noticed_where_a_dataset_is_opened(prepared: Path) -> None:
+    shard = prepared / "train-00000.tokens"
+    whole = bytearray(shard.read_bytes())
+    whole[1000:1002] = whole[1002:1004]
+    shard.write_bytes(whole)
+    with pytest.raises(DatasetError, match=r"train-00000\.tokens: damaged \(its checksum differs\)"):
+        open_dataset(prepared)
+    assert open_dataset(prepared, verify=False).train.documents == 200
+
+
+def test_tokens_that_the_vocabulary_lacks_are_refused(prepared: Path) -> None:
+    shard = prepared / "validation-00000.tokens"
+    whole = bytearray(shard.read_bytes())
+    whole[130:132] = b"\xff\xff"
+    whole[72:104] = hashlib.sha256(whole[128:]).digest()
+    shard.write_bytes(whole)
+    with pytest.raises(DatasetError, match=r"validation-00000\.tokens: holds token 65535, where .* has 350 ids"):
+        open_dataset(prepared)
+
+
+def test_documents_that_overlap_are_refused(prepared: Path) -> None:
+    shard = prepared / "train-00000.tokens"
+    whole = bytearray(shard.read_bytes())
+    whole[-8 * 2 * 200 : -8 * 2 * 200 + 8] = (10**9).to_bytes(8, "little")
+    shard.write_bytes(whole)
+    with pytest.raises(DatasetError, match=r"damaged \(its documents do not fill it"):
+        open_dataset(prepared, verify=False)
 
 
 def test_shards_of_another_tokenizer_are_refused(prepared: Path, settings: DataSettings, tmp_path: Path) -> None:

@@ -115,17 +115,17 @@ def test_several_processes_make_the_same_bytes_as_one(
 
 
 MOMENTS = {
-    "before anything is finished": ("gemmule.data.clean:finish", 0),
-    "after some units are clean": ("gemmule.data.clean:finish", 4),
-    "before documents are chosen": ("gemmule.data.prepare:choose_documents", 0),
-    "before the choice is finished": ("gemmule.data.prepare:finish", 0),
-    "before the tokenizer is finished": ("gemmule.data.prepare:finish", 1),
-    "in the middle of a shard": ("gemmule.data.encode:_portions", 2),
-    "after some shards": ("gemmule.data.encode:finish", 3),
-    "before the report": ("gemmule.data.prepare:draw_report", 0),
-    "before it is a dataset": ("gemmule.data.prepare:written_aside", 0),
-    "before it takes its name": ("gemmule.data.prepare:put_in_place", 0),
-    "while it takes its name": ("gemmule.files:_exchange", 0),
+    "before anything is finished": ("gemmule.data.clean:commit", 0),
+    "after some units are clean": ("gemmule.data.clean:commit", 4),
+    "before documents are chosen": ("gemmule.data.prepare:label_documents", 0),
+    "before the choice is finished": ("gemmule.data.prepare:commit", 0),
+    "before the tokenizer is finished": ("gemmule.data.prepare:commit", 1),
+    "in the middle of a shard": ("gemmule.data.encode:_batches", 2),
+    "after some shards": ("gemmule.data.encode:commit", 3),
+    "before the report": ("gemmule.data.prepare:plot_report", 0),
+    "before it is a dataset": ("gemmule.data.prepare:atomic_write", 0),
+    "before it takes its name": ("gemmule.data.prepare:atomic_replace", 0),
+    "while it takes its name": ("gemmule.files:_is_filled_in_place", 1),
 }
 
 
@@ -147,7 +147,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     assert content(out) == expected
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
 def test_all_processes_killed_at_random_it_goes_on_to_the_same_bytes(
     corpus: dict[str, str], expected: dict[str, bytes], tmp_path: Path, seed: int
 ) -> None:
@@ -171,8 +172,8 @@ def test_what_is_finished_is_not_done_again_and_what_is_damaged_is(
     monkeypatch.setattr(sources, "UNIT", UNIT)
     out = tmp_path / "out"
 
-    def stop(label: str, done: int, total: int | None) -> None:
-        if label.startswith("encoding") and done > 100:
+    def stop(stage: str, done: int, total: int | None) -> None:
+        if stage.startswith("tokenizing") and done > 100:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -196,13 +197,13 @@ def test_other_settings_do_anew_what_depends_on_them_and_say_so(
     monkeypatch.setattr(sources, "UNIT", UNIT)
     out, said = tmp_path / "out", list[str]()
 
-    def stop(label: str, *_: object) -> None:
-        if label.startswith("encoding"):
+    def stop(stage: str, *_: object) -> None:
+        if stage.startswith("tokenizing"):
             raise KeyboardInterrupt
 
     def prepare(chosen: DataSettings, vocabulary: TokenizerSettings = VOCABULARY) -> float:
         with pytest.raises(KeyboardInterrupt):
-            prepare_dataset(chosen, vocabulary, out, stop, say=said.append)
+            prepare_dataset(chosen, vocabulary, out, stop, log=said.append)
         return (tmp_path / ".out.partial" / "clean" / "train-00000.text").stat().st_mtime_ns
 
     first = prepare(settings(corpus))
@@ -210,7 +211,7 @@ def test_other_settings_do_anew_what_depends_on_them_and_say_so(
     assert said == []
     assert prepare(settings(corpus), TokenizerSettings(vocab_size=340)) == first, "cleaning does not depend on it"
     assert len(said) == 1
-    assert "made from other settings or sources in part, which is done anew" in said[0]
+    assert "stages cached for other settings or sources are redone" in said[0]
     assert prepare(settings(corpus).replace(weights=(3.0, 1.0), mask_documents=True)) == first
     assert prepare(settings(corpus).replace(quality=True)) > first
     assert len(said) == 3
@@ -244,18 +245,19 @@ def test_ctrl_c_says_how_to_go_on(corpus: dict[str, str], expected: dict[str, by
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "Traceback" not in said
-    assert (
-        f"what is finished is kept in {tmp_path / '.out.partial'}; to go on:  gemmule prepare {corpus['text']}" in said
-    )
+    assert f"finished work is kept in {tmp_path / '.out.partial'}; to resume:  gemmule prepare {corpus['text']}" in said
     finish(corpus, out)
     assert content(out) == expected
 
 
 def test_two_preparations_do_not_write_to_one_place(corpus: dict[str, str], tmp_path: Path) -> None:
-    from gemmule.files import held
+    from gemmule.files import directory_lock
 
     (tmp_path / ".out.partial").mkdir()
-    with held(tmp_path / ".out.partial"), pytest.raises(OutputError, match="another process is writing there"):
+    with (
+        directory_lock(tmp_path / ".out.partial"),
+        pytest.raises(OutputError, match="another process is writing there"),
+    ):
         prepare_dataset(settings(corpus), VOCABULARY, tmp_path / "out")
 
 

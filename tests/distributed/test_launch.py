@@ -122,7 +122,7 @@ def expect_saved(run: Path, *processes: "subprocess.Popen[str]") -> None:
     """Wait until all have ended for the signal they got; the step that they say is saved, is."""
     told = [process.communicate(timeout=300)[1] for process in processes]
     assert all(process.returncode for process in processes)
-    ((step, again),) = re.findall(r"stopped after step (\d+), which is saved; go on with:  (.*)", "\n".join(told))
+    ((step, again),) = re.findall(r"stopped after step (\d+), which is saved; resume with:  (.*)", "\n".join(told))
     assert checkpoints(run)[0].name == f"step-{int(step):08d}"
     assert "--resume" in again
 
@@ -178,7 +178,7 @@ def test_machines_whose_process_is_killed_start_again_together(
         wait_until(lambda: len(checkpoints(run)) > 0)
         os.kill(workers((one, other)[where].pid)[0], signal.SIGKILL)
         told = expect_success(one, other)
-    assert re.search(r"going on from .*step-\d+, after step", told)
+    assert re.search(r"resuming from .*step-\d+, after step", told)
     assert_same_run(run, straight)
 
 
@@ -194,7 +194,7 @@ def test_a_machine_that_is_lost_is_replaced(tiny_recipe: Path, tmp_path: Path, p
         for victim in (lost.pid, process):
             os.kill(victim, signal.SIGKILL)
         told = expect_success(keeper, stack.enter_context(started(words, programs)))
-    assert re.search(r"going on from .*step-\d+, after step", told)
+    assert re.search(r"resuming from .*step-\d+, after step", told)
     assert_same_run(run, straight)
 
 
@@ -299,7 +299,7 @@ def test_the_slurm_script_saves_before_the_time_limit_and_goes_on_in_the_queue(
     assert (tmp_path / "requeued").exists()
     (tmp_path / "tasks").unlink()
     with started(slurm_words(tiny_recipe, run), programs, slurm | {"SLURM_RESTART_COUNT": 1}) as job:
-        assert "going on from" in expect_success(job)
+        assert "resuming from" in expect_success(job)
     assert_same_run(run, straight)
 
 
@@ -310,7 +310,7 @@ def test_the_slurm_script_does_not_queue_what_failed(
     with started(words, programs, slurm) as job:
         _, told = job.communicate(timeout=300)
     assert job.returncode != 0
-    assert "train.steps = 0: value should be greater than 0" in told
+    assert "train.steps = 0: must be a whole number from 1 to 1,000,000,000" in told
     assert not (tmp_path / "requeued").exists()
 
 

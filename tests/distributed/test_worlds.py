@@ -26,7 +26,7 @@ def run_world(
 
 def in_step(number: int) -> Death:
     """SIGTERM in the n-th step of a process, which all processes then finish."""
-    return Death("gemmule.train.loop:learning_rate_factor", number, number=signal.SIGTERM)
+    return Death("gemmule.train.loop:lr_scale", number, number=signal.SIGTERM)
 
 
 @pytest.fixture(scope="module", params=["muon", "adamw"])

@@ -1,9 +1,9 @@
 import pytest
 
-from gemmule.data.storybook import tell_story
 from gemmule.evaluate import stories
 from gemmule.evaluate.stories import judge_stories
-from gemmule.generate.sampling import STORYTELLING, SamplingSettings
+from gemmule.inference.sampling import STORYTELLING, SamplingSettings
+from gemmule.storybook import tell_story
 from gemmule.tokenizer import Tokenizer
 from tiny import lively_model, tiny_config
 

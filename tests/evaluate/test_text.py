@@ -1,15 +1,22 @@
 import math
+import string
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import tokenizers
 import torch
 from torch.nn import functional
 
 from gemmule.data import DataSettings
-from gemmule.errors import SourceError
+from gemmule.errors import RecipeError, SourceError
+from gemmule.evaluate import text as text_module
 from gemmule.evaluate.text import score_text
 from gemmule.model.gemma3 import Gemma3
 from gemmule.tokenizer import Tokenizer
+from gemmule.tokenizer.training import train_tokenizer
 from sentences import SENTENCES
 from tiny import lively_model, tiny_config
 
@@ -92,14 +99,177 @@ def test_the_first_documents_are_taken(model: Gemma3, tiny_tokenizer: Tokenizer,
     assert figures["bytes"] == sum(len(each.encode()) for each in documents_of(text)[:2])
 
 
-def test_progress_is_told_by_the_batch(model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings) -> None:
-    told: list[tuple[str, int, int | None]] = []
-    score_text(model, tiny_tokenizer, text, batch_size=2, progress=lambda *step: told.append(step))
-    assert told == [("predicting", number, len(told)) for number in range(len(told))]
-    assert len(told) > 1
+def test_progress_counts_batches(model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings) -> None:
+    seen: list[tuple[str, int, int | None]] = []
+    score_text(model, tiny_tokenizer, text, batch_size=2, progress=lambda *step: seen.append(step))
+    assert seen == [("predicting", number, None) for number in range(len(seen))]
+    assert len(seen) > 1
 
 
-def test_a_document_that_is_not_utf8_is_refused(model: Gemma3, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_text_in_portions_costs_what_it_does_in_one(
+    model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = score_text(model, tiny_tokenizer, text)
+    seen: list[int] = []
+    monkeypatch.setattr(text_module, "_PORTION", 60)
+    portions = score_text(model, tiny_tokenizer, text, progress=lambda _, batch, __: seen.append(batch))
+    assert portions == pytest.approx(whole, rel=1e-6)
+    assert seen == list(range(len(seen)))
+    assert len(seen) > 1
+
+
+# Cleaned as for training.
+
+
+def test_text_is_cleaned_as_for_training_and_what_is_dropped_is_said(
+    model: Gemma3, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    clean = [f"Mia said it\u2019s so, {number} times.\nAnd so it was." for number in range(200)]
+    (tmp_path / "clean.txt").write_text("<|endoftext|>".join(clean), encoding="utf-8")
+    dirty = [text.replace("\n", "\r\n").encode() for text in clean]
+    dirty[7] = clean[7].encode().decode("cp1252").encode()  # read wrongly, once
+    dirty[9:9] = [b" \r\n ", b"\xff"]
+    (tmp_path / "dirty.txt").write_bytes(b"\r\n<|endoftext|>\r\n".join(dirty))
+    said: list[str] = []
+    expected, found = (
+        score_text(model, tiny_tokenizer, DataSettings(train=str(tmp_path / name)), say=said.append)
+        for name in ("clean.txt", "dirty.txt")
+    )
+    assert found == expected | {"dropped": 2}
+    assert said == ["of 202 documents, dropped: 1 not UTF-8, 1 empty; 1 repaired: cp1252 mojibake"]
+
+
+def test_filters_apply_as_they_do_in_training(model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings) -> None:
+    longest = max(map(len, documents_of(text)))
+    figures = score_text(model, tiny_tokenizer, text.replace(min_characters=longest))
+    assert (figures["documents"], figures["dropped"]) == (3, 7)
+    with pytest.raises(SourceError, match=r"there is no text to predict \(dropped: 1 empty, 9 too short\)"):
+        score_text(model, tiny_tokenizer, text.replace(min_characters=10_000))
+
+
+def test_text_in_another_encoding_is_refused(model: Gemma3, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(b"good\n<|endoftext|>\nb\xe4d\n")
-    with pytest.raises(SourceError, match=r"text\.txt: a document is not UTF-8; `gemmule prepare` would leave it out"):
+    with pytest.raises(SourceError, match=r"text\.txt: not UTF-8: 1 of 2 documents, the first at byte 20"):
         score_text(model, tiny_tokenizer, DataSettings(train=str(tmp_path / "text.txt")))
+
+
+def test_a_separator_that_does_not_occur_is_said(model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings) -> None:
+    said: list[str] = []
+    score_text(model, tiny_tokenizer, text.replace(separator="%"), context=64, say=said.append)
+    assert said == [f"the separator '%' does not occur in {text.train[0]}: it is read as one document"]
+
+
+# Bits per byte.
+
+
+def lossy(normalizer: tokenizers.normalizers.Normalizer) -> Tokenizer:
+    """Return a byte-level tokenizer that changes the text first."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({token: n for n, token in enumerate([*alphabet, "</s>"])}, []))
+    library.normalizer = normalizer
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.add_special_tokens(["</s>"])
+    return Tokenizer(library.to_str(), {})
+
+
+@pytest.mark.parametrize("change", [tokenizers.normalizers.Lowercase(), tokenizers.normalizers.NFKC()])
+def test_a_tokenizer_that_changes_text_has_no_bits_per_byte(
+    change: tokenizers.normalizers.Normalizer, model: Gemma3, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("all the same<|endoftext|>A \ufb01ne day<|endoftext|>\ufb01ne", encoding="utf-8")
+    said: list[str] = []
+    figures = score_text(model, lossy(change), DataSettings(train=str(tmp_path / "text.txt")), say=said.append)
+    assert figures["bits_per_byte"] is None
+    assert math.isfinite(figures["loss"])
+    changed = 1 if isinstance(change, tokenizers.normalizers.Lowercase) else 2
+    assert said[-1].startswith(f"no bits per byte: the tokenizer changes {changed} of 3 documents")
+    (tmp_path / "text.txt").write_text("all the same<|endoftext|>and this", encoding="utf-8")
+    assert score_text(model, lossy(change), DataSettings(train=str(tmp_path / "text.txt")))["bits_per_byte"] > 0
+
+
+# Rows.
+
+
+def test_a_context_beyond_the_model_is_refused(model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings) -> None:
+    with pytest.raises(RecipeError, match=r"--context = 257: the model reads at most 256 tokens"):
+        score_text(model, tiny_tokenizer, text, context=257)
+
+
+def test_rows_are_as_long_as_documents_need_and_batches_have_few_of_long_ones(
+    tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = " ".join(SENTENCES[:4])
+    (tmp_path / "text.txt").write_text("<|endoftext|>".join([document] * 30 + SENTENCES[:40]))
+    data = DataSettings(train=str(tmp_path / "text.txt"))
+    longest = len(tiny_tokenizer.encode_documents([document])[0]) - 1
+    model = lively_model(tiny_config(vocab_size=380, max_position_embeddings=1_000_000))
+    shapes: list[torch.Size] = []
+    model.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape))
+    monkeypatch.setattr(text_module, "_TOKENS", 5 * longest + 1)
+    expected = score_text(model, tiny_tokenizer, data, context=100_000)
+    assert set(shapes[:-1]) == {(5, longest)}
+    shapes.clear()
+    assert score_text(model, tiny_tokenizer, data, batch_size=9) == pytest.approx(expected, rel=1e-5)
+    assert set(shapes[:-1]) == {(9, longest)}
+
+
+def test_rows_read_in_chunks_cost_what_they_do_read_at_once(
+    tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("<|endoftext|>".join([" ".join(SENTENCES[:9]), *SENTENCES[:40]]))
+    data = DataSettings(train=str(tmp_path / "text.txt"))
+    model = lively_model(tiny_config(vocab_size=380, max_position_embeddings=1000))
+    whole = score_text(model, tiny_tokenizer, data)
+    monkeypatch.setattr(text_module, "_LONGEST_ROW", 50)
+    monkeypatch.setattr(text_module, "_CHUNK", 37)
+    assert score_text(model, tiny_tokenizer, data, context=1000) == pytest.approx(whole, rel=1e-5)
+
+
+MEMORY = """
+import sys
+sys.path[:0] = sys.argv[3:]
+import torch
+from pathlib import Path
+from gemmule.data import DataSettings
+from gemmule.evaluate.text import score_text
+from gemmule.processes import peak_memory
+from gemmule.tokenizer import Tokenizer
+from tiny import lively_model, tiny_config
+
+torch.set_num_threads(1)
+tokenizer = Tokenizer.load(Path(sys.argv[2]))
+shape = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+model = lively_model(tiny_config(vocab_size=393, max_position_embeddings=256, head_dim=4, **shape))
+figures = score_text(model, tokenizer, DataSettings(train=sys.argv[1]))
+print(figures["documents"], figures["tokens"], peak_memory() >> 20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_large_text_takes_little_more_memory_than_a_small_one(tmp_path: Path) -> None:
+    words = [letter * 32 for letter in string.ascii_lowercase[:20]]  # soon one token each
+    train_tokenizer([" ".join(words) + " 0123456789\n"] * 2, 262 + 31 + 5 * 20).save(tmp_path)
+    found = []
+    for documents in (20_000, 80_000):
+        with (tmp_path / "text.txt").open("w") as file:
+            for number in range(documents):
+                file.write(
+                    f"{SENTENCES[number % len(SENTENCES)]}\n{SENTENCES[number % 7] * 2} {number % 1000}\n{number}"
+                )
+                file.write("<|endoftext|>")
+        command = [sys.executable, "-c", MEMORY, str(tmp_path / "text.txt"), str(tmp_path), *sys.path]
+        ended = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append(Measured(*map(int, ended.stdout.split())))
+    small, large = found
+    assert large.documents == 80_000
+    assert (tmp_path / "text.txt").stat().st_size > 20e6
+    # The same text takes 430 to 490 MiB from run to run; its tokens as a list or in int64 would be 116 MiB more.
+    assert large.mebibytes < small.mebibytes + 80, found
+
+
+class Measured(NamedTuple):
+    documents: int
+    tokens: int
+    mebibytes: int

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from gemmule.tokenizer import Tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -21,6 +23,7 @@ def test_every_example_is_tested() -> None:
     assert [file.name for file in EXAMPLES.glob("*.py") if f'"{file.name}"' not in source] == []
 
 
+@pytest.mark.slow
 def test_train_by_hand_learns() -> None:
     lines = run_example("train_by_hand.py", 25)
     first, *_, last = (float(line.split()[3]) for line in lines if line.startswith("step"))

@@ -110,48 +110,70 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
     [
         ({"model_type": "llama"}, "config.json: model_type is 'llama'; Gemmule opens 'gemma3_text' models"),
         ({"model_type": None}, "config.json: model_type is None; Gemmule opens"),
-        ({"attention_bias": True}, "config.json: attention_bias is True; for Gemma 3 it is False"),
-        ({"final_logit_softcapping": 30.0}, "config.json: final_logit_softcapping is 30.0; for Gemma 3 it is None"),
-        ({"attn_logit_softcapping": 50.0}, "config.json: attn_logit_softcapping is 50.0; for Gemma 3 it is None"),
-        ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu'; for Gemma 3 it is 'gelu_pytorch_tanh'"),
-        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True; for Gemma 3 it is False"),
+        ({"attention_bias": True}, "config.json: attention_bias is True; Gemma 3 has False"),
+        ({"final_logit_softcapping": 30.0}, "config.json: final_logit_softcapping is 30.0; Gemma 3 has None"),
+        ({"attn_logit_softcapping": 50.0}, "config.json: attn_logit_softcapping is 50.0; Gemma 3 has None"),
+        ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu'; Gemma 3 has 'gelu_pytorch_tanh'"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True; Gemma 3 has False"),
         (
             {"rope_parameters": {GLOBAL: {"rope_type": "yarn", "factor": 8.0}}},
-            "rotary scaling is 'yarn'; for Gemma 3 it is 'default' or 'linear'",
+            "RoPE scaling is 'yarn'; Gemma 3 has 'default' or 'linear'",
         ),
         (
             {"rope_parameters": {LOCAL: {"rope_type": "linear", "factor": 8.0}}},
-            "rotary scaling is 'linear'; for Gemma 3 it is 'default'",
+            "RoPE scaling is 'linear'; Gemma 3 has 'default'",
         ),
-        ({"rope_parameters": {GLOBAL: {"rope_type": "linear"}}}, "rotary scaling is 'linear' without a factor"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling is 'dynamic'"),
+        ({"rope_parameters": {GLOBAL: {"rope_type": "linear"}}}, "RoPE scaling is 'linear' without a factor"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE scaling is 'dynamic'"),
         ({"rope_parameters": 8}, "config.json: rope_parameters is 8, not an object"),
         ({"text_config": [1]}, "config.json: text_config is [1], not an object"),
-        ({"hidden_size": "wide"}, "config.json: hidden_size is 'wide', neither a number nor true or false"),
-        ({"hidden_size": 24.5}, "config.json: hidden_size = 24.5: value should be a valid integer"),
+        ({"hidden_size": "wide"}, "config.json: hidden_size is 'wide', not a number or a boolean"),
+        ({"num_hidden_layers": 7.0}, "config.json: num_hidden_layers = 7.0: "),
+        ({"num_hidden_layers": True}, "config.json: num_hidden_layers = true: "),
+        (
+            {"max_position_embeddings": 10**18},
+            "max_position_embeddings = 1000000000000000000: must be at most 9,007,199,254,740,992",
+        ),
+        ({"hidden_size": 10**400}, "hidden_size is 100000000000000000...0000000000000000000, too large for the size"),
+        (
+            {"rope_theta": 1e300, "rope_parameters": None},
+            "rope_theta = 1e+300: must be a number from 1e-30 to 1e+30",
+        ),
+        (
+            {"rope_theta": 1e-300, "rope_parameters": None},
+            "rope_theta = 1e-300: must be a number from 1e-30 to 1e+30",
+        ),
+        ({"rms_norm_eps": 0}, "config.json: rms_norm_eps = 0: must be a number from 1e-30"),
+        ({"sliding_window_pattern": 10**18, "layer_types": None}, "sliding_window_pattern = 1000000000000000000: must"),
+        ({"hidden_size": 24.5}, "config.json: hidden_size = 24.5: must be a whole number from 1 to 1,048,576"),
         (
             {"num_attention_heads": 10**12},
-            "num_attention_heads is 1000000000000; the largest that is opened is 1048576",
+            "num_attention_heads = 1000000000000: must be a whole number from 1 to 1,048,576",
         ),
-        ({"rope_theta": [1e6], "rope_parameters": None}, "config.json: rope_theta is [1000000.0], neither a number"),
-        ({"rms_norm_eps": float("inf")}, "config.json: rms_norm_eps is inf, not a finite number"),
+        ({"rope_theta": [1e6], "rope_parameters": None}, "config.json: rope_theta is [1000000.0], not a number"),
+        ({"rms_norm_eps": float("inf")}, "config.json: rms_norm_eps = Infinity: must be a number from"),
         (
             {"hidden_size": 0, "head_dim": 7},
-            "config.json: hidden_size = 0: value should be greater than 0; head_dim = 7",
+            "config.json: hidden_size = 0: must be a whole number from 1 to 1,048,576; head_dim = 7",
         ),
-        ({"hidden_size": 0}, "hidden_size = 0: value should be greater than 0"),
+        ({"hidden_size": 0}, "hidden_size = 0: must be a whole number from 1 to 1,048,576"),
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3: must divide num_attention_heads"),
         ({"layer_types": [LOCAL, GLOBAL]}, "do not name num_hidden_layers = 7 layers"),
         ({"layer_types": "all"}, "config.json: layer_types 'all' do not name num_hidden_layers = 7 layers"),
-        ({"layer_types": [GLOBAL, *[LOCAL] * 6]}, "are not a repeating pattern"),
-        ({"layer_types": [LOCAL, GLOBAL, LOCAL, LOCAL, GLOBAL, LOCAL, LOCAL]}, "are not a repeating pattern"),
-        ({"layer_types": [LOCAL, LOCAL, GLOBAL, LOCAL, LOCAL, "chunked_attention", LOCAL]}, "not a repeating pattern"),
+        ({"layer_types": [GLOBAL, *[LOCAL] * 6]}, "do not repeat a pattern"),
+        ({"layer_types": [LOCAL, GLOBAL, LOCAL, LOCAL, GLOBAL, LOCAL, LOCAL]}, "do not repeat a pattern"),
+        ({"layer_types": [LOCAL, LOCAL, GLOBAL, LOCAL, LOCAL, "chunked_attention", LOCAL]}, "not repeat a pattern"),
     ],
 )
 def test_config_of_another_architecture_is_refused(changes: dict[str, Any], sentence: str) -> None:
     table = write_config(tiny_config(), None) | changes
     with pytest.raises(ModelError, match=re.escape(sentence)):
         read_config(table, ORIGIN)
+
+
+def test_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"hidden_size": 24}')
+    assert read_json(tmp_path / "config.json") == {"hidden_size": 24}
 
 
 def test_a_factor_without_linear_scaling_means_nothing_as_in_transformers() -> None:
@@ -175,10 +197,10 @@ def test_a_multimodal_model_says_itself_whether_its_head_is_tied(
         (b"{", "cannot be read: "),
         (b'{"model_type": ', "cannot be read: "),
         (b"\xff\xfe", "cannot be read: 'utf-8' codec"),
-        (b"[1, 2]", "holds no JSON object"),
-        (b"null", "holds no JSON object"),
-        (b'{"rope_theta": NaN}', "cannot be read: NaN is no JSON number"),
-        (b'{"rope_theta": -Infinity}', "cannot be read: -Infinity is no JSON number"),
+        (b"[1, 2]", "not a JSON object"),
+        (b"null", "not a JSON object"),
+        (b'{"rope_theta": NaN}', "cannot be read: NaN is not a JSON number"),
+        (b'{"rope_theta": -Infinity}', "cannot be read: -Infinity is not a JSON number"),
         (b'{"x": ' + b"[" * 200_000, "cannot be read: nested too deeply"),
         (b'{"hidden_size": 1' + b"0" * 5000 + b"}", "cannot be read: Exceeds the limit"),
     ],

@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -272,3 +273,57 @@ def test_damaged_index_and_shards(sharded: Path, tmp_path: Path) -> None:
     for shard in ("model-0.safetensors", "model-1.safetensors"):
         cases += corruptions(sharded, shard, 60)
     assert_none_ends_badly(sharded, cases, 240, tmp_path)
+
+
+def gguf_text(value: str | bytes) -> bytes:
+    data = value.encode() if isinstance(value, str) else value
+    return struct.pack("<Q", len(data)) + data
+
+
+def gguf_key(name: str, kind: int, value: bytes) -> bytes:
+    return gguf_text(name) + struct.pack("<I", kind) + value
+
+
+def lying_headers() -> Iterator[tuple[str, bytes]]:
+    """Yield headers whose every size, count, type and offset may be anything, before 200 bytes of zeros."""
+    uint32, text, array, uint64 = 4, 8, 9, 10
+    sizes = [0, 1, 200, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
+    keys = [gguf_key("general.architecture", text, gguf_text("gemma3"))]
+    start, end = b"GGUF" + struct.pack("<I", 3), bytes(200)
+    for size in sizes:
+        number = struct.pack("<Q", size)
+        yield f"{size} tensors", start + number + struct.pack("<Q", 1) + keys[0] + end
+        yield f"{size} keys", start + bytes(8) + number + keys[0] + end
+        one = start + struct.pack("<QQ", 0, 1)
+        yield f"a name of {size} bytes", one + number + b"general.name" + end
+        yield f"a text of {size} bytes", one + gguf_text("x") + struct.pack("<I", text) + number + end
+        for element in range(14):
+            header = struct.pack("<II", array, element)
+            yield f"an array of {size} of type {element}", one + gguf_text("x") + header + number + end
+        for key in ("general.alignment", "split.count", "gemma3.block_count", "gemma3.attention.key_length"):
+            yield f"{key} = {size}", start + struct.pack("<QQ", 0, 2) + keys[0] + gguf_key(key, uint64, number) + end
+        for kind in (0, 1, 2, 8, 12, 16, 24, 30, 39, 1000):
+            place = struct.pack("<I", 2) + struct.pack("<QQ", size, 256) + struct.pack("<I", kind)
+            tensor = gguf_text("token_embd.weight") + place + struct.pack("<Q", size)
+            yield f"a tensor of {size} rows of type {kind}", start + struct.pack("<QQ", 1, 0) + tensor + end
+        shape = struct.pack("<I", size % 2**32) + struct.pack("<QQQQ", *[size] * 4)
+        yield f"{size} dimensions", start + struct.pack("<QQ", 1, 0) + gguf_text("a") + shape + bytes(12) + end
+    for kind in range(20):
+        header = one + gguf_text("x") + struct.pack("<I", kind)
+        yield f"a value of type {kind}", header + b"\xff" * 300
+    yield "a name that is no text", one + gguf_text(b"\xff\xfe") + struct.pack("<I", uint32) + end
+
+
+def test_headers_of_gguf_files_that_lie(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    path, count = tmp_path / "model.gguf", 0
+    for what, content in lying_headers():
+        path.write_bytes(content)
+        with limits(), pytest.raises(UserError) as raised:
+            open_model(path)
+        sentence = str(raised.value)
+        assert sentence.startswith(f"{path}: "), what
+        assert "\n" not in sentence, what
+        assert len(sentence) < 500, what
+        count += 1
+    assert count > 300

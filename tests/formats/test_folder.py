@@ -1,4 +1,6 @@
+import io
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from gemmule.errors import ModelError, TokenizerError
 from gemmule.formats.folder import load_folder, save_folder
+from gemmule.formats.opening import open_model
 from gemmule.model.attention import KERNELS
 from gemmule.tokenizer import Tokenizer
 from tiny import greatest_difference, lively_model, some_tokens, tiny_config
@@ -31,6 +34,11 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+
+
+def rename_tensors(folder: Path, rename: Callable[[str], str]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({rename(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -89,7 +97,9 @@ def test_extra_tensor_is_named(folder: Path) -> None:
         tensors["model.layers.3.mlp.up_proj.bias"] = torch.zeros(1)
 
     edit_tensors(folder, change)
-    with pytest.raises(ModelError, match=r"model\.safetensors: has also model\.layers\.3\.mlp\.up_proj\.bias$"):
+    with pytest.raises(
+        ModelError, match=r"model\.safetensors: has unexpected tensors: model\.layers\.3\.mlp\.up_proj\.bias$"
+    ):
         load_folder(folder)
 
 
@@ -105,6 +115,100 @@ def test_misshapen_tensor_is_named_with_both_shapes(folder: Path) -> None:
 def test_many_missing_tensors_are_counted(folder: Path) -> None:
     edit_config(folder, num_hidden_layers=8, layer_types=None)
     with pytest.raises(ModelError, match=r"lacks (model\.layers\.7\S+, ){4}model\.layers\.7\S+ and 8 more$"):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "base_model.", "module.base_model.model."])
+def test_prefix_that_all_tensors_have_is_taken_off_and_said(folder: Path, prefix: str) -> None:
+    expected = load_folder(folder)[0].state_dict()
+    rename_tensors(folder, lambda name: prefix + name)
+    said: list[str] = []
+    model, _ = load_folder(folder, say=said.append)
+    assert said == [f"removed the prefix {prefix!r} from all tensor names"]
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(("before", "after"), [("model.", "_orig_mod.model."), (".self_attn", "._orig_mod.self_attn")])
+def test_wrappers_of_torch_are_no_part_of_a_name(folder: Path, before: str, after: str) -> None:
+    expected = load_folder(folder)[0].state_dict()
+    rename_tensors(folder, lambda name: name.replace(before, after))
+    state = load_folder(folder)[0].state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def test_prefix_of_some_tensors_is_refused_with_what_is_there(folder: Path) -> None:
+    rename_tensors(folder, lambda name: f"module.{name}" if "norm" not in name else name)
+    with pytest.raises(ModelError, match=r"lacks model\.embed_tokens\.weight, .*; found instead module\.model\."):
+        load_folder(folder)
+
+
+def test_names_of_another_program_are_shown(folder: Path) -> None:
+    rename_tensors(folder, lambda name: name.replace("model.", "transformer.h.", 1))
+    with pytest.raises(ModelError, match=r"lacks .* and 88 more; found instead transformer\.h\..* and 88 more$"):
+        load_folder(folder)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 511\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_pointer_of_git_lfs_is_called_so(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(POINTER)
+    with pytest.raises((ModelError, TokenizerError), match=f"{re.escape(name)}: is a Git LFS pointer, .*git lfs pull"):
+        load_folder(folder)
+
+
+def test_byte_order_marks_are_passed_over(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    model, tokenizer = load_folder(folder)
+    assert model.config == tiny_config()
+    assert tokenizer.chat_template == "{{ messages }}"
+
+
+NAMES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("itself", "Too many levels of symbolic links"),
+        ("/proc/self/mem", "Input/output error"),
+        ("x" * 300, "too long"),
+    ],
+)
+def test_file_that_cannot_be_read_is_named_with_the_reason(folder: Path, name: str, target: str, reason: str) -> None:
+    if target.startswith("/proc") and not Path(target).exists():
+        pytest.skip("no /proc")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(name if target == "itself" else target)
+    with pytest.raises((ModelError, TokenizerError), match=f"{re.escape(name)}: .*{reason}"):
+        load_folder(folder)
+
+
+def test_pipe_in_the_place_of_weights_is_not_waited_for(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"model\.safetensors: not a regular file"):
+        load_folder(folder)
+    os.mkfifo(folder / "pipe.gguf")
+    with pytest.raises(ModelError, match=r"pipe\.gguf: not a regular file"):
+        open_model(folder / "pipe.gguf")
+
+
+@pytest.mark.parametrize("name", NAMES[:4])
+def test_closed_file_is_no_missing_one(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    opened = io.open
+
+    def refuse(file: object, *arguments: Any, **options: Any) -> object:
+        if str(file).endswith(name):
+            raise PermissionError(13, "Permission denied", file)
+        return opened(file, *arguments, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(io, "open", refuse)
+    with pytest.raises((ModelError, TokenizerError), match=f"{re.escape(name)}: cannot be read: Permission denied"):
         load_folder(folder)
 
 

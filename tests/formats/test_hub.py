@@ -41,7 +41,7 @@ def test_what_a_model_folder_needs_is_fetched_and_nothing_else(monkeypatch: pyte
     said: list[str] = []
     assert fetch(NAME, said.append) == tmp_path
     assert asked == [(NAME, {"allow_patterns": FILES})]
-    assert said == [f"fetching {NAME} from the Hugging Face Hub; what is there already is kept"]
+    assert said == [f"downloading {NAME} from the Hugging Face Hub (cached files are reused)"]
     kept = huggingface_hub.utils.filter_repo_objects(
         [
             "README.md", "config.json", "generation_config.json", "model-00001-of-00002.safetensors",
@@ -51,7 +51,7 @@ def test_what_a_model_folder_needs_is_fetched_and_nothing_else(monkeypatch: pyte
         allow_patterns=FILES,
     )  # fmt: skip
     assert list(kept) == [
-        "config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model.safetensors",
+        "README.md", "config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model.safetensors",
         "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
 
@@ -61,12 +61,12 @@ def test_what_a_model_folder_needs_is_fetched_and_nothing_else(monkeypatch: pyte
     [
         (
             "GatedRepoError",
-            f"its licence must be accepted first: open https://huggingface.co/{NAME}, accept it, then run  hf auth",
+            f"its license must be accepted first: open https://huggingface.co/{NAME}, accept it, then run  hf auth",
         ),
-        ("RepositoryNotFoundError", "no such folder here, and no such model on the Hugging Face Hub; check the name"),
-        ("HFValidationError", "no such folder here, and no such model on the Hugging Face Hub; check the name"),
-        ("LocalEntryNotFoundError", "it cannot be fetched from the Hugging Face Hub (401 Client Error."),
-        ("HfHubHTTPError", "it cannot be fetched from the Hugging Face Hub (401 Client Error."),
+        ("RepositoryNotFoundError", "no such folder, and no such model on the Hugging Face Hub; check the name"),
+        ("HFValidationError", "no such folder, and no such model on the Hugging Face Hub; check the name"),
+        ("LocalEntryNotFoundError", "it cannot be downloaded from the Hugging Face Hub (401 Client Error."),
+        ("HfHubHTTPError", "it cannot be downloaded from the Hugging Face Hub (401 Client Error."),
     ],
 )
 def test_a_refusal_says_in_one_sentence_what_to_do(monkeypatch: pytest.MonkeyPatch, kind: str, words: str) -> None:
@@ -92,7 +92,7 @@ def test_a_network_that_fails_keeps_what_has_arrived(
     monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
     answer(monkeypatch, error)
-    with pytest.raises(ModelError, match=rf"\({reason}\); try again, what has arrived is kept$"):
+    with pytest.raises(ModelError, match=rf"\({reason}\); try again, the download resumes$"):
         fetch(NAME)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from gemmule.formats.config_json import write_config, write_json
 from gemmule.formats.folder import load_folder
 from gemmule.formats.gguf import save_gguf
-from gemmule.formats.names import foreign_names
+from gemmule.formats.names import tensor_name_pairs
 from gemmule.formats.safetensors_reader import INDEX, WEIGHTS
 from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
@@ -24,14 +24,12 @@ pytestmark = [
 MIB = 1 << 20
 # Everything is loaded and has been used once before memory is measured, on another folder.
 PROGRAM = """
-import re, sys
+import sys
 from pathlib import Path
 import torch
 from gemmule.formats.folder import save_folder
 from gemmule.formats.opening import open_model
-
-def resident(what):
-    return int(re.search(rf"{what}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+from gemmule.processes import peak_memory, resident_memory
 
 def take(source):
     out = Path(source + "-again")
@@ -46,9 +44,9 @@ def take(source):
 small, large, *_ = sys.argv[1:]
 take(small)
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-before = resident("VmRSS")
+before = resident_memory()
 result = take(large)
-print(result, resident("VmHWM") - before)
+print(result, peak_memory() - before)
 """
 
 
@@ -60,7 +58,7 @@ def write_model(folder: Path, tokenizer: Tokenizer, width: int, dtype: torch.dty
     )  # fmt: skip
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Gemma3(config).state_dict().items()}
-    tensors = {theirs: torch.ones(shapes[ours], dtype=dtype) for ours, theirs in foreign_names(7, tied=True)}
+    tensors = {theirs: torch.ones(shapes[ours], dtype=dtype) for ours, theirs in tensor_name_pairs(7, tied=True)}
     folder.mkdir()
     write_json(folder / "config.json", write_config(config, tokenizer))
     tokenizer.save(folder)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gemmule.formats.names import HUGGING_FACE, foreign_names
+from gemmule.formats.names import HUGGING_FACE, tensor_name_pairs
 from gemmule.model.gemma3 import Gemma3
 from tiny import tiny_config
 
@@ -11,12 +11,12 @@ from tiny import tiny_config
 def test_names_cover_every_tensor_of_a_model_exactly_once(layers: int, tied: bool) -> None:
     with torch.device("meta"):
         model = Gemma3(tiny_config(num_hidden_layers=layers, tie_word_embeddings=tied))
-    ours = [name for name, _ in foreign_names(layers, tied)]
+    ours = [name for name, _ in tensor_name_pairs(layers, tied)]
     assert sorted(ours) == sorted(model.state_dict())
 
 
 def test_names_are_one_to_one_in_both_directions() -> None:
-    pairs = list(foreign_names(12, tied=False))
+    pairs = list(tensor_name_pairs(12, tied=False))
     assert len(pairs) == 12 * 13 + 3
     for side in zip(*pairs, strict=True):
         assert len(set(side)) == len(pairs)

@@ -67,6 +67,13 @@ def test_a_gguf_file_opens(gguf: Path, dtype: torch.dtype) -> None:
     assert open_model(str(gguf))[0].config == model.config
 
 
+def test_a_gguf_file_is_known_by_its_first_bytes(gguf: Path, tmp_path: Path) -> None:
+    for name in ("sha256-8f5b4a", "model.bin", "model.GGUF"):
+        gguf.rename(tmp_path / name)
+        assert open_model(tmp_path / name)[0].config.vocab_size == 380
+        (tmp_path / name).rename(gguf)
+
+
 @pytest.mark.parametrize("name", ["google/gemma-3-270m", "some_body/A.model-1"])
 def test_a_name_on_the_hub_is_fetched_and_opens(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -106,13 +113,13 @@ def test_what_a_model_can_be_is_said(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=re.escape(f"{tmp_path / 'x'}: {words}")):
         open_model(tmp_path / "x")
     (tmp_path / "x").write_text("a text")
-    with pytest.raises(ModelError, match=re.escape("x: no folder; name a model folder or")):
+    with pytest.raises(ModelError, match=re.escape("x: not a folder; name a model folder or")):
         open_model(tmp_path / "x")
 
 
 def test_the_tokenizer_of_another_model_is_refused(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_folder(lively_model(tiny_config(vocab_size=379)), tiny_tokenizer, tmp_path)
-    with pytest.raises(ModelError, match=r"the tokenizer has 380 ids, the model 379; they do not belong together$"):
+    with pytest.raises(ModelError, match=r"the tokenizer has 380 ids, but the model has a vocabulary of 379$"):
         open_model(tmp_path)
 
 

@@ -92,7 +92,7 @@ def test_embedding_scale_is_rounded_to_bf16_and_leaves_the_head_alone(width: int
         seen.append(vocabulary)
         return hidden
 
-    model(torch.tensor([[0, 2]]), readout=read)
+    model(torch.tensor([[0, 2]]), output_head=read)
     rows = model.embedding.weight[[0, 2]].float()
     assert torch.equal(seen[0][0], (rows * scale).bfloat16())
     if scale**2 != width:
@@ -238,7 +238,7 @@ def test_readouts_are_the_logits_in_fp32() -> None:
     tokens = some_tokens(model.config)
     with torch.no_grad():
         every = model(tokens)
-        last = model(tokens, readout=last_logits)
+        last = model(tokens, output_head=last_logits)
     assert every.shape == (2, LENGTH, 48)
     assert last.shape == (2, 1, 48)
     assert every.dtype == last.dtype == torch.float32

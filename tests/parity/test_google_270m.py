@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from gemmule.data.storybook import stories
 from gemmule.formats.gguf import load_gguf
-from gemmule.generate.engine import stream_tokens
-from gemmule.generate.sampling import SamplingSettings
+from gemmule.inference.engine import stream_tokens
+from gemmule.inference.sampling import SamplingSettings
 from gemmule.model.gemma3 import Gemma3
+from gemmule.storybook import stories
 from gemmule.tokenizer import Tokenizer
 
 pytest.importorskip("gguf", reason="the gguf library is not installed")

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 from twin import MARKS, SHAPES, twin_of
 
-from gemmule.formats.names import foreign_names
+from gemmule.formats.names import tensor_name_pairs
 from gemmule.model.attention import KERNELS
 from gemmule.train.loss import IGNORED, summed_loss
 from tiny import lively_model, some_tokens, tiny_config
@@ -31,13 +31,13 @@ def distance(ours: Tensor | None, theirs: Tensor) -> float:
 def test_three_steps_of_adamw_are_the_same(shape: str, kernel: str) -> None:
     model = lively_model(tiny_config(**SHAPES[shape]), kernel, seed=1).train()
     twin = twin_of(model).train()
-    names = list(foreign_names(model.config.num_hidden_layers, model.config.tie_word_embeddings))
+    names = list(tensor_name_pairs(model.config.num_hidden_layers, model.config.tie_word_embeddings))
     # The usual epsilon of 1e-8 lets the sign of a gradient that is all rounding decide a whole step.
     optimizers = [torch.optim.AdamW(network.parameters(), lr=2.5e-4, eps=1e-6) for network in (model, twin)]
     for step in range(3):
         tokens = some_tokens(model.config, length=LENGTH, seed=step)
         targets = functional.pad(tokens[:, 1:], (0, 1), value=IGNORED)
-        ours = model(tokens, readout=summed_loss(targets)) / targets.ne(IGNORED).sum()
+        ours = model(tokens, output_head=summed_loss(targets)) / targets.ne(IGNORED).sum()
         theirs = twin(input_ids=tokens, labels=tokens).loss
         assert ours.item() == pytest.approx(theirs.item(), rel=RELATIVE)
         for optimizer, loss in zip(optimizers, (ours, theirs), strict=True):

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from gemmule.evaluate.certificate import CertificateError, certify
-from gemmule.formats.exports import export_model, reopen
-from gemmule.formats.gguf_file import GgufFile, names_of
+from gemmule.formats.exports import Export, export_model, reopen
+from gemmule.formats.gguf_file import GgufFile, storage_type_names
 from gemmule.formats.k_quants import KINDS
 from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
-from gemmule.model.initialise import initialise
+from gemmule.model.init import init_weights
 from gemmule.tokenizer import Tokenizer
 from tiny import lively_model, tiny_config
 
@@ -44,7 +44,7 @@ def model_of(tokenizer: Tokenizer, **changes: Any) -> Gemma3:
 
 
 def certificate_of(model: Gemma3, tokenizer: Tokenizer, folder: Path, dtype: str) -> dict[str, Any]:
-    artefact = export_model(model, tokenizer, "gguf", folder / "model.gguf", dtype, lambda _: None)
+    artefact = export_model(Export(model, tokenizer, dtype), "gguf", folder / "model.gguf", lambda _: None)
     return certify(artefact, "llama.cpp", dtype, (model, tokenizer), reopen(artefact))
 
 
@@ -70,7 +70,7 @@ def test_k_quants_are_made_and_read(tiny_tokenizer: Tokenizer, tmp_path: Path, k
     model = model_of(tiny_tokenizer, hidden_size=256, intermediate_size=512)
     found = certificate_of(model, tiny_tokenizer, tmp_path, kind)
     with GgufFile(tmp_path / "model.gguf") as file:
-        assert {"Q3_K", "Q4_K", "Q5_K", "Q6_K"} & set(names_of(info.kind for info in file.tensors.values()))
+        assert {"Q3_K", "Q4_K", "Q5_K", "Q6_K"} & set(storage_type_names(info.kind for info in file.tensors.values()))
     assert found["passed"], found
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
@@ -82,7 +82,7 @@ def test_the_seeds_shape_is_certified(tiny_tokenizer: Tokenizer, tmp_path: Path)
         num_attention_heads=8, num_key_value_heads=2, head_dim=256, query_pre_attn_scalar=256, sliding_window=128,
     )  # fmt: skip
     model = Gemma3(config).eval()
-    initialise(model, seed=0)
+    init_weights(model, seed=0)
     found = certificate_of(model, tiny_tokenizer, tmp_path, "bf16")
     assert found["positions"] == 2 * 128 + 32
     assert found["passed"], found
@@ -90,7 +90,7 @@ def test_the_seeds_shape_is_certified(tiny_tokenizer: Tokenizer, tmp_path: Path)
 
 def test_a_model_that_differs_is_not_certified(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = model_of(tiny_tokenizer)
-    artefact = export_model(model, tiny_tokenizer, "gguf", tmp_path / "model.gguf", "f32", lambda _: None)
+    artefact = export_model(Export(model, tiny_tokenizer, "f32"), "gguf", tmp_path / "model.gguf", lambda _: None)
     other = model_of(tiny_tokenizer, sliding_window=13)
     found = certify(artefact, "llama.cpp", "f32", (other, tiny_tokenizer), (other, tiny_tokenizer))
     assert not found["passed"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gemmule.formats.config_json import write_config
-from gemmule.formats.names import foreign_names
+from gemmule.formats.names import tensor_name_pairs
 from gemmule.model.gemma3 import Gemma3
 
 transformers = pytest.importorskip("transformers", reason="transformers, the reference, is not installed")
@@ -51,7 +51,7 @@ def twin_of(model: Gemma3) -> Any:
         config, dtype=model.embedding.weight.dtype, attn_implementation="eager"
     )
     state = model.state_dict()
-    names = foreign_names(model.config.num_hidden_layers, model.config.tie_word_embeddings)
+    names = tensor_name_pairs(model.config.num_hidden_layers, model.config.tie_word_embeddings)
     loaded = twin.load_state_dict({theirs: state[ours] for ours, theirs in names}, strict=False)
     assert loaded.unexpected_keys == []
     assert loaded.missing_keys == (["lm_head.weight"] if model.config.tie_word_embeddings else [])

@@ -11,7 +11,7 @@ def test_devices_are_found_however_they_are_written() -> None:
 
 
 def test_an_unknown_device_is_told_with_the_nearest() -> None:
-    with pytest.raises(DeviceError, match="--device h10: no such device is known; did you mean h100"):
+    with pytest.raises(DeviceError, match="--device h10: unknown device; did you mean h100"):
         find_device("h10")
 
 
@@ -22,5 +22,5 @@ def test_figures_are_in_the_units_of_data_sheets(name: str) -> None:
     assert 1e12 < device.fp32 <= (device.bf16 or device.fp32) < 1e16
     assert 8e9 < device.memory < 1e12
     assert 50e9 < device.bandwidth < 2e13
-    assert device.inside >= device.between
+    assert device.intra_node >= device.inter_node
     assert 10 < device.watts < 1500

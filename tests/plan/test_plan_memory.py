@@ -3,10 +3,10 @@ import torch
 
 from gemmule.model.config import SIZES, Gemma3Config
 from gemmule.model.gemma3 import Gemma3
-from gemmule.plan.memory import Sharing, count_parameters, fullest_moment, update_of
-from gemmule.plan.trace import Shape, trace
+from gemmule.plan.memory import Sharding, count_parameters, peak_memory, trace_optimizer_step
+from gemmule.plan.trace import TraceSettings, trace
 from gemmule.train.loss import summed_loss
-from gemmule.train.optim import OPTIMIZERS, OptimizerSettings, Updater
+from gemmule.train.optim import OPTIMIZERS, Optimizers, OptimizerSettings
 from tiny import lively_model, some_tokens, tiny_config
 
 # Of the text models, as their files on the Hub have them.
@@ -45,24 +45,24 @@ def test_optimizers_remember_as_much_as_planned(name: str) -> None:
     config, settings = tiny_config(), OptimizerSettings(name=name)  # type: ignore[arg-type]
     model = lively_model(config)
     tokens = some_tokens(config)
-    model(tokens, readout=summed_loss(tokens)).backward()
-    updater = Updater(model, settings)
-    updater.update(1.0)
-    kept = sum(value.nbytes for key, value in updater.state().items() if not key.endswith("/step"))
-    assert update_of(config, settings, "fp32").state == kept
+    model(tokens, output_head=summed_loss(tokens)).backward()
+    updater = Optimizers(model, settings)
+    updater.step()
+    kept = sum(value.nbytes for key, value in updater.state_dict().items() if not key.endswith("/step"))
+    assert trace_optimizer_step(config, settings, "fp32").state == kept
 
 
 def test_muon_works_with_stacks_of_all_matrices_of_a_shape() -> None:
     config = tiny_config()
-    update = update_of(config, OptimizerSettings(name="muon"), "fp32")
+    update = trace_optimizer_step(config, OptimizerSettings(name="muon"), "fp32")
     gate_and_up = 4 * 2 * config.num_hidden_layers * config.hidden_size * config.intermediate_size
     assert 3 * gate_and_up <= update.working <= 6 * gate_and_up
-    assert update_of(config, OptimizerSettings(), "fp32").working == 0
+    assert trace_optimizer_step(config, OptimizerSettings(), "fp32").working == 0
 
 
 def test_the_work_of_muon_is_its_five_iterations() -> None:
     config = tiny_config()
-    update = update_of(config, OptimizerSettings(name="muon"), "fp32")
+    update = trace_optimizer_step(config, OptimizerSettings(name="muon"), "fp32")
     by_hand = 0
     for name, matrix in Gemma3(config).named_parameters():
         if name.startswith("blocks.") and matrix.ndim == 2:
@@ -71,21 +71,22 @@ def test_the_work_of_muon_is_its_five_iterations() -> None:
     assert sum(operation.flops * times for operation, times in update.operations) == by_hand
 
 
-def moments(sharing: Sharing) -> dict[str, float]:
+def moments(sharing: Sharding) -> dict[str, float]:
     config = tiny_config(hidden_size=96, intermediate_size=400)
-    shape = Shape(
-        model=config, rows=1, context=16, masked=False, precision="bf16", kernel="sdpa", recomputed="none",
-        compiled=False, sharded=sharing.sharded, accumulating=False,
+    shape = TraceSettings(
+        model=config, rows=1, context=16, mask_documents=False, precision="bf16", kernel="sdpa",
+        activation_checkpointing="none",
+        compiled=False, sharded=sharing.sharded, gradient_accumulation=False,
     )  # fmt: skip
-    update = update_of(config, OptimizerSettings(), "bf16")
-    return fullest_moment(config, trace(shape), update, sharing, "bf16", "gpu", False, False, 0.0).classes
+    update = trace_optimizer_step(config, OptimizerSettings(), "bf16")
+    return peak_memory(config, trace(shape), update, sharing, "bf16", "gpu", False, False, 0.0).classes
 
 
 def test_shards_divide_weights_gradients_and_what_optimizers_remember() -> None:
     whole, shared, machines = (
-        moments(Sharing("ddp", 1, 8)),
-        moments(Sharing("fsdp", 16, 8)),
-        moments(Sharing("hsdp", 16, 8)),
+        moments(Sharding("ddp", 1, 8)),
+        moments(Sharding("fsdp", 16, 8)),
+        moments(Sharding("hsdp", 16, 8)),
     )
     for label in ("weights", "optimizer"):
         assert shared[label] == whole[label] / 16
@@ -96,13 +97,14 @@ def test_shards_divide_weights_gradients_and_what_optimizers_remember() -> None:
 
 def test_a_checkpoint_is_copied_in_the_memory_of_a_cpu() -> None:
     config = tiny_config(vocab_size=4800)
-    shape = Shape(
-        model=config, rows=1, context=2, masked=False, precision="fp32", kernel="sdpa", recomputed="none",
-        compiled=False, sharded=False, accumulating=False,
+    shape = TraceSettings(
+        model=config, rows=1, context=2, mask_documents=False, precision="fp32", kernel="sdpa",
+        activation_checkpointing="none",
+        compiled=False, sharded=False, gradient_accumulation=False,
     )  # fmt: skip
-    update = update_of(config, OptimizerSettings(), "fp32")
-    alone = Sharing("ddp", 1, 1)
-    found = fullest_moment(config, trace(shape), update, alone, "fp32", "cpu", False, False, 0.0)
-    assert found.moment == "a checkpoint"
+    update = trace_optimizer_step(config, OptimizerSettings(), "fp32")
+    alone = Sharding("ddp", 1, 1)
+    found = peak_memory(config, trace(shape), update, alone, "fp32", "cpu", False, False, 0.0)
+    assert found.phase == "a checkpoint"
     weights = 4 * count_parameters(config).total
     assert found.classes["copies for the checkpoint"] == 2 * 3 * weights

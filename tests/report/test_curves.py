@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from gemmule.report.curves import draw_curves, loss_figure
+from gemmule.run_folder import RunFolder
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
@@ -27,15 +28,31 @@ def curves_of(figure: Any) -> dict[str, Any]:
 def test_picture_shows_training_validation_and_floor() -> None:
     lines = lines_of(30, floor=0.15)
     curves = curves_of(loss_figure(lines, "tiny"))
-    assert set(curves) == {"", "training", "validation", "entropy floor 0.150"}
+    assert set(curves) == {"", "training", "validation", "best", "entropy floor 0.150"}
     assert list(curves[""].get_xdata()) == list(range(1, 31))
     assert list(curves[""].get_ydata()) == [line["loss"] for line in lines]
     assert list(curves["validation"].get_xdata()) == [10, 20, 30]
     assert list(curves["validation"].get_ydata()) == [lines[step - 1]["val_loss"] for step in (10, 20, 30)]
     last = lines[-1]
-    label = f"validation, at last {last['val_loss']:.3f} ({last['val_bits_per_byte']:.3f} bits/byte)"
+    label = f"validation, last {last['val_loss']:.3f} ({last['val_bits_per_byte']:.3f} bits/byte)"
     assert curves["validation"].get_label() == label
     assert set(curves["entropy floor 0.150"].get_ydata()) == {0.15}
+
+
+def test_without_bits_per_byte_the_loss_alone_is_named() -> None:
+    lines = lines_of(30)
+    for line in lines[9::10]:
+        line["val_bits_per_byte"] = None
+    label = curves_of(loss_figure(lines, "tiny"))["validation"].get_label()
+    assert label == f"validation, last {lines[-1]['val_loss']:.3f}"
+
+
+def test_the_best_validation_is_marked_where_the_model_overfits_later() -> None:
+    lines = lines_of(40)
+    lines[29]["val_loss"], lines[39]["val_loss"] = 5.0, float("nan")
+    best = curves_of(loss_figure(lines, "tiny"))["best"]
+    assert best.get_label() == f"best, {lines[19]['val_loss']:.3f} at step 20"
+    assert (list(best.get_xdata()), list(best.get_ydata())) == ([20], [lines[19]["val_loss"]])
 
 
 def test_validation_and_floor_are_inside_the_picture() -> None:
@@ -55,11 +72,15 @@ def test_smoothing_takes_neighbours_on_both_sides_and_keeps_a_constant() -> None
     assert smoothed([3.0] * 60) == pytest.approx([3.0] * 60)
 
 
+def test_few_losses_are_not_smoothed() -> None:
+    assert smoothed([8.0, 6.0]) == [8.0, 6.0]
+
+
 @pytest.mark.parametrize("steps", [1, 9, 10])
 def test_runs_that_have_just_begun_are_drawn(steps: int, tmp_path: Path) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines_of(steps))
     (tmp_path / "metrics.jsonl").write_text(text)
-    draw_curves(tmp_path, pytest.fail)
+    draw_curves(RunFolder(tmp_path), pytest.fail)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert {file.name for file in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}
 
@@ -70,7 +91,7 @@ def test_without_matplotlib_it_is_said_once_what_is_missing(tmp_path: Path, monk
     for steps in (10, 20, 30):
         text = "".join(json.dumps(line) + "\n" for line in lines_of(steps))
         (tmp_path / "metrics.jsonl").write_text(text)
-        draw_curves(tmp_path, said.append)
+        draw_curves(RunFolder(tmp_path), said.append)
     assert said == [
         "no loss.png: drawing loss.png needs the library matplotlib, which is not installed: "
         "pip install 'gemmule[plots]'"

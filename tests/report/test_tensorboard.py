@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from gemmule.report.tensorboard import TAGS, open_tensorboard
-from gemmule.train.metrics import read_json_lines
+from gemmule.run_folder import read_json_lines
 
 pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 

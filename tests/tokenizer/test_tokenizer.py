@@ -91,6 +91,17 @@ def test_saving_and_loading_changes_nothing(tokenizer: Tokenizer, tmp_path: Path
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
 
 
+def test_a_template_without_a_config_beside_it_is_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    Tokenizer.load(tmp_path).save(tmp_path / "again")
+    again = Tokenizer.load(tmp_path / "again")
+    assert again.chat_template == "{{ messages }}"
+    config = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
+    assert (config["eos_token"], config["padding_side"]) == ("<eos>", "left")
+
+
 def test_fingerprint_ignores_spelling_and_sees_content(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
     file = tmp_path / "tokenizer.json"

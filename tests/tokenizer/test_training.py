@@ -1,11 +1,14 @@
+import re
+import time
+
 import pytest
 from awkward_text import sentences
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gemmule.errors import RecipeError, TokenizerError
-from gemmule.recipe import check_recipe
-from gemmule.tokenizer import Tokenizer, TokenizerSettings
+from gemmule.settings import check_recipe
+from gemmule.tokenizer import Tokenizer, TokenizerSettings, training
 from gemmule.tokenizer.training import BYTES, FIRST_PIECE, SPECIALS, train_tokenizer
 
 
@@ -115,6 +118,22 @@ def test_it_agrees_on_running_text(tokenizer: Tokenizer) -> None:
     ranks = {tokenizer.decode([token]): token for token in range(FIRST_PIECE, tokenizer.vocab_size)}
     for text in sentences(50, seed=8):
         assert tokenizer.encode(text)[1:] == spelt(merge_like_sentencepiece(text, ranks), ranks)
+
+
+@pytest.mark.parametrize("run", ["x", "ab", "-", "-=", " ", "\n", "\u0e01\u0e02", "\u4f60\u597d"])
+def test_long_runs_of_one_class_take_no_longer_than_other_text(run: str) -> None:
+    began = time.monotonic()
+    tokenizer = train_tokenizer([*sentences(100, seed=9), run * (300_000 // len(run))], 340)
+    assert time.monotonic() - began < 10  # 40 seconds, were it quadratic
+    assert tokenizer.vocab_size == 340
+
+
+def test_runs_that_text_has_are_learned_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [*sentences(200, seed=10), *[f"{'-' * 120} {'Donau' * 20} {'x' * 500}\n\n"] * 5]
+    cut = train_tokenizer(documents, 420)
+    monkeypatch.setattr(training, "_LONG", re.compile("(?!)"))
+    assert train_tokenizer(documents, 420).fingerprint == cut.fingerprint
+    assert train_tokenizer([*documents, "x" * 600], 420).vocab_size == 420
 
 
 @pytest.mark.parametrize("documents", [[], [""], ["", ""]])

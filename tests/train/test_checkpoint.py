@@ -9,13 +9,12 @@ import torch
 
 import gemmule
 from damage import damaged
+from gemmule.distributed import process_group
 from gemmule.errors import CheckpointError, OutputError
 from gemmule.model.gemma3 import Gemma3
-from gemmule.model.initialise import initialise
-from gemmule.runtime import joined
+from gemmule.model.init import init_weights
 from gemmule.tokenizer import Tokenizer
 from gemmule.train.checkpoint import (
-    Position,
     Saver,
     checkpoints,
     load_checkpoint,
@@ -23,8 +22,9 @@ from gemmule.train.checkpoint import (
     prune_checkpoints,
     verify_checkpoint,
 )
-from gemmule.train.optim import OPTIMIZERS, OptimizerSettings, Updater
-from gemmule.train.parallel import alone
+from gemmule.train.optim import OPTIMIZERS, Optimizers, OptimizerSettings
+from gemmule.train.parallel import unwrapped
+from gemmule.train.state import Position, TrainState
 from tiny import greatest_difference, some_tokens, tiny_config
 
 SHAPE = tiny_config(vocab_size=380)  # of the tiny tokenizer
@@ -33,56 +33,58 @@ SHAPE = tiny_config(vocab_size=380)  # of the tiny tokenizer
 @pytest.fixture(autouse=True)
 def world() -> Iterator[None]:
     """Checkpoints are agreed on, if only with oneself."""
-    with joined(torch.device("cpu")):
+    with process_group(torch.device("cpu")):
         yield
 
 
-def save_checkpoint(run: Path, model: Gemma3, tokenizer: Tokenizer, updater: Updater, position: Position) -> Path:
-    """Write one and wait until it is whole."""
-    saver = Saver(run, alone(model), tokenizer, updater, keep=9, say=print)
+def save_checkpoint(run: Path, state: TrainState, tokenizer: Tokenizer, position: Position) -> Path:
+    """Write one and wait for it."""
+    saver = Saver(run, state, tokenizer, keep=9)
     saver.save(position)
     saver.finish()
     return run / "checkpoints" / f"step-{position.step:08d}"
 
 
-def trained(name: str = "muon", steps: int = 3) -> tuple[Gemma3, Updater]:
+def trained(name: str = "muon", steps: int = 3) -> TrainState:
     model = Gemma3(SHAPE)
-    initialise(model, seed=0)
-    updater = Updater(model, OptimizerSettings.model_validate({"name": name}))
+    init_weights(model, seed=0)
+    optimizers = Optimizers(model, OptimizerSettings.model_validate({"name": name}))
     for step in range(steps):
         model(some_tokens(SHAPE, seed=step)).square().mean().backward()
-        updater.update(1.0)
-    return model, updater
+        optimizers.step()
+        optimizers.zero_grad()
+    return TrainState(unwrapped(model), optimizers)
 
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_tokenizer: Tokenizer) -> Path:
     """A run with checkpoints of steps 3 and 4."""
     for steps in (3, 4):
-        model, updater = trained(steps=steps)
-        save_checkpoint(tmp_path, model, tiny_tokenizer, updater, Position(step=steps, tokens=10 * steps))
+        state = trained(steps=steps)
+        save_checkpoint(tmp_path, state, tiny_tokenizer, Position(step=steps, tokens=10 * steps))
     return tmp_path
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_a_checkpoint_restores_everything_bit_for_bit(tmp_path: Path, tiny_tokenizer: Tokenizer, name: str) -> None:
-    model, updater = trained(name)
+    state = trained(name)
     position = Position(
         step=3, tokens=78, best_step=2, best_loss=1 / 3, seconds=0.1 + 0.2, metrics_bytes=17, samples_bytes=4
     )
-    folder = save_checkpoint(tmp_path, model, tiny_tokenizer, updater, position)
+    folder = save_checkpoint(tmp_path, state, tiny_tokenizer, position)
     assert folder == tmp_path / "checkpoints" / "step-00000003"
-    fresh, moving = trained(name, steps=0)
-    assert load_checkpoint(folder, alone(fresh), moving) == position
-    weights, remembered = fresh.state_dict(), moving.state()
-    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
-    assert remembered.keys() == updater.state().keys()
-    assert all(torch.equal(value, remembered[key]) for key, value in updater.state().items())
+    fresh = trained(name, steps=0)
+    load_checkpoint(folder, fresh)
+    assert fresh.position == position
+    weights, moments = fresh.parallel.model.state_dict(), fresh.optimizers.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in state.parallel.model.state_dict().items())
+    assert moments.keys() == state.optimizers.state_dict().keys()
+    assert all(torch.equal(value, moments[key]) for key, value in state.optimizers.state_dict().items())
 
 
 def test_a_checkpoint_is_a_model_folder(run: Path, tiny_tokenizer: Tokenizer) -> None:
     model, tokenizer = gemmule.load(run / "checkpoints" / "step-00000003")
-    expected, _ = trained(steps=3)
+    expected = trained(steps=3).parallel.model
     tokens = some_tokens(SHAPE)
     assert greatest_difference(model(tokens), expected.eval()(tokens)) == 0
     assert tokenizer.encode("Tom found") == tiny_tokenizer.encode("Tom found")
@@ -90,6 +92,8 @@ def test_a_checkpoint_is_a_model_folder(run: Path, tiny_tokenizer: Tokenizer) ->
 
 def test_checkpoints_are_listed_newest_first(run: Path) -> None:
     (run / "checkpoints" / ".step-00000005.partial").mkdir()  # a kill leaves it
+    for copy in ("step-best", "step-9", "step-00000009-copy", "step-0000000\u0669"):  # letters sort after digits
+        shutil.copytree(run / "checkpoints" / "step-00000003", run / "checkpoints" / copy)
     assert [folder.name for folder in checkpoints(run)] == ["step-00000004", "step-00000003"]
     assert newest_checkpoint(run) == (run / "checkpoints" / "step-00000004", [])
 
@@ -151,9 +155,9 @@ def test_foreign_files_and_folders_are_named(run: Path) -> None:
 
 def test_a_whole_checkpoint_of_another_model_is_refused(run: Path) -> None:
     other = Gemma3(SHAPE.replace(intermediate_size=44))
-    updater = Updater(other, OptimizerSettings.model_validate({"name": "muon"}))
+    state = TrainState(unwrapped(other), Optimizers(other, OptimizerSettings.model_validate({"name": "muon"})))
     with pytest.raises(CheckpointError, match="step-00000004: does not fit this run"):
-        load_checkpoint(run / "checkpoints" / "step-00000004", alone(other), updater)
+        load_checkpoint(run / "checkpoints" / "step-00000004", state)
 
 
 def test_no_changed_bit_of_the_state_goes_unnoticed(run: Path) -> None:
@@ -181,10 +185,11 @@ def test_when_all_checkpoints_are_damaged_each_is_named(run: Path) -> None:
 def test_loading_checks_first(run: Path) -> None:
     newest = run / "checkpoints" / "step-00000004"
     flip(newest / "optimizer.safetensors")
-    model, updater = trained(steps=0)
+    state = trained(steps=0)
+    model = state.parallel.model
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: damaged"):
-        load_checkpoint(newest, alone(model), updater)
+        load_checkpoint(newest, state)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -212,19 +217,19 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     def refuse(_handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    model, updater = trained(steps=5)
+    state = trained(steps=5)
     monkeypatch.setattr(os, "fsync", refuse)
     for step in (4, 5):  # over one that is there, and anew
         with pytest.raises(OutputError, match="no space left on the device"):
-            save_checkpoint(run, model, tiny_tokenizer, updater, Position(step=step))
+            save_checkpoint(run, state, tiny_tokenizer, Position(step=step))
     assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
     assert verify_checkpoint(run / "checkpoints" / "step-00000004").tokens == 40
 
 
 def test_a_checkpoint_takes_the_place_of_a_damaged_one(run: Path, tiny_tokenizer: Tokenizer) -> None:
     flip(run / "checkpoints" / "step-00000004" / "model.safetensors")
-    model, updater = trained(steps=4)
-    save_checkpoint(run, model, tiny_tokenizer, updater, Position(step=4))
+    state = trained(steps=4)
+    save_checkpoint(run, state, tiny_tokenizer, Position(step=4))
     assert newest_checkpoint(run) == (run / "checkpoints" / "step-00000004", [])
 
 

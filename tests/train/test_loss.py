@@ -1,5 +1,7 @@
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def test_chunks_change_neither_value_nor_gradient(
     hidden, targets, vocabulary = draw(rows, length, ignored, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
-        patch.setattr(loss_module, "WORDS_AT_ONCE", 4)
+        patch.setattr(loss_module, "VOCABULARY_CHUNK", 4)
         value = summed_loss(targets)(hidden, vocabulary)
         gradients = torch.autograd.grad(value, (hidden, vocabulary))
     expected = plain_loss(hidden, targets, vocabulary)
@@ -67,11 +69,11 @@ def test_no_more_logits_than_the_limit_are_held_at_once(monkeypatch: pytest.Monk
     sizes: list[int] = []
     make = loss_module._losses_and_slopes
 
-    def watched(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def watched(logits: Tensor, targets: Tensor, sloped: bool) -> tuple[Tensor, Tensor | None]:
         sizes.append(logits.numel())
-        return make(logits, targets)
+        return make(logits, targets, sloped)
 
-    monkeypatch.setattr(loss_module, "_losses_and_slopes", watched)
+    monkeypatch.setattr(loss_module, "losses_and_gradients", lambda _compiled: watched)
     monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 4 * VOCABULARY)
     hidden, targets, vocabulary = draw(3, 5, 0.2, 0)
     summed_loss(targets)(hidden, vocabulary).backward()
@@ -110,19 +112,17 @@ def test_compiled_losses_are_the_same() -> None:
 LARGE = """
 import torch
 from torch.nn import functional
+from gemmule.processes import peak_memory, resident_memory
 from gemmule.train.loss import summed_loss
-
-def peak(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 2**20
 
 hidden, vocabulary = torch.randn(1, 16384, 640, requires_grad=True), torch.randn(262144, 640).mul_(0.02)
 vocabulary.requires_grad_()
 targets = torch.randint(262144, (1, 16384))
-before = peak("VmRSS")
+before = resident_memory()
 with torch.autocast("cpu", torch.bfloat16):
     loss = summed_loss(targets)(hidden, vocabulary)
 loss.backward()
-print(peak("VmHWM") - before)
+print((peak_memory() - before) / 2**30)
 few = slice(0, 64)
 with torch.autocast("cpu", torch.bfloat16):
     one = summed_loss(targets[:, few])(hidden[:, few], vocabulary)
@@ -140,6 +140,72 @@ def test_a_quarter_of_a_million_words_take_a_gigabyte_above_the_weights_gradient
     told = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     assert float(told.stdout) < 1 + copy
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_loss_is_summed_in_fp32_whatever_torchs_default_dtype(dtype: torch.dtype) -> None:
+    hidden, targets, vocabulary = draw(2, 4, 0.2, 0)
+    expected = summed_loss(targets)(hidden, vocabulary)
+    torch.set_default_dtype(dtype)
+    try:
+        value = summed_loss(targets)(hidden, vocabulary)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (value.dtype, value.item()) == (torch.float32, expected.item())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_none_are_computed_or_held(
+    mode: Callable[[], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A parameter asks for its gradient under no_grad, too; validation took three times as long."""
+    hidden, targets, vocabulary = draw(3, 5, 0.2, 0)
+    vocabulary = torch.nn.Parameter(vocabulary.detach())
+    with_gradients = summed_loss(targets)(hidden, vocabulary)
+    for owner, name in ((loss_module, "_accumulate_matmul"), (torch, "zeros_like")):
+        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("a gradient is made"))
+    with mode():
+        value = summed_loss(targets)(hidden, vocabulary)
+    assert value.item() == with_gradients.item()
+    assert not value.requires_grad
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "vocabulary"])
+def test_what_is_frozen_gets_no_gradient(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, targets, vocabulary = draw(3, 5, 0.2, 0)
+    both = torch.autograd.grad(summed_loss(targets)(hidden, vocabulary), (hidden, vocabulary))
+    given = {"hidden": hidden.detach(), "vocabulary": vocabulary.detach()}
+    other = "vocabulary" if frozen == "hidden" else "hidden"
+    given[other].requires_grad_()
+    value = summed_loss(targets)(given["hidden"], given["vocabulary"])
+    kept: Any = value.grad_fn
+    assert [gradient is None for gradient in kept.gradients] == [name == frozen for name in given]
+    (gradient,) = torch.autograd.grad(value, given[other])
+    assert torch.equal(gradient, both[list(given).index(other)])
+
+
+WITHOUT_GRADIENTS = """
+import torch
+from gemmule.processes import peak_memory, resident_memory
+from gemmule.train.loss import summed_loss
+
+vocabulary = torch.nn.Parameter(torch.zeros(262144, 640))
+hidden, targets = torch.randn(1, 256, 640), torch.randint(262144, (1, 256))
+with torch.no_grad():
+    summed_loss(targets[:, :1])(hidden[:, :1], vocabulary)
+    before = resident_memory()
+    summed_loss(targets)(hidden, vocabulary)
+print((peak_memory() - before) / 2**30)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_validation_with_a_quarter_of_a_million_words_holds_a_chunk_of_logits() -> None:
+    """And not the vocabulary's gradient, which is 640 MiB."""
+    told = subprocess.run([sys.executable, "-c", WITHOUT_GRADIENTS], capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    assert float(told.stdout) < 0.4
 
 
 def test_half_precision_states_are_summed_in_fp32() -> None:

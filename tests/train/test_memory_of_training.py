@@ -5,29 +5,34 @@ from pathlib import Path
 import pytest
 import torch
 
+from gemmule.data import DataSettings
 from gemmule.errors import DeviceError
 from gemmule.train.checkpoint import checkpoints
-from gemmule.train.loop import TrainSettings
 from gemmule.train.memory import largest_tensors, out_of_memory_explained
 from gemmule.train.parallel import ParallelSettings
+from gemmule.train.recipe import Recipe, TrainSettings
 from runs import overrides
 from tiny import tiny_config
 
 CPU = torch.device("cpu")
-SETTINGS = TrainSettings(steps=1, batch_size=12, context=16)
+SETTINGS = TrainSettings(steps=1, batch_size=12, context=16, precision="fp32")
 GEMMA = tiny_config(vocab_size=262_144, hidden_size=64)
 
 
+def recipe_of(settings: TrainSettings, parallel: ParallelSettings = ParallelSettings()) -> Recipe:  # noqa: B008
+    return Recipe(data=DataSettings(train=("unused.txt",)), model=GEMMA, train=settings, parallel=parallel)
+
+
 def complaint(error: Exception, settings: TrainSettings = SETTINGS, **parallel: str) -> str:
-    chosen = ParallelSettings.model_validate(parallel)
-    with pytest.raises(DeviceError) as caught, out_of_memory_explained(GEMMA, settings, chosen, "fp32", CPU):
+    recipe = recipe_of(settings, ParallelSettings.model_validate(parallel))
+    with pytest.raises(DeviceError) as caught, out_of_memory_explained(recipe, CPU):
         raise error
     return str(caught.value)
 
 
 def test_the_largest_tensors_come_first_with_their_sizes() -> None:
-    settings = TrainSettings(steps=1, batch_size=64, micro_batch_size=8, context=64)
-    largest = largest_tensors(GEMMA, settings, ParallelSettings(), "fp32", CPU)
+    settings = TrainSettings(steps=1, batch_size=64, micro_batch_size=8, context=64, precision="fp32")
+    largest = largest_tensors(recipe_of(settings), CPU)
     assert str(largest[0]) == "weights, gradients and moments of the embedding 4 x (262144, 64) = 256 MiB"
     assert str(largest[1]) == "logits and their gradient 3 x (64, 262144) = 192 MiB"
     assert [large.bytes for large in largest] == sorted((large.bytes for large in largest), reverse=True)
@@ -55,13 +60,13 @@ def test_every_allocators_refusal_is_recognised(error: Exception) -> None:
 def test_what_is_done_already_is_not_advised() -> None:
     rows = TrainSettings(steps=1, batch_size=12, micro_batch_size=1, context=16)
     sentence = complaint(MemoryError(), rows, strategy="fsdp", activation_checkpointing="full")
-    assert sentence.endswith("by --resume: a shorter train.context (it is 16), for a new run")
+    assert sentence.endswith("with --resume: a shorter train.context (it is 16), for a new run")
 
 
 def test_other_errors_pass() -> None:
     with (
         pytest.raises(RuntimeError, match="shapes"),
-        out_of_memory_explained(GEMMA, SETTINGS, ParallelSettings(), "fp32", CPU),
+        out_of_memory_explained(recipe_of(SETTINGS), CPU),
     ):
         raise RuntimeError("shapes do not fit")
 

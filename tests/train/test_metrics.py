@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemmule.errors import OutputError
+from gemmule.run_folder import read_json_lines
 from gemmule.train import metrics
-from gemmule.train.metrics import JsonLines, Level, Stopwatch, read_json_lines
+from gemmule.train.metrics import JsonLines, Stopwatch
+from gemmule.train.state import LossEMA
 
 
 def write(path: Path, records: list[dict[str, object]], keep_bytes: int = 0) -> int:
@@ -153,26 +155,26 @@ def test_rate_is_of_the_tokens_since_the_last_time_without_pauses(clock: object)
 
 
 def test_a_level_forgets_what_is_long_ago() -> None:
-    level = Level()
+    level = LossEMA()
     for _ in range(50):
-        level = level.after(5.0)
+        level = level.updated(5.0)
     assert (level.mean, level.variance) == (5.0, 0.0)
     for _ in range(400):
-        level = level.after(2.0)
+        level = level.updated(2.0)
     assert level.mean == pytest.approx(2.0, abs=0.01)
 
 
 def test_a_spike_is_six_deviations_above_the_level_and_never_a_small_thing() -> None:
-    draw, level = random.Random(0), Level()
+    draw, level = random.Random(0), LossEMA()
     for _ in range(200):
         loss = 3.0 + draw.gauss(0, 0.1)
-        assert not level.is_spike(loss)
-        level = level.after(loss)
+        assert not level.detects_spike(loss)
+        level = level.updated(loss)
     assert level.variance**0.5 == pytest.approx(0.1, rel=0.3)
-    assert level.is_spike(4.0)
-    assert not level.is_spike(3.2)
-    assert not level.is_spike(1.0), "falling is no harm"
-    quiet = Level(steps=100, mean=3.0, variance=0.0)
-    assert not quiet.is_spike(3.1)
-    assert quiet.is_spike(3.2)
-    assert not Level(steps=10, mean=3.0).is_spike(9.0), "the first steps know no level"
+    assert level.detects_spike(4.0)
+    assert not level.detects_spike(3.2)
+    assert not level.detects_spike(1.0), "falling is no harm"
+    quiet = LossEMA(steps=100, mean=3.0, variance=0.0)
+    assert not quiet.detects_spike(3.1)
+    assert quiet.detects_spike(3.2)
+    assert not LossEMA(steps=10, mean=3.0).detects_spike(9.0), "the first steps know no level"

@@ -6,10 +6,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from gemmule.model.gemma3 import Gemma3
-from gemmule.model.initialise import initialise
-from gemmule.runtime import ALONE
+from gemmule.model.init import init_weights
+from gemmule.runtime import Runtime
 from gemmule.train.loss import summed_loss
-from gemmule.train.parallel import Parallel, ParallelSettings, alone, apart, gather, parallelise
+from gemmule.train.parallel import Parallel, ParallelSettings, gather_model, on_whole_matrices, parallelize, unwrapped
 from tiny import lively_model, some_tokens, tiny_config
 
 CPU = torch.device("cpu")
@@ -20,13 +20,13 @@ def placed(how: str, compile_blocks: bool = False, dropout: float = 0.0) -> Para
     with torch.device("meta"):
         model = Gemma3(tiny_config(dropout=dropout))
     settings = ParallelSettings.model_validate({"activation_checkpointing": how})
-    return parallelise(
-        model, settings, compile_blocks, "fp32", CPU, ALONE, lambda model, put: initialise(model, 0, put=put)
+    return parallelize(
+        model, settings, compile_blocks, Runtime(CPU), lambda model, copy: init_weights(model, 0, copy=copy)
     )
 
 
 def learn(parallel: Parallel) -> tuple[float, dict[str, Tensor], int]:
-    """Return the loss, the gradients, and the bytes that the way back keeps beside the weights."""
+    """Return the loss, the gradients, and the bytes that the backward pass keeps beside the weights."""
     kept: dict[int, int] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in parallel.model.parameters()}
 
@@ -39,7 +39,7 @@ def learn(parallel: Parallel) -> tuple[float, dict[str, Tensor], int]:
     tokens, targets = some_tokens(tiny_config()), some_tokens(tiny_config(), seed=5)
     torch.manual_seed(3)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = parallel.forward(tokens, readout=summed_loss(targets))
+        loss = parallel.forward(tokens, output_head=summed_loss(targets))
     torch.autograd.backward(loss)
     gradients = {name: p.grad for name, p in parallel.model.named_parameters() if p.grad is not None}
     return loss.item(), gradients, sum(kept.values())
@@ -80,15 +80,15 @@ def test_compiled_blocks_that_recompute_have_the_same_gradients(how: str) -> Non
 
 def test_one_process_has_its_model_whole() -> None:
     model = lively_model(tiny_config())
-    parallel = alone(model)
-    assert gather(parallel, "sdpa") is model
+    parallel = unwrapped(model)
+    assert gather_model(parallel, "sdpa") is model
     stack = torch.randn(3, 4, 5)
-    assert torch.equal(apart(lambda matrices: 2 * matrices)(stack), 2 * stack)
+    assert torch.equal(on_whole_matrices(lambda matrices: 2 * matrices)(stack), 2 * stack)
 
 
 @pytest.mark.parametrize("how", HOW)
 def test_first_weights_do_not_depend_on_how_they_are_spread(how: Literal["none"]) -> None:
     model = Gemma3(tiny_config())
-    initialise(model, 0)
+    init_weights(model, 0)
     spread = dict(placed(how).model.named_parameters())
     assert all(torch.equal(spread[name], parameter) for name, parameter in model.named_parameters())

@@ -1,9 +1,15 @@
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gemmule.train.schedule import SCHEDULES, ScheduleSettings, learning_rate_factor
+from gemmule.errors import RecipeError
+from gemmule.run_folder import read_json_lines
+from gemmule.settings import check_recipe
+from gemmule.train.schedule import SCHEDULES, ScheduleSettings, lr_scale
+from runs import gemmule, overrides
 
 schedules = st.builds(
     ScheduleSettings,
@@ -15,14 +21,30 @@ schedules = st.builds(
 
 
 def rates(steps: int, settings: ScheduleSettings) -> list[float]:
-    return [learning_rate_factor(step, steps, settings) for step in range(steps)]
+    return [lr_scale(step, steps, settings) for step in range(steps)]
 
 
-def test_every_schedule_can_be_chosen() -> None:
+def linear(done: float, settings: ScheduleSettings) -> float:
+    """Fall in a line."""
+    return 1 - (1 - settings.final) * done
+
+
+def test_every_schedule_can_be_chosen_and_no_other() -> None:
     for name in SCHEDULES:
-        assert ScheduleSettings.model_validate({"name": name}).name == name
-    with pytest.raises(ValidationError):
-        ScheduleSettings.model_validate({"name": "linear"})
+        assert check_recipe({"name": name}, ScheduleSettings, "x").name == name
+    with pytest.raises(RecipeError, match=r'name = "linear": no such schedule; there are cosine, wsd, constant'):
+        check_recipe({"name": "linear"}, ScheduleSettings, "x")
+
+
+@pytest.mark.slow
+def test_one_line_in_schedules_adds_a_schedule_that_trains(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCHEDULES, "linear", linear)
+    changes = overrides("train.steps=5", "schedule.name=linear", "schedule.warmup_share=0", "schedule.final=0.5")
+    assert gemmule("train", tiny_recipe, *changes, "--out", tmp_path / "run").code == 0
+    rates = [line["lr"] for line in read_json_lines(tmp_path / "run" / "metrics.jsonl")]
+    assert rates == pytest.approx([0.01 * factor for factor in (1, 0.875, 0.75, 0.625, 0.5)])
 
 
 @given(steps=st.integers(1, 200), settings=schedules)

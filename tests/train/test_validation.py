@@ -7,9 +7,11 @@ from torch.nn import functional
 from gemmule.data.batches import WholeDocuments
 from gemmule.data.corpus import Corpus
 from gemmule.model.gemma3 import Gemma3
+from gemmule.runtime import Runtime
 from gemmule.train.validation import Score, score
 from tiny import lively_model, tiny_config
 
+CPU = Runtime(torch.device("cpu"))
 LONGEST = 20
 
 
@@ -31,7 +33,7 @@ def test_packing_leaks_nothing_and_loses_nothing(corpus: Corpus, context: int, b
     model = lively_model(tiny_config())
     documents = WholeDocuments(corpus, context, batch_size, pad_id=0)
     assert len(documents) < corpus.documents, "rows hold several documents"
-    result = score(model, documents, documents.bytes, "fp32")
+    result = score(model, documents, documents.bytes, CPU)
     assert result.tokens == corpus.tokens - corpus.documents
     assert result.nats == pytest.approx(loss_by_hand(model, corpus), rel=1e-5)
     assert result.bytes == corpus.bytes
@@ -40,7 +42,7 @@ def test_packing_leaks_nothing_and_loses_nothing(corpus: Corpus, context: int, b
 def test_a_limit_measures_the_first_documents(corpus: Corpus) -> None:
     model = lively_model(tiny_config())
     documents = WholeDocuments(corpus, LONGEST, 4, pad_id=0, limit_tokens=100)
-    first = score(model, documents, documents.bytes, "fp32")
+    first = score(model, documents, documents.bytes, CPU)
     assert 100 <= first.tokens == documents.targets < corpus.tokens - corpus.documents
     assert first.bytes == sum(corpus.text_bytes(document) for document in range(documents.documents))
 
@@ -50,7 +52,7 @@ def test_validation_sees_the_model_without_dropout_and_leaves_it_as_it_was(corpu
     documents = WholeDocuments(corpus, LONGEST, 4, pad_id=0)
     for training in (True, False):
         model.train(training)
-        first, second = (score(model, documents, documents.bytes, "fp32") for _ in range(2))
+        first, second = (score(model, documents, documents.bytes, CPU) for _ in range(2))
         assert first == second
         assert model.training == training
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -63,6 +65,11 @@ def test_means_by_hand() -> None:
     assert result.bits_per_byte == pytest.approx(0.5)
     assert result.perplexity == pytest.approx(2)
     assert result.figures() == {"loss": result.loss, "bits_per_byte": 0.5, "perplexity": result.perplexity}
+
+
+def test_without_the_bytes_of_the_text_there_are_no_bits_per_byte() -> None:
+    result = Score(nats=4.0, tokens=4, bytes=None)
+    assert result.figures() == {"loss": 1.0, "bits_per_byte": None, "perplexity": math.e}
 
 
 def test_perplexity_of_a_hopeless_model_is_a_number() -> None:

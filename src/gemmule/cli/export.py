@@ -1,28 +1,37 @@
-"""`gemmule export MODEL`: carry a model elsewhere, with proof."""
+"""`gemmule export MODEL`: write a model for other programs, and verify it there."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from gemmule.cli.screen import Screen, print_json
+from gemmule.reading import local_path
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A model folder, run folder, .gguf file or owner/name.")],
-    to: Annotated[Literal["hf", "gguf", "ollama"], typer.Option(help="The format.")],
-    out: Annotated[Path, typer.Option(help="The file (gguf) or folder (hf, ollama) to write.")],
+    model: Annotated[
+        str, typer.Argument(help="A model folder, run folder, .gguf file or owner/name of the Hugging Face Hub.")
+    ],
+    to: Annotated[Literal["hf", "gguf", "ollama"], typer.Option(help="Export format.")],
+    out: Annotated[Path, typer.Option(help="Output file (gguf) or folder (hf, ollama).")],
     dtype: Annotated[
         Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"],
-        typer.Option(help="How weights are stored: hf takes the first three, the last four need llama.cpp."),
+        typer.Option(help="Data type of the weights: hf takes the first three; the last four need llama.cpp."),
     ] = "bf16",
     verify: Annotated[
-        bool, typer.Option("--verify", help="Reopen it with transformers or llama.cpp, compare, write a certificate.")
+        bool,
+        typer.Option(
+            "--verify",
+            help="Load the export with transformers or llama.cpp, compare logits, and write a certificate. An existing "
+            "export is verified if it equals what this command would write.",
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as a JSON object last.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object with the certificate at the end.")
+    ] = False,
 ) -> None:
-    """Write a model as a Hugging Face folder, a GGUF file (llama.cpp, LM Studio) or a folder for Ollama.
+    """Export a model as a Hugging Face folder, a GGUF file (llama.cpp, LM Studio) or a folder for Ollama.
 
     Examples:
 
@@ -33,23 +42,63 @@ def export(
         gemmule export runs/story --to ollama --out story-ollama
     """
     import gemmule
-    from gemmule.evaluate.certificate import CertificateError, certify, describe, write_certificate
-    from gemmule.formats.exports import certificate_path, export_model, reopen
+    from gemmule.errors import OutputError
+    from gemmule.evaluate.certificate import CertificateError, certify, check_runtime, describe, write_certificate
+    from gemmule.formats.exports import (
+        Export,
+        certificate_path,
+        check_export,
+        differing_files,
+        export_model,
+        output_exists,
+        reopen,
+    )
+    from gemmule.formats.model_card import license_note, read_card
+    from gemmule.model.finite import refuse_nonfinite_weights
 
-    exported = gemmule.load(model)
+    runtime = "transformers" if to == "hf" else "llama.cpp"
+    if verify:
+        check_runtime(runtime)
+    present, advice = verify and output_exists(out), "choose a new file or folder"
+    check_export(to, out, dtype, exists=present)
     with Screen() as screen:
-        artefact = export_model(*exported, to, out, dtype, screen.say)
-        screen.say(f"{artefact} is written")
-        summary: dict[str, Any] = {"artefact": str(artefact), "format": to, "dtype": dtype}
+        network, tokenizer, found = gemmule.load_with_path(model, say=screen.say)
+        refuse_nonfinite_weights(network, model)
+        exported = Export(network, tokenizer, dtype, read_card(found), _name(model, found))
+        if note := license_note(exported.card, model):
+            screen.say(note)
+        if present:
+            screen.progress("comparing with the existing export", 0, None)
+            if others := differing_files(exported, to, out):
+                raise OutputError(f"--out {out}: already exists, and {others[0]} differs from this export; {advice}")
+            artefact = out / "model.gguf" if to == "ollama" else out
+        else:
+            artefact = export_model(exported, to, out, screen.say)
+            screen.say(f"wrote {artefact}: {dtype}, {_size(artefact) / 1e6:,.1f} MB")
+        if to == "ollama":
+            screen.say(f"add it to Ollama:  ollama create {out.name} -f {out / 'Modelfile'}")
+        summary: dict[str, Any] = {"artefact": str(artefact), "format": to, "dtype": dtype, "bytes": _size(artefact)}
         if verify:
             screen.progress("verifying", 0, None)
-            runtime = "transformers" if to == "hf" else "llama.cpp"
-            certificate = certify(artefact, runtime, dtype, exported, reopen(artefact))
+            certificate = certify(artefact, runtime, dtype, (network, tokenizer), reopen(artefact))
             proof = certificate_path(artefact)
             write_certificate(certificate, proof)
-            screen.say(f"{describe(certificate)}\n{proof} says so")
+            screen.say(f"{describe(certificate)}\ncertificate: {proof}")
             summary |= certificate
             if not certificate["passed"]:
                 raise CertificateError(f"{artefact}: the certificate failed; see {proof}")
     if as_json:
-        print_json(json.dumps(summary))
+        print_json(summary)
+
+
+def _name(model: str, found: Path) -> str:
+    """Return the name of a model: of its run, folder or file, or on the Hub."""
+    path = found.resolve() if local_path(model).exists() else Path(model)
+    while path.name in ("model", "checkpoints") or path.name.startswith("step-"):
+        path = path.parent
+    return path.name.removesuffix(".gguf")
+
+
+def _size(artefact: Path) -> int:
+    files = artefact.iterdir() if artefact.is_dir() else [artefact]
+    return sum(file.stat().st_size for file in files)

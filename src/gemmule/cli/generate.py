@@ -1,73 +1,139 @@
-"""`gemmule generate MODEL`: continue a prompt, streaming."""
+"""`gemmule generate MODEL`: stream a continuation of a prompt."""
 
-import json
+import os
+import secrets
+import shlex
+import stat
 import sys
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from gemmule.cli.screen import print_json
+from gemmule.errors import SourceError, UserError
+from gemmule.fields import LARGEST_SEED
+
+if TYPE_CHECKING:
+    from gemmule.inference.engine import Event
 
 
 def generate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder, run folder, .gguf file or owner/name.")],
-    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "Once upon a time",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest continuation.")] = 256,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="Above 1 bolder, below 1 safer, 0 always the likeliest.")
-    ] = 0.7,
-    top_k: Annotated[int, typer.Option(min=0, help="Choose among the k likeliest tokens; 0 among all.")] = 0,
+    prompt: Annotated[
+        str, typer.Option(help="The text to continue; - reads it from standard input.")
+    ] = "Once upon a time",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="Softmax temperature; 0 is greedy decoding.")] = 0.7,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0 is off.")] = 0,
     top_p: Annotated[
-        float, typer.Option(min=0.000001, max=1, help="Choose among the likeliest that reach probability p.")
+        float,
+        typer.Option(min=0.000001, max=1, help="Sample from the likeliest tokens that reach probability p."),
     ] = 1.0,
     min_p: Annotated[
-        float, typer.Option(min=0, max=0.999999, help="Leave out tokens below p times the likeliest's.")
+        float, typer.Option(min=0, max=0.999999, help="Drop tokens less likely than p times the likeliest; 0 is off.")
     ] = 0.1,
-    seed: Annotated[int | None, typer.Option(help="Repeats a continuation; without it each one is new.")] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="Number of samples, with the seeds SEED, SEED + 1, ...")] = 1,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling; random by default."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
     decoding: Annotated[
         Literal["auto", "plain", "native", "compiled"],
-        typer.Option(help="How tokens are computed; compiled takes half a minute first. See docs/decoding.md."),
+        typer.Option(help="Decoding backend; compiled takes half a minute to start. See docs/decoding.md."),
     ] = "auto",
-    int8: Annotated[bool, typer.Option("--int8", help="Hold the weights in eight bits: less to read.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize the weights to int8.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of streaming text.")] = False,
 ) -> None:
-    """Let a model continue a text.
+    """Generate text from a model.
 
     Examples:
 
         gemmule generate runs/story/model
 
         gemmule generate runs/story --prompt "Tom found a red" --temperature 0.5 --seed 7
+
+        gemmule generate runs/story --prompt - --num-samples 3 < beginning.txt
     """
+    if context.args:  # instead of an error that does not mention the option
+        text = " ".join(context.args)
+        raise UserError(
+            f"unexpected argument {text!r}; the text to continue is an option: --prompt {shlex.quote(text)}"
+        )
+    if input_is_redirected() and getattr(context.get_parameter_source("prompt"), "name", "") == "DEFAULT":
+        typer.echo("note: standard input is not read; --prompt - continues what comes from it", err=True)
+    prompt = read_prompt(prompt)
     import gemmule
-    from gemmule.generate.decode import why_slow
-    from gemmule.generate.weights import lay_out, quantise
+    from gemmule.inference.decode import slow_decoding_reason
+    from gemmule.inference.huge_pages import move_to_huge_pages
+    from gemmule.inference.quantize import quantize
+    from gemmule.model.finite import refuse_nonfinite_weights
 
     network, tokenizer = gemmule.load(model, device)
-    network = lay_out(quantise(network) if int8 else network)
-    if decoding == "auto" and (reason := why_slow(network)):
-        typer.echo(f"note: {reason}; so tokens come more slowly than they could", err=True)
-    text, tokens, finish = "", 0, None
-    ahead = prompt  # shown with the first token, when it has not been refused
-    for event in gemmule.generate(
-        network,
-        tokenizer,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        decoding=decoding,
-    ):
-        text, tokens, finish = text + event.text, tokens + 1, event.finish
-        if not as_json:
-            sys.stdout.write(ahead + event.text)
-            sys.stdout.flush()
-            ahead = ""
+    refuse_nonfinite_weights(network, model)
+    network = move_to_huge_pages(quantize(network) if int8 else network)
+    if decoding == "auto" and (reason := slow_decoding_reason(network)):
+        typer.echo(f"note: {reason}; decoding is slower without the native step", err=True)
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "decoding": decoding,
+    }
+    first = secrets.randbits(32) if seed is None else seed
+    samples: list[dict[str, Any]] = []
+    for number in range(num_samples):
+        own = (first + number) % (LARGEST_SEED + 1)
+        if num_samples > 1 and not as_json:
+            sys.stdout.write("\n" * (number > 0) + f"--- sample {number + 1} of {num_samples}, seed {own} ---\n")
+        events = gemmule.generate(network, tokenizer, prompt, max_new_tokens=max_new_tokens, seed=own, **settings)
+        samples.append(_show(prompt, events, quiet=as_json) | {"seed": own})
     if as_json:
-        print_json(json.dumps({"prompt": prompt, "text": text, "tokens": tokens, "finish": finish}))
-    else:
+        print_json({"prompt": prompt} | (samples[0] if num_samples == 1 else {"samples": samples}))
+
+
+def _show(prompt: str, events: Iterable["Event"], quiet: bool) -> dict[str, Any]:
+    """Stream a prompt and its continuation to standard output, unless `quiet`; return the continuation and its end."""
+    text, tokens, finish = "", 0, None
+    prefix = prompt  # shown with the first token, when the prompt was accepted
+    for event in events:
+        text, tokens, finish = text + event.text, tokens + 1, event.finish
+        if not quiet:
+            sys.stdout.write(prefix + event.text)
+            sys.stdout.flush()
+            prefix = ""
+    if not quiet:
         sys.stdout.write("\n")
+    return {"text": text, "tokens": tokens, "finish": finish}
+
+
+def input_is_redirected() -> bool:
+    """Whether standard input is a file or a pipe, so that somebody may expect it to be read."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def read_prompt(given: str) -> str:
+    """Return the prompt: the option's value, or for "-" standard input without its last line break.
+
+    SourceError where it is not UTF-8.
+    """
+    try:
+        if given != "-":  # bytes that the locale could not decode are tried once more
+            return given.encode("utf-8", "surrogateescape").decode("utf-8")
+        if sys.stdin is None:
+            raise SourceError("--prompt -: standard input is closed")
+        if sys.stdin.isatty():
+            typer.echo("note: type the prompt, then press Ctrl-D on a line of its own", err=True)
+        text = sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n")
+        return text.removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"the prompt is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except UnicodeEncodeError as error:
+        raise SourceError(f"the prompt is not UTF-8 text: {error.reason} at character {error.start}") from None

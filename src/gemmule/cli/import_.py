@@ -1,4 +1,4 @@
-"""`gemmule import SOURCE --out DIR`: somebody else's Gemma 3 as a model folder."""
+"""`gemmule import SOURCE --out DIR`: convert any Gemma 3 to a model folder."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,14 +12,14 @@ def import_(
     source: Annotated[
         str, typer.Argument(help="A Hugging Face folder, owner/name of the Hugging Face Hub, or a .gguf file.")
     ],
-    out: Annotated[Path, typer.Option(help="The model folder to make.")],
+    out: Annotated[Path, typer.Option(help="Model folder to write.")],
     dtype: Annotated[
-        Literal["f32", "bf16"] | None, typer.Option(help="How to store the weights.  [default: as they are]")
+        Literal["f32", "bf16"] | None, typer.Option(help="Data type of the weights.  [default: as stored in SOURCE]")
     ] = None,
 ) -> None:
-    """Take the weights and the tokenizer of any Gemma 3 into a model folder.
+    """Import the weights and the tokenizer of any Gemma 3 into a model folder.
 
-    Of a multimodal model the text part is taken. Every tensor is used exactly once, or named in the refusal.
+    Of a multimodal model, the text model is imported. Every tensor is used exactly once, or an error names it.
 
     Examples:
 
@@ -29,22 +29,35 @@ def import_(
     """
     import torch
 
+    import gemmule
     from gemmule.errors import OutputError
-    from gemmule.files import folder_written_aside
+    from gemmule.files import atomic_folder
+    from gemmule.formats.exports import output_exists
     from gemmule.formats.folder import save_folder
-    from gemmule.formats.opening import open_model
+    from gemmule.formats.model_card import license_note, read_card, write_card
+    from gemmule.model.finite import refuse_nonfinite_weights
+    from gemmule.reading import require_utf8
 
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise OutputError(f"--out {out}: holds something already; name a new or empty folder for the model")
+    require_utf8(out, lambda message: OutputError(f"--out {message}"))
+    if output_exists(out):
+        raise OutputError(f"--out {out}: already exists and is not empty; choose a new or empty folder")
     wanted = {"f32": torch.float32, "bf16": torch.bfloat16, None: None}[dtype]
     screen = Screen()
-    network, tokenizer = open_model(source, screen.say, wanted)
-    with folder_written_aside(out) as folder:
+    network, tokenizer, found = gemmule.load_with_path(source, say=screen.say, dtype=wanted)
+    refuse_nonfinite_weights(network, source)
+    card = read_card(found)
+    if note := license_note(card, source):
+        screen.say(note)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+    if dtype is None and found.is_file():
+        screen.say(f"the weights take {size / 1e6:,.1f} MB in fp32; --dtype bf16 halves that")
+    with atomic_folder(out, last="config.json") as folder:
+        write_card(card, folder)
         save_folder(network, tokenizer, folder)
     count = sum(parameter.numel() for parameter in network.parameters())
     stored = str(network.embedding.weight.dtype).removeprefix("torch.")
     layers = network.config.num_hidden_layers
     screen.say(
-        f"{out}: {count:,} parameters in {layers} layers, stored as {stored}; tokenizer with {tokenizer.vocab_size:,} "
-        f"ids; use it by  gemmule generate {out}"
+        f"{out}: {count:,} parameters in {layers} layers, stored as {stored}, {size / 1e6:,.1f} MB; tokenizer with "
+        f"{tokenizer.vocab_size:,} ids; try it:  gemmule generate {out}"
     )

@@ -1,19 +1,17 @@
 """The `gemmule` command. Foreseen failures end in one sentence and an exit code, never in a traceback."""
 
-import atexit
-import ctypes
 import errno
 import functools
-import gc
+import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gemmule import __version__
-from gemmule.cli.bench import bench
 from gemmule.cli.doctor import doctor
 from gemmule.cli.evaluate import evaluate
 from gemmule.cli.export import export
@@ -21,25 +19,26 @@ from gemmule.cli.generate import generate
 from gemmule.cli.import_ import import_
 from gemmule.cli.plan import plan
 from gemmule.cli.prepare import prepare
-from gemmule.cli.resume_check import resume_check
+from gemmule.cli.settings import settings
 from gemmule.cli.train import train
 from gemmule.errors import GemmuleError
+from gemmule.processes import Terminated, prepare_process, terminated_as_interrupted
+from gemmule.reading import local_path
 
 # Their files import what they need when they are called, so that `--help` loads no torch.
 COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan,
+    "settings": settings,
     "train": train,
     "prepare": prepare,
-    "resume-check": resume_check,
     "generate": generate,
     "evaluate": evaluate,
     "doctor": doctor,
     "import": import_,
     "export": export,
-    "bench": bench,
 }
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143  # 128 and the number of the signal
 
 
 def _show_version(wanted: bool) -> None:
@@ -60,13 +59,21 @@ def gemmule(
 
 
 def graceful(command: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command to end in one sentence and a code: 1 a failure of ours, 2 the user's mistake, 130 Ctrl-C."""
+    """Wrap a command to end in one sentence and a code: 1 a failure of ours, 2 the user's mistake, 130 Ctrl-C.
+
+    SIGTERM ends it with 143, after temporary files are removed. What nobody foresaw ends in a sentence, too, where the
+    machine refused something; else in a traceback.
+    """
 
     @functools.wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> None:
         try:
-            command(*arguments, **options)
+            with terminated_as_interrupted():  # so that temporary files go
+                home = {name: local_path(each) if isinstance(each, Path) else each for name, each in options.items()}
+                command(*arguments, **home)
             sys.stdout.flush()  # here, where a failure is told
+        except Terminated:
+            _leave("stopped", TERMINATED)
         except GemmuleError as error:
             _leave(str(error), error.exit_code)
         except KeyboardInterrupt:
@@ -74,13 +81,34 @@ def graceful(command: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError:
             _let_go_of_output()
             raise typer.Exit(0) from None  # the reader of our output has seen enough
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
+        except Exception as error:
+            sentence = unforeseen(error)
+            if sentence is None:  # a fault of ours, which its traceback helps to find
                 raise
             _let_go_of_output()
-            _leave(f"{error.filename or 'output'}: no space left on the device", 2)
+            _leave(sentence, 2)
 
     return wrapped
+
+
+def unforeseen(error: Exception) -> str | None:
+    """Say what the machine refused where nothing else has said it; None for an error that is a fault of ours."""
+    if isinstance(error, OSError) and (error.errno or error.filename):
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        full = error.errno == errno.ENOSPC
+        place = " -> ".join(names) or ("output" if full else "input or output")
+        return f"{place}: {'no space left on the device' if full else error.strerror or error}"
+    if isinstance(error, UnicodeEncodeError):
+        if error.reason == "surrogates not allowed":
+            return f"{error.object!a} holds bytes that are not UTF-8; rename the file, or name its folder"
+        text = error.object[error.start : error.end]
+        return f"{text!a} cannot be written in {error.encoding}; set the environment variable PYTHONIOENCODING=utf-8"
+    if isinstance(error, RecursionError):
+        return "what was read is nested too deeply"
+    said = str(error).partition("\n")[0]
+    if isinstance(error, MemoryError) or ("can't allocate memory" in said or "out of memory" in said):
+        return f"out of memory ({said or 'none is left'}); a smaller batch, a shorter context, fewer workers need less"
+    return None
 
 
 def _let_go_of_output() -> None:
@@ -92,6 +120,7 @@ def _let_go_of_output() -> None:
 
 
 def _leave(sentence: str, code: int) -> None:
+    sentence = sentence.encode("utf-8", "backslashreplace").decode()  # names of files need not be UTF-8
     typer.echo(f"gemmule: {sentence}", err=True)
     raise typer.Exit(code)
 
@@ -107,31 +136,23 @@ def build_app() -> typer.Typer:
     )
     app.callback()(gemmule)
     for name, command in COMMANDS.items():
-        app.command(name)(graceful(command))
+        # `generate` answers an argument too many itself, since it is the prompt most often.
+        app.command(name, context_settings={"allow_extra_args": command is generate})(graceful(command))
     return app
 
 
 def main() -> None:
     """Run the command line."""
+    prepare_streams()
     prepare_process()
     build_app()()
 
 
-def prepare_process() -> None:
-    """Set what torch's threads and memory need, before it is loaded."""
-    # While torch is loaded, objects come and stay: to look through all of them at each 700th takes a fifth of a second.
-    gc.set_threshold(100_000)
-    # And once more at the end, when all of it goes anyway: a third of a second that the user waits for the prompt.
-    atexit.register(gc.freeze)
-    # Torch's threads spin while they wait for each other; on a machine that does something else too, a step then takes
-    # ten times as long. Without any spinning it takes a tenth longer on one that does not.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Let glibc keep what torch frees: else each large tensor is paid for again, page by page, a fifth of a step.
-    try:
-        settings = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # another C library
-        return
-    trim_threshold, mmap_max = -1, -4  # malloc.h
-    settings(mmap_max, 0)
-    settings(trim_threshold, -1)
+def prepare_streams() -> None:
+    """Let standard output and error take every character, escaped where their encoding lacks it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed; what is opened next must not take its place
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

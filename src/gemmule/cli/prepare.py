@@ -1,49 +1,60 @@
-"""`gemmule prepare SOURCE...`: text to token shards that several runs can share."""
+"""`gemmule prepare SOURCE...`: clean, deduplicate and tokenize text into token shards."""
 
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemmule.cli.screen import Screen, print_json
+from gemmule.cli.screen import Screen, note, print_json
+
+if TYPE_CHECKING:
+    from gemmule.data import Dataset
 
 
 def prepare(
     source: Annotated[
         list[str],
-        typer.Argument(help="Each a file, folder, glob, hf:owner/name[:split[:column]] or storybook[:count]."),
+        typer.Argument(
+            help="Files, folders, globs, hf:owner/name[:split[:column]], storybook[:count], or - for standard input."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="The dataset folder to make.")],
+    out: Annotated[Path, typer.Option(help="Folder of the dataset to create.")],
     validation: Annotated[
-        list[str] | None, typer.Option(help="A SOURCE to validate on; without it, a part is held out.")
+        list[str] | None, typer.Option(help="SOURCE of the validation split; by default, documents are held out.")
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of the vocabulary to train.  [default: 4096]")
+        int | None, typer.Option(min=1, help="Vocabulary size of the tokenizer to train.  [default: 4096]")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Use this tokenizer.json or folder instead of training one.")
+        Path | None,
+        typer.Option(help="Existing tokenizer.json, or a folder with one, instead of training a tokenizer."),
     ] = None,
     separator: Annotated[
-        str | None, typer.Option(help="What stands between documents of a .txt file.  [default: <|endoftext|>]")
+        str | None, typer.Option(help="Separator between documents in .txt files.  [default: <|endoftext|>]")
     ] = None,
     column: Annotated[
-        str | None, typer.Option(help="Where the text of JSONL, Parquet and hf: rows is.  [default: text]")
+        str | None, typer.Option(help="Column with the text, in JSONL, CSV, Parquet and hf: sources.  [default: text]")
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="data.b=c", help="Change one more setting, such as a filter.")
+        list[str] | None,
+        typer.Option("--set", metavar="data.b=c", help="Override a setting, such as a filter; repeatable."),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="Take settings from this recipe, and say how many epochs it implies.")
+        Path | None,
+        typer.Option(help="Recipe to take the settings from; prints how many epochs it trains on the dataset."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes to use.  [default: all cores]")] = None,
-    engine: Annotated[str, typer.Option(help="local, or ray for a cluster.")] = "local",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as a JSON object last.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Number of worker processes.  [default: up to the number of CPU cores]")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="Executor: local processes, or a ray cluster (local, ray).")] = "local",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object at the end.")] = False,
 ) -> None:
-    """Turn text into token shards that runs can share.
+    """Clean, deduplicate and tokenize text into a dataset of token shards.
 
-    A recipe uses them by data.train = "FOLDER". Stopped or killed, the same command goes on.
+    Recipes use it by data.train = "FOLDER". After an interruption, the same command resumes. Deterministic: the same
+    bytes for any number of workers.
 
     Examples:
 
@@ -53,44 +64,51 @@ def prepare(
 
         gemmule prepare hf:roneneldan/TinyStories --out data/tinystories --set data.near_duplicates=0.8
     """
-    from gemmule.data.dataset import Dataset
-    from gemmule.data.engines import ENGINES, available_cores
-    from gemmule.data.prepare import PICTURE_FILE, prepare_dataset
-    from gemmule.files import aside_of
+    from gemmule.data.engines import ENGINES
+    from gemmule.data.prepare import PLOT_FILE
 
     if engine not in ENGINES:
         raise typer.BadParameter(f"{engine!r}: use {' or '.join(ENGINES)}", param_hint="--engine")
-    given = {"train": source, "validation": validation, "separator": separator, "column": column}
+    data = {"train": source, "validation": validation, "separator": separator, "column": column}
     vocabulary = {"vocab_size": vocab_size, "path": str(tokenizer) if tokenizer else None}
-    table = {"data": _set(given), "tokenizer": _set(vocabulary)}
+    table = {"data": _given(data), "tokenizer": _given(vocabulary)}
     settings, training = _settings(table, overrides or [], recipe)
     with Screen() as screen:
-        try:
-            dataset: Dataset = prepare_dataset(
-                settings.data,
-                settings.tokenizer,
-                out,
-                screen.progress,
-                workers=workers or available_cores(),
-                engine=engine,
-                say=screen.say,
-            )
-        except BaseException:
-            if aside_of(out).exists():
-                screen.say(f"what is finished is kept in {aside_of(out)}; to go on:  {shlex.join(_command())}")
-            raise
+        dataset = _prepare(settings, out, workers, engine, screen)
     screen.say(str(dataset.report))
     if training:
         screen.say(training(dataset))
-    if not (out / PICTURE_FILE).exists():
-        screen.say(f"no {PICTURE_FILE}: drawing needs matplotlib: pip install 'gemmule[plots]'")
-    screen.say(f'the dataset is in {out}; a recipe uses it by  data.train = "{out}"')
+    if not (out / PLOT_FILE).exists():
+        screen.say(f"no {PLOT_FILE}: plots need matplotlib: pip install 'gemmule[plots]'")
+    screen.say(f'dataset written to {out}; use it in a recipe by  data.train = "{out}"')
     if as_json:
-        print_json(dataset.report.model_dump_json())
+        print_json(dataset.report.model_dump(mode="json"))
 
 
-def _set(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value}
+def _prepare(settings: Any, out: Path, workers: int | None, engine: str, screen: Screen) -> "Dataset":
+    """Prepare the dataset; where this is interrupted or fails, report what is kept and how to resume."""
+    from gemmule.data.dataset import DATASET_FILE
+    from gemmule.data.prepare import prepare_dataset
+    from gemmule.errors import OutputError
+    from gemmule.files import partial_folder
+
+    existed = (out / DATASET_FILE).exists()
+    try:
+        return prepare_dataset(
+            settings.data, settings.tokenizer, out, screen.progress, workers=workers, engine=engine, log=screen.say
+        )
+    except BaseException as error:
+        if (out / DATASET_FILE).exists() and not existed:
+            screen.say(f"the dataset in {out} is complete")
+        elif partial_folder(out).is_dir() and not partial_folder(out).is_symlink():
+            kept = f"finished work is kept in {partial_folder(out)}"
+            resumable = isinstance(error, KeyboardInterrupt | OutputError)  # others would fail again the same way
+            screen.say(f"{kept}; to resume:  {shlex.join(_command())}" if resumable else f"{kept} for the next attempt")
+        raise
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value not in (None, [])}
 
 
 def _command() -> list[str]:
@@ -98,25 +116,21 @@ def _command() -> list[str]:
 
 
 def _settings(table: dict[str, dict[str, Any]], overrides: list[str], recipe: Path | None) -> tuple[Any, Any]:
-    """Return the settings of data and tokenizer, and what says the epochs of a recipe."""
+    """Return the settings of data and tokenizer, and a function that describes the epochs of a recipe."""
     from gemmule.data.settings import DataSettings
-    from gemmule.recipe import Settings, apply_override, check_recipe, read_recipe
+    from gemmule.settings import Settings, check_recipe, read_recipe
     from gemmule.tokenizer import TokenizerSettings
 
     class Preparation(Settings):
-        """What is prepared."""
+        """The settings of a preparation."""
 
         data: DataSettings
         tokenizer: TokenizerSettings = TokenizerSettings()
 
     if recipe is None:
-        for override in overrides:
-            apply_override(table, override)
-        return check_recipe(table, Preparation, "of the options"), None
-    from gemmule.train.run import Recipe, implied_epochs
+        return check_recipe(table, Preparation, "of the options", overrides), None
+    from gemmule.train.recipe import Recipe
+    from gemmule.train.run import implied_epochs
 
-    base = read_recipe(recipe, Recipe, overrides)
-    merged = {name: base.model_dump(exclude_unset=True).get(name, {}) | given for name, given in table.items()}
-    settings = check_recipe(merged, Preparation, str(recipe))
-    whole = base.replace(data=settings.data)
-    return settings, lambda dataset: f"{recipe}: {implied_epochs(dataset, whole)}"
+    settings = read_recipe(recipe, Recipe, overrides, table, note)
+    return settings, lambda dataset: f"{recipe}: {implied_epochs(dataset, settings)}"

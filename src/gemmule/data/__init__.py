@@ -1,6 +1,6 @@
-"""Raw text to token shards to batches; torch is known to `gemmule.data.batches` alone.
+"""Datasets: raw text to token shards to batches; only `gemmule.data.batches` imports torch.
 
-What training needs is here; `gemmule.data.prepare` makes what it opens.
+Exported here is what training opens; `gemmule.data.prepare` makes it.
 """
 
 from gemmule.data.corpus import Corpus, check_corpus

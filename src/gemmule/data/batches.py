@@ -1,5 +1,6 @@
-"""Rows of tokens for training and validation, cut from a corpus; which row holds what is pure arithmetic."""
+"""Sequence packing: batches of token rows for training and validation, deterministic in (seed, row)."""
 
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -13,30 +14,30 @@ from torch import Tensor
 
 from gemmule.data.corpus import Corpus, check_corpus
 
-IGNORED = -100  # a target that is not trained; what cross_entropy ignores by default
-PADDING = -1  # the document of padding, which sees itself alone
+IGNORED = -100  # a target without loss; the default ignore_index of cross_entropy
+PADDING = -1  # the document id of padding, which attends to itself alone
 
 
 class Batch(NamedTuple):
-    """Rows of tokens and, one place later, what they should predict."""
+    """Token sequences and their targets, the same sequences shifted by one position."""
 
     tokens: Tensor  # (B, T) int64
-    targets: Tensor  # (B, T) int64; IGNORED where nothing is predicted
-    documents: Tensor | None  # (B, T) int32, equal within a document of a row; None where documents see each other
+    targets: Tensor  # (B, T) int64; IGNORED where there is no loss
+    documents: Tensor | None  # (B, T) int32, document ids within a row; None where attention crosses documents
 
     @property
-    def trained(self) -> int:
-        """The number of targets that count."""
+    def num_targets(self) -> int:
+        """Number of targets other than IGNORED."""
         return int((self.targets != IGNORED).sum())
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on another device."""
-        if device.type == "cuda":  # from pinned memory, so that nobody waits for what the device still has to do
+        """Return the batch on another device; to CUDA asynchronously from pinned memory, for prefetch."""
+        if device.type == "cuda":
             return self._each(lambda part: part.pin_memory().to(device, non_blocking=True))
         return self._each(lambda part: part.to(device))
 
     def split(self, rows: int) -> "Iterator[Batch]":
-        """Yield the batch in portions of at most so many rows."""
+        """Yield micro-batches of at most `rows` rows."""
         for first in range(0, len(self.tokens), rows):
             yield self._each(itemgetter(slice(first, first + rows)))
 
@@ -46,18 +47,18 @@ class Batch(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """One pass over a corpus."""
+    """One pass over a corpus, shuffled."""
 
-    order: npt.NDArray[np.int64]  # the documents as they come
-    ends: npt.NDArray[np.int64]  # where each of them ends among the epoch's tokens
+    order: npt.NDArray[np.int64]  # the shuffled documents
+    ends: npt.NDArray[np.int64]  # end of each document, in tokens of the epoch
 
 
 class PackedRows:
-    """An endless stream of documents, reshuffled each epoch, cut into rows of `context` tokens.
+    """Packed training rows: an endless document stream, reshuffled per epoch, in rows of sequence length `context`.
 
-    Row r holds the stream's tokens r T to r T + T, the first T as inputs and the last T as targets, so every token is a
-    target once. A document's first token is IGNORED where nothing before it can predict it: where it is `bos_id`, and
-    where documents are masked.
+    Row r holds tokens r T to r T + T of the stream, the first T as inputs and the last T as targets, so every token is
+    a target once. The first token of a document is IGNORED where no context can predict it: where it is `bos_id`, and
+    with `mask_documents`.
     """
 
     def __init__(
@@ -69,19 +70,19 @@ class PackedRows:
         self.seed = seed
         self.mask_documents = mask_documents
         self.bos_id = bos_id
-        self.epoch = lru_cache(maxsize=2)(self._shuffle)  # a batch may reach into the next epoch
+        self.epoch = lru_cache(maxsize=2)(self._shuffle)  # a batch may span two epochs
 
     def rows(self, first: int, count: int) -> Batch:
-        """Return rows `first` to `first + count`; a pure function of them and the seed."""
+        """Return rows `first` to `first + count`; deterministic, a pure function of (seed, first, count)."""
         length = count * self.context + 1
         stream = np.empty(length, dtype=np.int64)
         segment = np.empty(length, dtype=np.int32)
         filled = 0
-        for number, (document, start, stop) in enumerate(self._spans(first * self.context, length)):
-            there = slice(filled, filled + stop - start)
-            stream[there] = self.corpus.read(document, start, stop)
-            segment[there] = number
-            filled = there.stop
+        for number, (document, start, stop) in enumerate(self._slices(first * self.context, length)):
+            filling = slice(filled, filled + stop - start)
+            stream[filling] = self.corpus.read(document, start, stop)
+            segment[filling] = number
+            filled = filling.stop
         shape = (count, self.context)
         begins = segment[1:] != segment[:-1]
         unpredictable = begins & (self.mask_documents | (stream[1:] == self.bos_id))
@@ -89,52 +90,52 @@ class PackedRows:
         documents = torch.from_numpy(segment[:-1].reshape(shape)) if self.mask_documents else None
         return Batch(torch.from_numpy(stream[:-1].reshape(shape)), torch.from_numpy(targets), documents)
 
-    def _spans(self, position: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (document, start, stop) for `length` tokens of the stream from `position` on."""
+    def _slices(self, position: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (document, start, stop) for `length` tokens of the stream from `position`."""
         number, within = divmod(position, self.corpus.tokens)
         while length:
             epoch = self.epoch(number)
-            place = int(np.searchsorted(epoch.ends, within, side="right"))
-            while length and place < len(epoch.order):
-                document = int(epoch.order[place])
+            index = int(np.searchsorted(epoch.ends, within, side="right"))
+            while length and index < len(epoch.order):
+                document = int(epoch.order[index])
                 size = int(self.corpus.lengths[document])
-                start = within - (int(epoch.ends[place]) - size)
+                start = within - (int(epoch.ends[index]) - size)
                 stop = min(size, start + length)
                 yield document, start, stop
                 length -= stop - start
                 within += stop - start
-                place += 1
+                index += 1
             number, within = number + 1, 0
 
     def _shuffle(self, number: int) -> Epoch:
-        # Raw bits of a bit generator: numpy promises that no version changes them, which it does not of `permutation`.
+        # Raw bits: NumPy guarantees the stream of a bit generator across versions, but not that of `permutation`.
         keys = np.random.PCG64(np.random.SeedSequence([self.seed, number])).random_raw(self.corpus.documents)
         order = np.argsort(keys, kind="stable")
         return Epoch(order, np.cumsum(self.corpus.lengths[order], dtype=np.int64))
 
 
-_PATTERN = 4096  # rows after which a mixture repeats which source they are of
+_PERIOD = 4096  # rows after which the order of sources in a mixture repeats
 
 
 class MixedRows:
-    """An endless stream of rows from several corpora, each with a fixed share of the rows, spread evenly.
+    """A weighted mixture of packed rows from several corpora, interleaved evenly.
 
-    Which source a row is of repeats after 4,096 rows, so shares are exact to one of these. A source's rows are those of
-    its own `PackedRows`, one after the other.
+    The order of sources repeats after 4,096 rows, so weights are exact to one of these. Each source gives the rows of
+    its own `PackedRows` in order.
     """
 
     def __init__(self, sources: Sequence[PackedRows], weights: Sequence[float]) -> None:
         self.sources = tuple(sources)
-        counts = _share_out(_PATTERN, weights)
-        places = [(np.arange(count) + 0.5) / count for count in counts]
+        counts = _apportion(_PERIOD, weights)
+        positions = [(np.arange(count) + 0.5) / count for count in counts]
         owners = np.repeat(np.arange(len(counts)), counts)
-        self._pattern = owners[np.argsort(np.concatenate(places), kind="stable")]
+        self._pattern = owners[np.argsort(np.concatenate(positions), kind="stable")]
         one_hot = self._pattern[:, None] == np.arange(len(counts))
         self._before = np.concatenate([np.zeros((1, len(counts)), np.int64), np.cumsum(one_hot, axis=0)])
 
     def rows(self, first: int, count: int) -> Batch:
-        """Return rows `first` to `first + count`; a pure function of them and the seed."""
-        owners = torch.from_numpy(self._pattern[np.arange(first, first + count) % _PATTERN])
+        """Return rows `first` to `first + count`; deterministic, a pure function of (seed, first, count)."""
+        owners = torch.from_numpy(self._pattern[np.arange(first, first + count) % _PERIOD])
         order, parts = [], []
         for number, (start, stop) in enumerate(
             zip(self._rows_before(first), self._rows_before(first + count), strict=True)
@@ -142,98 +143,114 @@ class MixedRows:
             if stop > start:
                 parts.append(self.sources[number].rows(int(start), int(stop - start)))
                 order.append(torch.nonzero(owners == number)[:, 0])
-        back = torch.argsort(torch.cat(order))
+        inverse = torch.argsort(torch.cat(order))
         documents = [part.documents for part in parts if part.documents is not None]
         return Batch(
-            torch.cat([part.tokens for part in parts])[back],
-            torch.cat([part.targets for part in parts])[back],
-            torch.cat(documents)[back] if documents else None,
+            torch.cat([part.tokens for part in parts])[inverse],
+            torch.cat([part.targets for part in parts])[inverse],
+            torch.cat(documents)[inverse] if documents else None,
         )
 
     def _rows_before(self, row: int) -> npt.NDArray[np.int64]:
-        """Return how many of the rows before this one are of each source."""
-        rounds, within = divmod(row, _PATTERN)
-        before: npt.NDArray[np.int64] = rounds * self._before[-1] + self._before[within]
+        """Return the number of rows of each source before row `row`."""
+        periods, within = divmod(row, _PERIOD)
+        before: npt.NDArray[np.int64] = periods * self._before[-1] + self._before[within]
         return before
 
 
-def _share_out(whole: int, weights: Sequence[float]) -> list[int]:
-    """Divide a number in proportion to weights: at least 1 for each, the largest remainders rounded up."""
-    exact = [whole * weight / sum(weights) for weight in weights]
+def _apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """Divide a number in proportion to weights (largest remainder method), at least 1 each."""
+    exact = [total * weight / sum(weights) for weight in weights]
     counts = [max(1, int(share)) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda number: counts[number] - exact[number])
-    for number in by_remainder[: max(0, whole - sum(counts))]:
+    for number in by_remainder[: max(0, total - sum(counts))]:
         counts[number] += 1
-    counts[counts.index(max(counts))] -= sum(counts) - whole
+    counts[counts.index(max(counts))] -= sum(counts) - total
     return counts
 
 
-class Piece(NamedTuple):
-    """Tokens start to stop of a document as inputs; their targets are one place later."""
-
-    document: int
-    start: int
-    stop: int
-
-
 class WholeDocuments:
-    """A fixed set of documents for validation, packed whole into rows; each sees itself alone.
+    """Packed validation batches: whole documents in rows of sequence length `context`, with padding and document masks.
 
-    Taken from the start of the corpus until `limit_tokens` targets are reached. Every token but a document's first is a
-    target exactly once; documents longer than a row are cut into pieces, the later ones without what came before.
+    The documents are the first of the corpus up to `limit_documents`, or `limit_tokens` targets. Every token but the
+    first of a document is a target exactly once; documents longer than a row are split, the later pieces without the
+    earlier context. Memory: about 50 bytes per document.
     """
 
     def __init__(
-        self, corpus: Corpus, context: int, batch_size: int, pad_id: int | None, limit_tokens: int | None = None
+        self,
+        corpus: Corpus,
+        context: int,
+        batch_size: int,
+        pad_id: int | None,
+        limit_tokens: int | None = None,
+        limit_documents: int | None = None,
     ) -> None:
         self._corpus, self._context, self._batch_size, self._pad_id = corpus, context, batch_size, pad_id or 0
         targets = np.cumsum(corpus.lengths, dtype=np.int64) - np.arange(1, corpus.documents + 1)
         enough = corpus.documents if limit_tokens is None else int(np.searchsorted(targets, limit_tokens)) + 1
-        self.documents = min(enough, corpus.documents)
+        self.documents = min(enough, corpus.documents, limit_documents or corpus.documents)
         self.targets = int(targets[self.documents - 1])
-        self.bytes = sum(corpus.text_bytes(document) for document in range(self.documents))
-        self._rows = _pack(corpus, self.documents, context)
+        self.bytes = corpus.first_bytes(self.documents)
+        self._pieces, self._ends = _pack(corpus, self.documents, context)
 
     def __len__(self) -> int:
-        return -(-len(self._rows) // self._batch_size)
+        return -(-len(self._ends) // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for first in range(0, len(self._rows), self._batch_size):
-            yield self._batch(self._rows[first : first + self._batch_size])
+        for first in range(0, len(self._ends), self._batch_size):
+            yield self._batch(range(first, min(first + self._batch_size, len(self._ends))))
 
-    def _batch(self, rows: list[list[Piece]]) -> Batch:
+    def _batch(self, rows: range) -> Batch:
         shape = (len(rows), self._context)
         tokens = np.full(shape, self._pad_id, dtype=np.int64)
         targets = np.full(shape, IGNORED, dtype=np.int64)
         documents = np.full(shape, PADDING, dtype=np.int32)
-        for row, pieces in enumerate(rows):
+        for row, which in enumerate(rows):
             filled = 0
-            for number, piece in enumerate(pieces):
-                ids = self._corpus.read(piece.document, piece.start, piece.stop + 1)
-                there = slice(filled, filled + len(ids) - 1)
-                tokens[row, there] = ids[:-1]
-                targets[row, there] = ids[1:]
-                documents[row, there] = number
-                filled = there.stop
+            first = self._ends[which - 1] if which else 0
+            for number, (document, start, stop) in enumerate(self._pieces[first : self._ends[which]].tolist()):
+                ids = self._corpus.read(document, start, stop + 1)
+                filling = slice(filled, filled + len(ids) - 1)
+                tokens[row, filling] = ids[:-1]
+                targets[row, filling] = ids[1:]
+                documents[row, filling] = number
+                filled = filling.stop
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
 
 
-def _pack(corpus: Corpus, documents: int, context: int) -> list[list[Piece]]:
-    """Put each piece into the row that it fills best, or into a new one."""
-    rows: list[list[Piece]] = []
-    room: list[tuple[int, int]] = []  # (free places, row), ascending
-    for document in range(documents):
+_PACKED = 1 << 16  # documents per call of best-fit packing
+
+
+def _pack(corpus: Corpus, documents: int, context: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Pack documents into rows; return their pieces row by row, and the end of each row among the pieces.
+
+    A piece is (document, start, stop): tokens start to stop are inputs, their targets one position later.
+    """
+    pieces, ends = array("q"), array("q")
+    for first in range(0, documents, _PACKED):
+        for row in _pack_some(corpus, range(first, min(first + _PACKED, documents)), context):
+            pieces.extend(number for piece in row for number in piece)
+            ends.append(len(pieces) // 3)
+    return np.array(pieces, np.int64).reshape(-1, 3), np.array(ends, np.int64)
+
+
+def _pack_some(corpus: Corpus, documents: range, context: int) -> list[list[tuple[int, int, int]]]:
+    """Best-fit packing: put each piece into the row with the least sufficient space, or into a new one."""
+    rows: list[list[tuple[int, int, int]]] = []
+    space: list[tuple[int, int]] = []  # (free positions, row), ascending
+    for document in documents:
         inputs = int(corpus.lengths[document]) - 1
         for start in range(0, inputs, context):
-            piece = Piece(document, start, min(start + context, inputs))
-            size = piece.stop - piece.start
-            best = bisect_left(room, (size, 0))
-            if best == len(room):
+            stop = min(start + context, inputs)
+            size = stop - start
+            best = bisect_left(space, (size, 0))
+            if best == len(space):
                 rows.append([])
                 free, row = context, len(rows) - 1
             else:
-                free, row = room.pop(best)
-            rows[row].append(piece)
+                free, row = space.pop(best)
+            rows[row].append((document, start, stop))
             if free > size:
-                insort(room, (free - size, row))
+                insort(space, (free - size, row))
     return rows

@@ -1,59 +1,58 @@
-"""What is done to documents before they are learned, unit by unit, and the count of it."""
+"""Cleaning and filtering of documents, one work unit at a time, with counts."""
 
 from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gemmule.data.documents import Document, ReadStats
 from gemmule.data.filters import reason_to_drop
-from gemmule.data.parts import PartWriter
-from gemmule.data.readers import Document, Misread
+from gemmule.data.intermediate import IntermediateWriter
 from gemmule.data.settings import DataSettings
-from gemmule.data.sources import Unit, read_span
-from gemmule.data.work import finish, finished
+from gemmule.data.sources import WorkUnit, read_range
+from gemmule.data.stage_cache import commit, committed
 
-# What cp1252 makes of the bytes 80 to 9F, back to the byte; the five that it leaves undefined stand for themselves.
+# The inverse of cp1252 on the bytes 80 to 9F; the five undefined ones map to themselves.
 _CP1252 = {ord(bytes([byte]).decode("cp1252", errors="ignore") or chr(byte)): byte for byte in range(0x80, 0xA0)}
 
 
 class CleanDocument(NamedTuple):
-    """A document worth learning, as far as it alone can tell."""
+    """A document that passed cleaning and filters; deduplication comes later."""
 
     text: str
-    key: int  # 64 bits that tell texts apart, whitespace aside
+    key: int  # 64-bit hash for exact deduplication, ignoring white space
     log_probability: float | None
 
 
-def clean_unit(unit: Unit, settings: DataSettings, folder: Path) -> dict[str, Any]:
-    """Write the clean documents of a unit to a part in `folder`, unless it is there; return what was counted.
+def clean_unit(unit: WorkUnit, settings: DataSettings, folder: Path) -> dict[str, Any]:
+    """Write the cleaned documents of a work unit to an intermediate shard, unless cached; return the counts.
 
-    The same unit makes the same bytes, in whatever process.
+    Deterministic: the same unit gives the same bytes in any process.
     """
-    note = folder / f"{unit.name}.json"
-    known = finished(note)
-    return _clean_unit(unit, settings, note) if known is None else known
+    manifest = folder / f"{unit.name}.json"
+    cached = committed(manifest)
+    return _clean_unit(unit, settings, manifest) if cached is None else cached
 
 
-def _clean_unit(unit: Unit, settings: DataSettings, note: Path) -> dict[str, Any]:
+def _clean_unit(unit: WorkUnit, settings: DataSettings, manifest: Path) -> dict[str, Any]:
     tally: Counter[str] = Counter()
-    misread = []
-    with PartWriter(note.parent, unit.name, with_signatures=settings.near_duplicates is not None) as part:
-        for span in unit.spans:
-            found = Misread()
-            for document in read_span(span, settings):
-                found = found.after(document)
+    stats = []
+    with IntermediateWriter(manifest.parent, unit.name, with_signatures=settings.near_duplicates is not None) as shard:
+        for source_range in unit.ranges:
+            stats.append(ReadStats())
+            for document in read_range(source_range, settings):
+                stats[-1] = stats[-1].add(document)
                 if clean := clean_document(document, settings, tally):
-                    part.append(clean.text, clean.key, clean.log_probability)
-            misread.append(found)
-    result = {"tally": tally, "misread": misread, "documents": part.documents, "bytes": part.bytes}
-    finish(note, result, part.files)
+                    shard.append(clean.text, clean.key, clean.log_probability)
+    result = {"tally": tally, "stats": stats, "documents": shard.documents, "bytes": shard.bytes}
+    commit(manifest, result, shard.files)
     return result
 
 
 def clean_document(document: Document, settings: DataSettings, tally: Counter[str]) -> CleanDocument | None:
-    """Return the document repaired, or None where it is to be dropped; count in `tally` what was done and why.
+    """Return the cleaned document, or None where it is dropped; count the reason in `tally`.
 
-    A text whose probability is known stays as it is.
+    A text of known probability is not changed.
     """
     tally["read"] += 1
     known = document.log_probability is not None
@@ -70,13 +69,13 @@ def clean_document(document: Document, settings: DataSettings, tally: Counter[st
 
 
 def text_key(text: str) -> int:
-    """Return 64 bits of a hash that ignores how the words are spaced."""
+    """Return a 64-bit hash of the text that ignores white space."""
     words = " ".join(text.split())
     return int.from_bytes(blake2b(words.encode(), digest_size=8).digest(), "little")
 
 
 def repair_mojibake(text: str) -> str:
-    """Return the text that was UTF-8 before it was read as cp1252, where all of it decodes back exactly."""
+    """Undo mojibake: UTF-8 that was decoded as cp1252, where all of the text decodes back exactly."""
     if text.isascii():
         return text
     try:
@@ -86,7 +85,7 @@ def repair_mojibake(text: str) -> str:
 
 
 def _clean_text(text: str | bytes, tally: Counter[str]) -> str | None:
-    """Return the text repaired and without space around it, or None where it is not UTF-8."""
+    """Return the text repaired and stripped, or None where it is invalid UTF-8."""
     try:
         text = text.decode() if isinstance(text, bytes) else text
         text.encode()  # half of a surrogate pair, as JSON can spell it, is no text

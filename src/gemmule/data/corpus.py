@@ -1,4 +1,4 @@
-"""A corpus: documents of tokens, numbered from 0, over one or several shards."""
+"""A corpus: tokenized documents, numbered from 0, in one or several shards."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ _LARGEST_SHARD = 1 << 28  # bytes of tokens
 
 
 class Corpus:
-    """Documents 0 to N - 1; tokens stay on disk, memory holds 4 bytes a document."""
+    """Tokenized documents 0 to N - 1, memory-mapped; memory: 4 bytes per document."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = tuple(shards)
@@ -28,15 +28,23 @@ class Corpus:
         )
 
     def read(self, document: int, start: int, stop: int) -> Tokens:
-        """Return tokens start to stop of a document, as a view of the file."""
-        shard, place = self._locate(document)
-        begin = int(shard.ends[place - 1]) if place else 0
-        return shard.tokens[begin + start : min(begin + stop, int(shard.ends[place]))]
+        """Return tokens start to stop of a document, memory-mapped."""
+        shard, index = self._locate(document)
+        begin = int(shard.ends[index - 1]) if index else 0
+        return shard.tokens[begin + start : min(begin + stop, int(shard.ends[index]))]
 
     def text_bytes(self, document: int) -> int:
-        """Return the UTF-8 bytes that a document's tokens after its first stand for."""
-        shard, place = self._locate(document)
-        return int(shard.text_bytes[place])
+        """Return the UTF-8 bytes of a document's tokens after its first."""
+        shard, index = self._locate(document)
+        return int(shard.text_bytes[index])
+
+    def first_bytes(self, documents: int) -> int:
+        """Return the sum of `text_bytes` over the first `documents` documents."""
+        sums, left = 0, documents
+        for shard in self.shards:
+            sums += int(shard.text_bytes[:left].sum())
+            left -= min(left, shard.header.documents)
+        return sums
 
     def _locate(self, document: int) -> tuple[Shard, int]:
         if not 0 <= document < self.documents:
@@ -58,9 +66,9 @@ class CorpusWriter:
         self.tokens = 0
 
     def append(self, ids: Sequence[int], text_bytes: int) -> None:
-        """Add one document: its tokens and the bytes of text that those after the first stand for."""
+        """Append one document: its tokens, and the UTF-8 bytes of those after the first."""
         if self._shard and self._shard.size >= self._largest:
-            self._shard.finish()
+            self._shard.finalize()
             self._shard = None
         if self._shard is None:
             self.names.append(f"{self._prefix}-{len(self.names):05d}.tokens")
@@ -75,7 +83,7 @@ class CorpusWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._shard:
-            (self._shard.finish if kind is None else self._shard.close)()
+            (self._shard.finalize if kind is None else self._shard.close)()
 
 
 def open_corpus(folder: Path, names: Sequence[str], fingerprint: str) -> Corpus:
@@ -84,7 +92,7 @@ def open_corpus(folder: Path, names: Sequence[str], fingerprint: str) -> Corpus:
 
 
 def check_corpus(corpus: Corpus, context: int) -> None:
-    """Raise DatasetError unless the corpus fills at least one row of `context` tokens and the target after them."""
+    """Raise DatasetError where the corpus is shorter than one row: `context` tokens and the last target."""
     if corpus.tokens <= context:
         raise DatasetError(
             f"train.context = {context}: the corpus has {corpus.tokens} tokens in all, fewer than the {context + 1} "

@@ -1,5 +1,6 @@
-"""A prepared dataset: the folder with a tokenizer, token shards and the report of how they were made."""
+"""A prepared dataset: a folder with a tokenizer, token shards and the report of their preparation."""
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -8,8 +9,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gemmule.data.corpus import Corpus, open_corpus
 from gemmule.data.report import CorpusReport
 from gemmule.data.settings import DataSettings
+from gemmule.data.shards import verify_shard
 from gemmule.errors import DatasetError, RecipeError
-from gemmule.recipe import Problem
+from gemmule.reading import local_path, path_kind
+from gemmule.settings import Problem
 from gemmule.tokenizer import Tokenizer
 
 DATASET_FILE = "dataset.json"
@@ -17,17 +20,24 @@ REPORT_FILE = "report.json"
 
 
 class Dataset(NamedTuple):
-    """A prepared dataset, open."""
+    """An open prepared dataset."""
 
     train: Corpus
     validation: Corpus
     tokenizer: Tokenizer
     report: CorpusReport
-    floor_nats: float | None  # of all validation documents together, where their source knows their probability
-    sources: tuple[int, ...]  # of each train shard, among the sources that the report names
+    floor_nats: float | None  # -log p of all validation documents together, where it is known
+    sources: tuple[int, ...]  # per train shard, the index of its source in the report
+    lossless: bool = True  # whether decoding restores the text; where not, bits per byte are meaningless
+
+    @property
+    def identity(self) -> str:
+        """The SHA-256 of the tokenizer's fingerprint and the checksums of all shards."""
+        checksums = [shard.header.checksum for split in (self.train, self.validation) for shard in split.shards]
+        return hashlib.sha256(self.tokenizer.fingerprint.encode() + b"".join(checksums)).hexdigest()
 
     def mixture(self, weights: tuple[float, ...] | None) -> list[tuple[Corpus, float]]:
-        """Return train corpora and weights: all as one, or by source; RecipeError if they do not fit."""
+        """Return train corpora and their weights: one of all shards, or one per source; RecipeError on a mismatch."""
         if weights is None:
             return [(self.train, 1.0)]
         names = [source.source for source in self.report.sources]
@@ -39,34 +49,38 @@ class Dataset(NamedTuple):
         for number, weight in enumerate(weights):
             own = [shard for shard, source in shards if source == number]
             if not own:
-                advice = f"gives a share to {names[number]}, of which no document is left"
+                advice = f"has a weight for {names[number]}, of which no document is left"
                 raise RecipeError(str(Problem("data.weights", weights, advice)))
             mixture.append((Corpus(own), weight))
         return mixture
 
 
 class Manifest(BaseModel):
-    """What dataset.json says; it is there only when everything else is."""
+    """The contents of dataset.json, which is written last and marks a dataset as complete."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[2] = 2
     fingerprint: str
     train: tuple[str, ...]  # file names of shards
-    train_sources: tuple[int, ...]  # of each of them, as the report numbers them
+    train_sources: tuple[int, ...]  # per train shard, the index of its source in the report
     validation: tuple[str, ...]
     floor_nats: float | None
     settings: dict[str, Any]
+    lossless: bool = True  # written where it is false
 
 
 def prepared_folder(settings: DataSettings) -> Path | None:
-    """Return the folder that the settings train on where `prepare_dataset` made it, else None."""
-    folder = Path(settings.train[0])
-    return folder if len(settings.train) == 1 and (folder / DATASET_FILE).is_file() else None
+    """Return the prepared dataset that `data.train` names, None where it names text."""
+    folder = local_path(settings.train[0])
+    return folder if len(settings.train) == 1 and path_kind(folder / DATASET_FILE) else None
 
 
-def open_dataset(folder: Path) -> Dataset:
-    """Open a folder that `prepare_dataset` made; raises DatasetError where it is not one, or damaged."""
+def open_dataset(folder: Path, *, verify: bool = True) -> Dataset:
+    """Open a prepared dataset; raises DatasetError where the folder is not one, or is damaged.
+
+    With `verify`, the checksum and the token ids of every shard are checked, else only its header.
+    """
     try:
         manifest = Manifest.model_validate_json((folder / DATASET_FILE).read_bytes())
         report = CorpusReport.model_validate_json((folder / REPORT_FILE).read_bytes())
@@ -79,4 +93,8 @@ def open_dataset(folder: Path) -> Dataset:
     train, validation = (
         open_corpus(folder, names, tokenizer.fingerprint) for names in (manifest.train, manifest.validation)
     )
-    return Dataset(train, validation, tokenizer, report, manifest.floor_nats, manifest.train_sources)
+    if verify:
+        for shard in (*train.shards, *validation.shards):
+            verify_shard(shard, tokenizer.vocab_size)
+    sources, floor = manifest.train_sources, manifest.floor_nats
+    return Dataset(train, validation, tokenizer, report, floor, sources, manifest.lossless)

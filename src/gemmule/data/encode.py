@@ -1,4 +1,4 @@
-"""The chosen documents of a unit become token shards."""
+"""Tokenization: the kept documents of a work unit become token shards."""
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -7,59 +7,63 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemmule.data.choose import Fate
-from gemmule.data.parts import Part, Text
+from gemmule.data.intermediate import IntermediateShard, StoredText
+from gemmule.data.labels import in_split, split_texts
 from gemmule.data.report import LENGTHS
 from gemmule.data.shards import ShardWriter
-from gemmule.data.sources import Unit
-from gemmule.data.work import finish, finished
+from gemmule.data.sources import WorkUnit
+from gemmule.data.stage_cache import commit, committed
 from gemmule.tokenizer import Tokenizer
 
-_PORTION = 1 << 20  # bytes of text that are encoded together
+_BATCH = 1 << 20  # bytes of text per batch of tokenization
 
 
-class Assignment(NamedTuple):
-    """A unit to encode, and where its documents' fates begin."""
+class EncodingTask(NamedTuple):
+    """A work unit to tokenize, and the index of its first document among the labels."""
 
-    unit: Unit
+    unit: WorkUnit
     start: int
 
 
-def encode_unit(given: Assignment, clean: Path, fates: Path, folder: Path, fingerprint: str) -> dict[str, Any]:
-    """Write the shards of a unit below `folder`, unless they are there; return the counts of each by its split."""
-    note = folder / f"{given.unit.name}.json"
-    known = finished(note)
-    return _encode_unit(given, clean, fates, note, fingerprint) if known is None else known
+def encode_unit(
+    task: EncodingTask, clean: Path, labels: Path, share: float, folder: Path, fingerprint: str
+) -> dict[str, Any]:
+    """Write the token shards of a work unit below `folder`, unless cached; return the counts of each by its split.
+
+    `share` is the part of a divided document that is held out.
+    """
+    manifest = folder / f"{task.unit.name}.json"
+    cached = committed(manifest)
+    return _encode_unit(task, clean, labels, share, manifest, fingerprint) if cached is None else cached
 
 
-def _encode_unit(given: Assignment, clean: Path, fates: Path, note: Path, fingerprint: str) -> dict[str, Any]:
-    part = Part(clean, given.unit.name)
-    own = np.load(fates, mmap_mode="r")[given.start : given.start + len(part.sizes())]
-    tokenizer = _tokenizer(note.parent / "dataset", fingerprint)
+def _encode_unit(
+    task: EncodingTask, clean: Path, labels: Path, share: float, manifest: Path, fingerprint: str
+) -> dict[str, Any]:
+    stored = IntermediateShard(clean, task.unit.name)
+    own = np.load(labels, mmap_mode="r")[task.start : task.start + len(stored.sizes())]
+    tokenizer = _tokenizer(manifest.parent / "dataset", fingerprint)
     counts, files = {}, []
-    for split, fate in (("train", Fate.TRAIN), ("validation", Fate.VALIDATION)):
-        wanted = own == fate
-        if wanted.any():
-            file = note.parent / "dataset" / f"{split}-{given.unit.number:05d}.tokens"
-            counts[split] = _write_shard(file, part.texts(wanted), tokenizer)
+    for split in ("train", "validation"):
+        if in_split(own, split).any():
+            file = manifest.parent / "dataset" / f"{split}-{task.unit.number:05d}.tokens"
+            counts[split] = _write_shard(file, split_texts(stored, own, split, share), tokenizer)
             files.append(file)
-    finish(note, counts, files)
+    commit(manifest, counts, files)
     return counts
 
 
-def _write_shard(file: Path, texts: Iterable[Text], tokenizer: Tokenizer) -> dict[str, Any]:
-    first_bytes = tokenizer.token_bytes()
+def _write_shard(file: Path, texts: Iterable[StoredText], tokenizer: Tokenizer) -> dict[str, Any]:
     lengths: list[int] = []
-    size = 0
+    size = changed = 0
     shard = ShardWriter(file, tokenizer.fingerprint, tokenizer.vocab_size)
     try:
-        for portion in _portions(texts):
-            rows = tokenizer.encode_documents([document.text for document in portion])
-            for document, ids in zip(portion, rows, strict=True):
-                shard.append(ids, document.size - first_bytes[ids[0]])
-                lengths.append(len(ids))
-                size += document.size
-        shard.finish()
+        for document in encode_texts(texts, tokenizer):
+            shard.append(document.ids, document.predicted_bytes)
+            lengths.append(len(document.ids))
+            size += document.size
+            changed += not document.restored
+        shard.finalize()
     finally:
         shard.close()
     bins = np.bincount(np.searchsorted(LENGTHS, lengths, side="right") - 1)
@@ -70,23 +74,43 @@ def _write_shard(file: Path, texts: Iterable[Text], tokenizer: Tokenizer) -> dic
         "tokens": sum(lengths),
         "longest": max(lengths),
         "lengths": bins.tolist(),
+        "changed": changed,
     }
 
 
-def _portions(documents: Iterable[Text]) -> Iterator[list[Text]]:
-    portion: list[Text] = []
+class EncodedText(NamedTuple):
+    """A tokenized document."""
+
+    ids: list[int]
+    size: int  # bytes of UTF-8
+    predicted_bytes: int  # of the tokens after the first, which is not predicted
+    restored: bool  # whether decoding gives the same text
+
+
+def encode_texts(texts: Iterable[StoredText], tokenizer: Tokenizer) -> Iterator[EncodedText]:
+    """Yield the tokens of each document, tokenized in batches of about 1 MiB of text."""
+    first_bytes = tokenizer.token_bytes()
+    for batch in _batches(texts):
+        given = [document.text for document in batch]
+        rows = tokenizer.encode_documents(given)
+        for document, ids, restored in zip(batch, rows, tokenizer.restores(given, rows), strict=True):
+            yield EncodedText(ids, document.size, document.size - first_bytes[ids[0]], restored)
+
+
+def _batches(documents: Iterable[StoredText]) -> Iterator[list[StoredText]]:
+    batch: list[StoredText] = []
     size = 0
     for document in documents:
-        portion.append(document)
+        batch.append(document)
         size += document.size
-        if size >= _PORTION:
-            yield portion
-            portion, size = [], 0
-    if portion:
-        yield portion
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 @lru_cache(maxsize=1)
 def _tokenizer(folder: Path, _fingerprint: str) -> Tokenizer:
-    """Open the tokenizer once in each process; a large one takes longer than a unit."""
+    """Open the tokenizer once per process: a large one takes longer to open than a work unit to tokenize."""
     return Tokenizer.load(folder)

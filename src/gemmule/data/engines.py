@@ -1,4 +1,4 @@
-"""Who works on units: the processes of this machine, or a Ray cluster. The results are the same, in the same order."""
+"""Executors: run a function over work units on local processes or a Ray cluster, with the same results in order."""
 
 import multiprocessing
 import os
@@ -21,77 +21,98 @@ R = TypeVar("R")
 
 
 class Engine(Protocol):
-    """Calls a function that can be pickled on each item, at several at once; told of each result; returns all."""
+    """Maps a picklable function over items in parallel, and calls `on_result` with each result."""
 
     def __call__(
-        self, function: Callable[[T], R], items: Sequence[T], workers: int, told: Callable[[R], None]
+        self, function: Callable[[T], R], items: Sequence[T], workers: int, on_result: Callable[[R], None]
     ) -> list[R]:
         """Return the results in the order of the items."""
         ...
 
 
-def local(function: Callable[[T], R], items: Sequence[T], workers: int, told: Callable[[R], None]) -> list[R]:
-    """Work in so many processes of this machine; in this one where there is no more than one to do."""
+def local(function: Callable[[T], R], items: Sequence[T], workers: int, on_result: Callable[[R], None]) -> list[R]:
+    """Run in a pool of `workers` local processes; in this process where one suffices."""
     results = []
-    if workers == 1 or len(items) == 1:
+    if workers == 1 or len(items) <= 1:
         for item in items:
             results.append(function(item))
-            told(results[-1])
+            on_result(results[-1])
         return results
-    context = multiprocessing.get_context("spawn")  # a copy of a process with threads, which fork makes, may hang
-    watched, alive = context.Pipe(duplex=False)
+    context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may hang
+    liveness, alive = context.Pipe(duplex=False)
+    has_started, started = context.Pipe(duplex=False)
     try:
         with (
-            _at_ctrl_c(alive.close),
-            ProcessPoolExecutor(min(workers, len(items)), context, _begin, (watched,)) as pool,
+            _defer_signals(alive.close),
+            ProcessPoolExecutor(min(workers, len(items)), context, _init_worker, (liveness, started)) as pool,
         ):
             try:
-                with _deaf_to_ctrl_c():
+                with _block_sigint():
                     # Not `pool.map`, which cancels what is left over; Python 3.11 then trips over it.
                     futures = [pool.submit(function, item) for item in items]
                 for future in futures:
                     results.append(future.result())
-                    told(results[-1])
+                    on_result(results[-1])
             except BaseException:
-                alive.close()  # and the workers end at once, whatever they are doing
+                alive.close()  # the workers exit at once
                 raise
     except BrokenProcessPool:
-        sentence = "a worker process was killed, perhaps for want of memory; use fewer with --workers"
-        raise DeviceError(sentence) from None
+        raise DeviceError(_reason_of_failure(has_started.poll())) from None
     finally:
-        alive.close()
-        watched.close()
+        for end in (alive, liveness, has_started, started):
+            end.close()
     return results
 
 
-@contextmanager
-def _at_ctrl_c(act: Callable[[], None]) -> Iterator[None]:
-    """Act at Ctrl-C at once, and raise KeyboardInterrupt only at the block's end.
+def _reason_of_failure(has_started: bool) -> str:
+    if has_started:
+        return "a worker process was killed, perhaps for lack of memory; use fewer with --workers"
+    return (
+        "no worker process could start: each imports the main script, so a script that prepares data must do it below  "
+        'if __name__ == "__main__":  (not needed with workers=1)'
+    )
 
-    Raised amid the pool's own work, it can leave a lock closed that another thread then waits for without end.
+
+def end_worker_that_imports_a_script() -> None:
+    """Exit where a spawned worker re-imports the main script, and that script prepares data at import.
+
+    The parent process then reports the missing `if __name__ == "__main__":`.
     """
-    heard = False
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(1)
 
-    def hear(_number: int, _frame: FrameType | None) -> None:
-        nonlocal heard
-        heard = True
+
+@contextmanager
+def _defer_signals(act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` at once on SIGINT and SIGTERM, and run their handlers only at the end of the block.
+
+    A handler that raises inside the pool's own code can leave a lock held, which deadlocks another thread.
+    """
+    received: list[tuple[int, FrameType | None]] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append((number, frame))
         act()
 
-    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
-        yield  # where Ctrl-C raises nothing
-        return
-    before = signal.signal(signal.SIGINT, hear)
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler):  # else it raises nothing
+                before[number] = handler
+                signal.signal(number, receive)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if heard:
-            raise KeyboardInterrupt
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for stop, frame in received[:1]:
+            before[signal.Signals(stop)](stop, frame)
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Start processes that never hear Ctrl-C, as their parent ends them."""
+def _block_sigint() -> Iterator[None]:
+    """Block SIGINT in processes started here: their parent ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -99,23 +120,24 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin(watched: Connection) -> None:
-    """Make a process a worker: one that ends with its parent, however that ends, and has one thread of its own."""
+def _init_worker(liveness: Connection, started: Connection) -> None:
+    """Initialize a worker process: it exits with its parent, however that ends, and tokenizes on one thread."""
+    started.send_bytes(b"started")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, args=(watched,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(liveness,), daemon=True).start()
 
 
-def _end_with_parent(watched: Connection) -> None:
+def _end_with_parent(liveness: Connection) -> None:
     try:
-        watched.recv_bytes()
+        liveness.recv_bytes()
     except (EOFError, OSError):
         os._exit(1)
 
 
-def ray(function: Callable[[T], R], items: Sequence[T], workers: int, told: Callable[[R], None]) -> list[R]:
-    """Work on a Ray cluster: the one that RAY_ADDRESS names, or one of so many processes here.
+def ray(function: Callable[[T], R], items: Sequence[T], workers: int, on_result: Callable[[R], None]) -> list[R]:
+    """Run on a Ray cluster: that of RAY_ADDRESS, or a local one of `workers` processes.
 
-    All machines of the cluster must see the sources and the folder that is written to under the same names.
+    All machines of the cluster must see the sources and the output folder under the same paths.
     """
     try:
         import ray as library
@@ -123,8 +145,8 @@ def ray(function: Callable[[T], R], items: Sequence[T], workers: int, told: Call
     except ImportError:
         raise MissingExtra("ray", "ray", "--engine ray") from None
     if not library.is_initialized():
-        here = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}
-        library.init(log_to_driver=False, logging_level="ERROR", **here)
+        options = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}
+        library.init(log_to_driver=False, logging_level="ERROR", **options)
     ray_data.DataContext.get_current().enable_progress_bars = False
     folder = Path.cwd()
 
@@ -135,22 +157,22 @@ def ray(function: Callable[[T], R], items: Sequence[T], workers: int, told: Call
             outcome: Any = function(pickle.loads(row["item"]))
         except (GemmuleError, OSError) as error:
             outcome = error
-        return {"place": row["place"], "outcome": pickle.dumps(outcome)}
+        return {"index": row["index"], "outcome": pickle.dumps(outcome)}
 
-    rows = [{"place": place, "item": pickle.dumps(item)} for place, item in enumerate(items)]
+    rows = [{"index": index, "item": pickle.dumps(item)} for index, item in enumerate(items)]
     results: dict[int, R] = {}
     for row in ray_data.from_items(rows, override_num_blocks=len(rows)).map(work).iter_rows():
         outcome = pickle.loads(row["outcome"])
         if isinstance(outcome, Exception):
             raise outcome
-        results[row["place"]] = outcome
-        told(outcome)
-    return [results[place] for place in range(len(items))]
+        results[row["index"]] = outcome
+        on_result(outcome)
+    return [results[index] for index in range(len(items))]
 
 
 ENGINES: dict[str, Engine] = {"local": local, "ray": ray}
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Which documents are not worth learning: by length, by pattern, and by signs of bad quality in any language."""
+"""Document filters: length, regular expressions, and language-independent quality heuristics."""
 
 import re
 from collections import Counter
@@ -13,15 +13,15 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 _SPACED_WORD = re.compile(rf"[^\s{_UNSPACED}]+")
 _SYMBOL = re.compile(r"[#{}<>|\\^~=*_@$\u2026]|\.\.\.")
 
-_PHRASE = 5  # words
-_FEWEST_LETTERS = 0.5  # of what is not space
-_SHORTEST_WORD, _LONGEST_WORD = 1.5, 15.0  # characters, in the mean
-_MOST_SYMBOLS = 0.2  # a word
-_MOST_REPEATED = 0.3  # of the lines; of the phrases
+_PHRASE = 5  # words: n-grams
+_FEWEST_LETTERS = 0.5  # share of the non-space characters
+_SHORTEST_WORD, _LONGEST_WORD = 1.5, 15.0  # characters: mean word length
+_MOST_SYMBOLS = 0.2  # per word
+_MOST_REPEATED = 0.3  # share of the lines; of the n-grams
 
 
 def reason_to_drop(text: str, settings: DataSettings) -> str | None:
-    """Return the name of the first filter that a text does not pass, or None."""
+    """Return the name of the first filter that drops a text, or None."""
     for name, drops in FILTERS.items():
         if drops(text, settings):
             return name
@@ -52,36 +52,36 @@ FILTERS: dict[str, Callable[[str, DataSettings], bool]] = {
 
 
 def _few_letters(text: str) -> bool:
-    """Tables, numbers, markup: less than half of the characters are letters."""
+    """Tables, numbers, markup: less than half of the non-space characters are letters."""
     return sum(map(str.isalpha, text)) < _FEWEST_LETTERS * len("".join(text.split()))
 
 
 def _odd_words(text: str) -> bool:
-    """Letters one by one, or keys and base64: words of less than 1.5 or more than 15 characters in the mean."""
+    """Spaced letters, keys or base64: a mean word length below 1.5 or above 15 characters."""
     words = _SPACED_WORD.findall(text)
     mean = sum(map(len, words)) / max(1, len(words))
     return 2 * len(words) > len(_WORD.findall(text)) and not _SHORTEST_WORD <= mean <= _LONGEST_WORD
 
 
 def _many_symbols(text: str) -> bool:
-    """Code, markup, lists of hashtags: more than one symbol for five words."""
+    """Code, markup, lists of hashtags: more than one symbol per five words."""
     return len(_SYMBOL.findall(text)) > _MOST_SYMBOLS * len(_WORD.findall(text))
 
 
 def _repeated_lines(text: str) -> bool:
-    """Menus, boilerplate: more than three lines of ten are a line that has come before."""
+    """Menus, boilerplate: more than 30 % of the lines are repetitions."""
     lines = [line for line in map(str.strip, text.split("\n")) if line]
     return len(lines) - len(set(lines)) > _MOST_REPEATED * len(lines)
 
 
 def _repeated_phrases(text: str) -> bool:
-    """Loops: more than three of ten phrases of five words have come before."""
+    """Loops: more than 30 % of the 5-grams of words are repetitions."""
     words = _WORD.findall(text)
     phrases = Counter(zip(*(islice(words, first, None) for first in range(_PHRASE)), strict=False))
     return phrases.total() - len(phrases) > _MOST_REPEATED * phrases.total()
 
 
-# The signs of bad quality, in this order; a document is counted by the first that it shows.
+# The quality heuristics, in this order; a document is counted by the first that drops it.
 QUALITY: dict[str, Callable[[str], bool]] = {
     "few_letters": _few_letters,
     "odd_words": _odd_words,

@@ -1,48 +1,62 @@
-"""From sources to a prepared dataset, in stages that many processes share and that a killed preparation takes up again.
+"""The preparation pipeline: from sources to a prepared dataset, in parallel and resumable stages.
 
-    SOURCEs -> units -> clean (each apart) -> choose (all together) -> tokenizer -> encode (each apart) -> dataset
+    sources -> work units -> clean (parallel) -> deduplicate and split -> tokenizer -> tokenize (parallel) -> dataset
 
-What is finished lies in the folder `.NAME.partial` beside the dataset until that is whole.
+Finished work is cached in the folder `.NAME.partial` beside the dataset, which appears by an atomic rename.
 """
 
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from itertools import compress, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import ValidationError
 
-from gemmule.data.choose import Fate, Fates, choose_documents
 from gemmule.data.clean import clean_unit
 from gemmule.data.dataset import DATASET_FILE, REPORT_FILE, Dataset, Manifest, open_dataset, prepared_folder
-from gemmule.data.encode import Assignment, encode_unit
-from gemmule.data.engines import ENGINES, Engine
-from gemmule.data.parts import Part
-from gemmule.data.picture import draw_report
-from gemmule.data.readers import Misread, check_encoding
-from gemmule.data.report import CorpusReport, SourceReport, SplitReport
+from gemmule.data.deduplicate import label_documents
+from gemmule.data.documents import ReadStats, ReadWarnings
+from gemmule.data.encode import EncodingTask, encode_unit
+from gemmule.data.engines import ENGINES, Engine, available_cores, end_worker_that_imports_a_script
+from gemmule.data.holdout import working_share
+from gemmule.data.intermediate import IntermediateShard
+from gemmule.data.labels import DROPPED, Label, Labels, in_split, split_texts
+from gemmule.data.plain_text import Separator
+from gemmule.data.plot import plot_report
+from gemmule.data.report import CorpusReport, SourceReport, SplitReport, counted
 from gemmule.data.settings import DataSettings
-from gemmule.data.sources import Split, Unit, plan_units
-from gemmule.data.work import claim_stage, finish, finished, key_of
+from gemmule.data.sources import UNIT, Split, WorkUnit, plan_units
+from gemmule.data.stage_cache import cache_key, commit, committed, open_stage
 from gemmule.errors import OutputError, SourceError
-from gemmule.files import aside_of, explained, held, put_in_place, written_aside
+from gemmule.files import (
+    as_output_error,
+    atomic_replace,
+    atomic_write,
+    create_temporary_folder,
+    directory_lock,
+    partial_folder,
+)
 from gemmule.tokenizer import Tokenizer, TokenizerSettings
+from gemmule.tokenizer.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from gemmule.tokenizer.training import train_tokenizer
 
-PICTURE_FILE = "report.png"
+PLOT_FILE = "report.png"
 
-_VERSION = 1  # of what is made from a unit; unfinished work of another one is not taken up
-_SAMPLE = 128 << 20  # bytes of text that the tokenizer is trained on at most
+STAGED = "encode/dataset"  # where the dataset is written, below the work folder
+_VERSION = 3  # of the stage cache; unfinished work of another version is not resumed
+_SAMPLE = 128 << 20  # bytes: the largest sample of text that the tokenizer is trained on
 
-# Told of (what is being done, how much is done, of how much if known).
+# Called with (stage, amount done, total if known).
 Progress = Callable[[str, int, int | None], None]
 
-# Settings that decide which documents are clean; the others come in later, or in training.
-_OF_CLEANING = {
+# Settings of the cleaning stage; the others matter in later stages, or in training.
+_CLEANING_SETTINGS = {
     "separator", "column", "min_characters", "max_characters", "keep_matching", "drop_matching", "quality",
 }  # fmt: skip
 
@@ -53,251 +67,318 @@ def prepare_dataset(
     out: Path,
     progress: Progress | None = None,
     *,
-    workers: int = 1,
+    workers: int | None = 1,
     engine: str = "local",
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Dataset:
-    """Read, clean, tokenize and write; the folder `out` appears when all of it is done.
+    """Read, clean, deduplicate and tokenize text into a dataset; the folder `out` appears atomically at the end.
 
-    The result does not depend on the number of workers, the engine, or how often it was stopped on the way: the same
-    call goes on from what is finished. Memory holds a portion of the text for each worker, the sample that the
-    tokenizer is trained on, and some 40 bytes a document. Raises SourceError, TokenizerError or OutputError.
+    Deterministic: the result does not depend on the number of workers (processes; None: all cores, or fewer for little
+    text), the engine, or interruptions; the same call resumes from the stage cache. Memory: a few MiB of text per
+    worker, the sample that the tokenizer is trained on, and about 40 bytes per document. Raises SourceError,
+    TokenizerError or OutputError.
     """
-    work = aside_of(out)
-    _check_place(settings, out, work)
-    with explained(out):
-        work.mkdir(parents=True, exist_ok=True)
-        with held(work):
+    end_worker_that_imports_a_script()
+    work = partial_folder(out)
+    _check_output(settings, out, work)
+    with as_output_error(out):
+        create_temporary_folder(work)
+        with directory_lock(work):
             try:
-                preparation = Preparation(settings, work, progress or (lambda *_: None), workers, ENGINES[engine], say)
-                made = preparation.run(tokenizer_settings)
-                for stage in (preparation.clean, preparation.choose):
-                    shutil.rmtree(stage, ignore_errors=True)
-                put_in_place(made, out)
-                shutil.rmtree(work)
+                preparation = Preparation(settings, work, progress or (lambda *_: None), workers, ENGINES[engine], log)
+                atomic_replace(preparation.run(tokenizer_settings), out, last=DATASET_FILE)
             finally:
-                if not any(work.glob("clean/*.json")):
-                    shutil.rmtree(work, ignore_errors=True)  # nothing that is worth keeping
-    return open_dataset(out)
+                if (out / DATASET_FILE).is_file() or not any(work.glob("clean/*.json")):
+                    shutil.rmtree(work, ignore_errors=True)  # complete, or nothing worth keeping
+    return open_dataset(out, verify=False)
 
 
-def _check_place(settings: DataSettings, out: Path, work: Path) -> None:
-    if prepared_folder(settings):
-        raise SourceError(f'{settings.train[0]}: is prepared already; a recipe uses it by data.train = "FOLDER"')
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        if (out / DATASET_FILE).is_file():
-            shutil.rmtree(work, ignore_errors=True)  # what a kill left that came after the last step
-        raise OutputError(f"{out}: holds something already; name a new or empty folder for the dataset")
+def _check_output(settings: DataSettings, out: Path, work: Path) -> None:
+    """Raise OutputError where the output folder is not empty."""
+    if folder := prepared_folder(settings):
+        raise SourceError(f'{folder}: is a prepared dataset already; use it in a recipe by data.train = "FOLDER"')
+    found = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
+    if DATASET_FILE in found:
+        shutil.rmtree(work, ignore_errors=True)  # left by a process killed after the last step
+    elif out.is_dir():
+        found -= {work.name, *_roll_back(work / STAGED, out)}
+    if found or (out.exists() and not out.is_dir()):
+        raise OutputError(f"{out}: is not empty; name a new or empty folder for the dataset")
+
+
+def _roll_back(staged: Path, out: Path) -> list[str]:
+    """Undo an interrupted move into an output folder that cannot be renamed; return the names of its files."""
+    try:
+        manifest = Manifest.model_validate_json((staged / DATASET_FILE).read_bytes())
+    except (OSError, ValidationError):
+        return []  # the staged dataset was incomplete, so nothing was moved
+    names = [*manifest.train, *manifest.validation, REPORT_FILE, PLOT_FILE, TOKENIZER_FILE, CONFIG_FILE]
+    moved = [name for name in names if (out / name).is_file() and not (staged / name).exists()]
+    for name in moved:
+        (out / name).rename(staged / name)
+    return moved
 
 
 class Cleaned(NamedTuple):
-    """The first stage's result."""
+    """The result of the cleaning stage."""
 
     tallies: dict[Split, Counter[str]]
-    documents: list[int]  # of each unit
-    validation: int  # documents of the units of that split, which come first
+    documents: list[int]  # per work unit
+    validation: int  # documents of the validation units, which come first
 
 
 class Preparation:
-    """The stages, each of which finds in its folder what is finished already."""
+    """The stages, each with its cache folder."""
 
     def __init__(
         self,
         settings: DataSettings,
         work: Path,
-        tell: Progress,
-        workers: int,
+        progress: Progress,
+        workers: int | None,
         engine: Engine,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
-        self.settings, self.tell, self.workers, self.engine, self.say = settings, tell, workers, engine, say
+        self.settings, self.progress, self.workers, self.engine, self.log = settings, progress, workers, engine, log
         self.work = work
         self.clean, self.choose, self.encode = work / "clean", work / "choose", work / "encode"
-        self.made = self.encode / "dataset"
+        self.staged = work / STAGED
 
     def run(self, tokenizer_settings: TokenizerSettings) -> Path:
-        """Do what is not done yet; return the folder that is the dataset."""
+        """Run the stages that are not cached; return the folder of the staged dataset."""
         settings = self.settings
         given = Tokenizer.load(Path(tokenizer_settings.path).expanduser()) if tokenizer_settings.path else None
-        units = [*plan_units(settings, "validation"), *plan_units(settings, "train")]
-        chosen = settings.model_dump(include=_OF_CLEANING)
-        clean_key = key_of(_VERSION, units, chosen, settings.near_duplicates is not None)
+        if given and "vocab_size" in tokenizer_settings.model_fields_set:
+            ignored, ids = tokenizer_settings.vocab_size, given.vocab_size
+            if ignored != ids:
+                self.log(f"tokenizer.vocab_size = {ignored} is ignored: tokenizer.path has {ids} ids")
+        units = [*plan_units(settings, "validation", self.log), *plan_units(settings, "train", self.log)]
+        workers = self.workers or _default_workers(units)
+        cleaning = settings.model_dump(include=_CLEANING_SETTINGS)
+        clean_key = cache_key(_VERSION, units, cleaning, settings.near_duplicates is not None)
         holdout = settings.holdout if settings.validation is None else None
-        choose_key = key_of(clean_key, holdout, settings.near_duplicates)
-        encode_key = key_of(choose_key, given.fingerprint if given else tokenizer_settings.vocab_size)
-        if (self.made / DATASET_FILE).is_file() and claim_stage(self.encode, encode_key):
-            return self.made
-        kept = [
-            claim_stage(stage, key)
+        choose_key = cache_key(clean_key, holdout, settings.near_duplicates)
+        encode_key = cache_key(choose_key, given.fingerprint if given else tokenizer_settings.vocab_size)
+        if (self.staged / DATASET_FILE).is_file() and open_stage(self.encode, encode_key):
+            return self.staged
+        cached = [
+            open_stage(stage, key)
             for stage, key in ((self.clean, clean_key), (self.choose, choose_key), (self.encode, encode_key))
         ]
-        if not all(kept):
-            self.say(f"{self.work}: made from other settings or sources in part, which is done anew")
-        cleaned = self._clean(units)
-        fates = self._choose(units)
-        self._check_something_left(fates, cleaned)
-        tokenizer = self._tokenizer(units, fates, cleaned, given, tokenizer_settings.vocab_size)
-        counts = self._encode(units, cleaned.documents, tokenizer.fingerprint)
-        self._conclude(units, cleaned, fates, counts, tokenizer)
-        return self.made
+        if not all(cached):
+            self.log(f"{self.work}: stages cached for other settings or sources are redone")
+        cleaned = self._clean(units, workers)
+        labels = self._label(units)
+        self._check_not_empty(units, labels, cleaned)
+        tokenizer = self._tokenizer(units, labels, cleaned, given, tokenizer_settings.vocab_size)
+        counts = self._encode(units, cleaned.documents, tokenizer.fingerprint, workers)
+        self._write_dataset(units, cleaned, labels, counts, tokenizer)
+        return self.staged
 
-    def _clean(self, units: Sequence[Unit]) -> Cleaned:
-        """Clean each unit; SourceError where a file turns out not to be text."""
+    def _clean(self, units: Sequence[WorkUnit], workers: int) -> Cleaned:
+        """Clean all work units in parallel; SourceError where a file is not UTF-8 text."""
         done, total = 0, sum(unit.size for unit in units)
 
-        def told(result: dict[str, Any]) -> None:
+        def on_result(result: dict[str, Any]) -> None:
             nonlocal done
             done += result["bytes"]
-            self.tell("cleaning (bytes)", min(done, total), total)
+            self.progress("cleaning (bytes)", min(done, total), total)
 
-        self.tell("cleaning (bytes)", 0, total)
-        results = self.engine(partial(clean_unit, settings=self.settings, folder=self.clean), units, self.workers, told)
+        self.progress("cleaning (bytes)", 0, total)
+        results = self.engine(partial(clean_unit, settings=self.settings, folder=self.clean), units, workers, on_result)
         tallies: dict[Split, Counter[str]] = {"train": Counter(), "validation": Counter()}
         for unit, result in zip(units, results, strict=True):
             tallies[unit.split].update(result["tally"])
-        spans = [
-            (span.place, Misread(*found))
+        warnings = ReadWarnings(Separator.of(self.settings.separator).text)
+        read = [
+            (source_range.origin, ReadStats(*stats))
             for unit, result in zip(units, results, strict=True)
-            for span, found in zip(unit.spans, result["misread"], strict=True)
+            for source_range, stats in zip(unit.ranges, result["stats"], strict=True)
         ]
-        for place, group in groupby(spans, lambda pair: pair[0]):
-            found = Misread()
-            for _, more in group:
-                found = found.joined(more)
-            check_encoding(place, found)
+        for origin, group in groupby(read, itemgetter(0)):
+            warnings.add(origin, reduce(ReadStats.merge, (stats for _, stats in group)))
+        for message in warnings.messages():
+            self.log(message)
         documents = [result["documents"] for result in results]
-        ours = (unit.split == "validation" for unit in units)
-        return Cleaned(tallies, documents, sum(compress(documents, ours)))
+        validating = (unit.split == "validation" for unit in units)
+        return Cleaned(tallies, documents, sum(compress(documents, validating)))
 
-    def _choose(self, units: Sequence[Unit]) -> Fates:
-        """Decide the fate of each document."""
-        note, file = self.choose / "fates.json", self.choose / "fates.npy"
-        if finished(note) is None:
-            self.tell("choosing documents", 0, None)
-            parts = {unit: Part(self.clean, unit.name) for unit in units}
-            validation = [part for unit, part in parts.items() if unit.split == "validation"]
-            train = [part for unit, part in parts.items() if unit.split == "train"]
-            np.save(file, choose_documents(validation, train, self.settings))
-            finish(note, {"documents": 0}, [file])
+    def _label(self, units: Sequence[WorkUnit]) -> Labels:
+        """Deduplicate and split all documents; return their labels."""
+        manifest, file = self.choose / "fates.json", self.choose / "fates.npy"
+        if committed(manifest) is None:
+            self.progress("deduplicating", 0, None)
+            shards = {unit: IntermediateShard(self.clean, unit.name) for unit in units}
+            validation = [shard for unit, shard in shards.items() if unit.split == "validation"]
+            train = [shard for unit, shard in shards.items() if unit.split == "train"]
+            np.save(file, label_documents(validation, train, self.settings))
+            commit(manifest, {"documents": 0}, [file])
         return np.load(file)
 
-    def _check_something_left(self, fates: Fates, cleaned: Cleaned) -> None:
+    def _check_not_empty(self, units: Sequence[WorkUnit], labels: Labels, cleaned: Cleaned) -> None:
         settings = self.settings
-        train, validation = (int((fates == fate).sum()) for fate in (Fate.TRAIN, Fate.VALIDATION))
-        tallies = _tallies(fates, cleaned)
-        if settings.validation is None and train and not validation:
-            raise SourceError(
-                f"data.holdout = {settings.holdout}: none of the {train} documents falls into that share; "
-                "set a larger one, or data.validation"
-            )
-        wanted: tuple[tuple[Split, Sequence[str], int], ...] = (
-            ("validation", settings.validation or settings.train, validation if settings.validation else 1),
-            ("train", settings.train, train),
+        tallies = _tallies(labels, cleaned)
+        validation, train = labels[: cleaned.validation], labels[cleaned.validation :]
+        wanted: tuple[tuple[Split, Sequence[str] | None, Any], ...] = (
+            ("validation", settings.validation, validation == Label.VALIDATION),
+            ("train", settings.train, np.isin(train, (Label.TRAIN, Label.VALIDATION, Label.DIVIDED))),
         )
         for split, sources, left in wanted:
-            if not left:
+            if sources and not left.any():
                 found = ", ".join(f"{count} {reason}" for reason, count in tallies[split].items() if count)
                 raise SourceError(
                     f"data.{split} = {', '.join(sources)}: no document is left to use ({found or 'none there'})"
                 )
+        if settings.validation is None:
+            self._check_held_out(units, labels)
+
+    def _check_held_out(self, units: Sequence[WorkUnit], labels: Labels) -> None:
+        """Report where documents are divided; SourceError where either split would be empty."""
+        share = f"data.holdout = {self.settings.holdout:g}"
+        left = int((labels <= Label.VALIDATION).sum()) + (divided := int((labels == Label.DIVIDED).sum()))
+        if divided:
+            ends = f"{'its end' if left == 1 else f'the ends of {divided} long ones'}"
+            self.log(
+                f"{share}: {counted(left, 'document')}, too few to hold out whole ones, so {ends} will be held out"
+            )
+        elif not in_split(labels, "train").any() or not in_split(labels, "validation").any():
+            shards = [IntermediateShard(self.clean, unit.name) for unit in units]
+            size = sum(int(shard.sizes().sum()) for shard in shards)
+            works = working_share(shards, labels, self.settings.holdout)
+            advice = (
+                "set data.validation, add text, or set data.separator to the separator between the documents of a file"
+            )
+            raise SourceError(
+                f"{share}: does not divide {counted(left, 'document')} of {size:,} bytes into a train "
+                f"and a validation split; {f'use data.holdout = {works:g}, ' if works else ''}{advice}"
+            )
 
     def _tokenizer(
-        self, units: Sequence[Unit], fates: Fates, cleaned: Cleaned, given: Tokenizer | None, vocab_size: int
+        self, units: Sequence[WorkUnit], labels: Labels, cleaned: Cleaned, given: Tokenizer | None, vocab_size: int
     ) -> Tokenizer:
-        """Take over the tokenizer that is given, or train one on a sample of the train documents."""
-        self.made.mkdir(exist_ok=True)
-        note = self.encode / "tokenizer.json"
-        if finished(note) is None:
+        """Copy the given tokenizer, or train one on a sample of the train documents."""
+        self.staged.mkdir(exist_ok=True)
+        manifest = self.encode / "tokenizer.json"
+        if committed(manifest) is None:
             if given is None:
-                self.tell("training the tokenizer", 0, None)
-                given = train_tokenizer(self._sample(units, fates, cleaned), vocab_size)
-            given.save(self.made)
-            finish(note, {"fingerprint": given.fingerprint}, sorted(self.made.glob("tokenizer*.json")))
-        return Tokenizer.load(self.made)
+                self.progress("training the tokenizer", 0, None)
+                given = train_tokenizer(self._sample(units, labels, cleaned), vocab_size)
+            given.save(self.staged)
+            commit(manifest, {"fingerprint": given.fingerprint}, sorted(self.staged.glob("tokenizer*.json")))
+        return Tokenizer.load(self.staged)
 
-    def _sample(self, units: Sequence[Unit], fates: Fates, cleaned: Cleaned) -> Iterator[str]:
-        """Yield train documents that are spread evenly, about `_SAMPLE` bytes in all."""
-        wanted = [
-            (part := Part(self.clean, unit.name), fates[start : start + count] == Fate.TRAIN)
-            for unit, start, count in zip(units, _starts(cleaned.documents), cleaned.documents, strict=True)
-        ]
-        size = sum(int(part.sizes()[train].sum()) for part, train in wanted)
+    def _sample(self, units: Sequence[WorkUnit], labels: Labels, cleaned: Cleaned) -> Iterator[str]:
+        """Yield evenly spaced train documents, about `_SAMPLE` bytes in all."""
+        stored = []
+        for unit, start, count in zip(units, _starts(cleaned.documents), cleaned.documents, strict=True):
+            own = labels[start : start + count]
+            stored.append((IntermediateShard(self.clean, unit.name), own, in_split(own, "train")))
+        size = sum(int(shard.sizes()[train].sum()) for shard, _, train in stored)
         share = min(1.0, _SAMPLE / max(1, size))
         number = 0
-        for part, train in wanted:
-            places = np.arange(number, number + int(train.sum()))
-            number += len(places)
+        for shard, own, train in stored:
+            numbers = np.arange(number, number + int(train.sum()))
+            number += len(numbers)
             taken = train.copy()
-            taken[train] = np.floor(places * share) > np.floor((places - 1) * share)
-            yield from (document.text for document in part.texts(taken))
+            taken[train] = np.floor(numbers * share) > np.floor((numbers - 1) * share)
+            texts = split_texts(shard, own, "train", self.settings.holdout, taken)
+            yield from (document.text for document in texts)
 
-    def _encode(self, units: Sequence[Unit], documents: Sequence[int], fingerprint: str) -> list[dict[str, Any]]:
-        """Encode each unit into its shards."""
-        label, done = "encoding (documents)", 0
-        given = [Assignment(unit, start) for unit, start in zip(units, _starts(documents), strict=True)]
-        self.tell(label, 0, sum(documents))
+    def _encode(
+        self, units: Sequence[WorkUnit], documents: Sequence[int], fingerprint: str, workers: int
+    ) -> list[dict[str, Any]]:
+        """Tokenize all work units in parallel into token shards."""
+        stage, done = "tokenizing (documents)", 0
+        tasks = [EncodingTask(unit, start) for unit, start in zip(units, _starts(documents), strict=True)]
+        self.progress(stage, 0, sum(documents))
 
-        def told(counts: dict[str, Any]) -> None:
+        def on_result(counts: dict[str, Any]) -> None:
             nonlocal done
             done += sum(split["documents"] for split in counts.values())
-            self.tell(label, done, sum(documents))
+            self.progress(stage, done, sum(documents))
 
         function = partial(
             encode_unit,
             clean=self.clean,
-            fates=self.choose / "fates.npy",
+            labels=self.choose / "fates.npy",
+            share=self.settings.holdout,
             folder=self.encode,
             fingerprint=fingerprint,
         )
-        return self.engine(function, given, self.workers, told)
+        return self.engine(function, tasks, workers, on_result)
 
-    def _conclude(
-        self, units: Sequence[Unit], cleaned: Cleaned, fates: Fates, counts: list[dict[str, Any]], tokenizer: Tokenizer
+    def _write_dataset(
+        self,
+        units: Sequence[WorkUnit],
+        cleaned: Cleaned,
+        labels: Labels,
+        counts: list[dict[str, Any]],
+        tokenizer: Tokenizer,
     ) -> None:
-        """Write the report and, last, what makes the folder a dataset."""
-        settings, tallies = self.settings, _tallies(fates, cleaned)
+        """Write the report and, last, the manifest dataset.json, which marks the folder as complete."""
+        settings, tallies = self.settings, _tallies(labels, cleaned)
         shards = {split: [count[split] for count in counts if split in count] for split in tallies}
+        divided = int((labels == Label.DIVIDED).sum())
         named: dict[Split, Sequence[str]] = {
             "train": settings.train,
-            "validation": settings.validation or ("held out of train",),
+            "validation": settings.validation
+            or (f"held out of train: the ends of {counted(divided, 'document')}" if divided else "held out of train",),
         }
         report = CorpusReport(
             **{split: _report(", ".join(named[split]), shards[split], tallies[split]) for split in tallies},
             sources=_sources(settings.train, units, counts),
         )
         manifest = Manifest(
+            version=2,
             fingerprint=tokenizer.fingerprint,
             train=tuple(shard["name"] for shard in shards["train"]),
             train_sources=tuple(unit.source for unit, count in zip(units, counts, strict=True) if "train" in count),
             validation=tuple(shard["name"] for shard in shards["validation"]),
-            floor_nats=self._floor(units, fates),
+            floor_nats=self._entropy_floor(units, labels),
             settings=settings.model_dump(),
+            **({"lossless": False} if self._report_lossy(shards) else {}),
         )
-        draw_report(report, self.made / PICTURE_FILE)
-        (self.made / REPORT_FILE).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        with written_aside(self.made / DATASET_FILE) as aside:
-            aside.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        plot_report(report, self.staged / PLOT_FILE)
+        (self.staged / REPORT_FILE).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        with atomic_write(self.staged / DATASET_FILE) as aside:
+            aside.write_text(manifest.model_dump_json(indent=2, exclude_unset=True) + "\n", encoding="utf-8")
 
-    def _floor(self, units: Sequence[Unit], fates: Fates) -> float | None:
-        """Return the surprise in nats of all validation documents, or None where one's probability is not known."""
-        chances = np.concatenate([Part(self.clean, unit.name).log_probabilities() for unit in units])
-        chances = chances[fates == Fate.VALIDATION]
-        return None if np.isnan(chances).any() else -math.fsum(chances)
+    def _report_lossy(self, shards: Mapping[Split, Sequence[dict[str, Any]]]) -> bool:
+        """Return whether tokenization is lossy, and report it."""
+        both = [shard for split in shards.values() for shard in split]
+        changed, documents = (sum(shard[count] for shard in both) for count in ("changed", "documents"))
+        if changed:
+            self.log(
+                f"the tokenizer changes {changed:,} of {counted(documents, 'document')}: decoding does not restore the "
+                "text, so bits per byte are meaningless"
+            )
+        return bool(changed)
+
+    def _entropy_floor(self, units: Sequence[WorkUnit], labels: Labels) -> float | None:
+        """Return -log p in nats of all validation documents together, or None where a probability is unknown."""
+        nats = -np.concatenate([IntermediateShard(self.clean, unit.name).log_probabilities() for unit in units])
+        nats = nats[in_split(labels, "validation")]
+        return None if np.isnan(nats).any() else math.fsum(nats)
+
+
+def _default_workers(units: Sequence[WorkUnit]) -> int:
+    """Return the workers for the best throughput: a process takes as long to start as megabytes of text to clean."""
+    return min(available_cores(), max(1, math.ceil(sum(unit.size for unit in units) / UNIT)))
 
 
 def _starts(counts: Sequence[int]) -> list[int]:
     return [0, *np.cumsum(counts).tolist()][:-1]
 
 
-def _tallies(fates: Fates, cleaned: Cleaned) -> dict[Split, Counter[str]]:
-    """Add the fates of the documents to what was counted before."""
+def _tallies(labels: Labels, cleaned: Cleaned) -> dict[Split, Counter[str]]:
+    """Add the counts of the labels to those of cleaning."""
     tallies = {split: tally.copy() for split, tally in cleaned.tallies.items()}
-    parts: dict[Split, Fates] = {"validation": fates[: cleaned.validation], "train": fates[cleaned.validation :]}
-    for split, part in parts.items():
-        counts = np.bincount(part, minlength=len(Fate)).tolist()
-        tallies[split].update({fate.name.lower(): counts[fate] for fate in Fate if fate > Fate.VALIDATION})
-    tallies["train"]["held_out"] = int((parts["train"] == Fate.VALIDATION).sum())
-    tallies["validation"]["read"] += tallies["train"]["held_out"]
+    by_split: dict[Split, Labels] = {"validation": labels[: cleaned.validation], "train": labels[cleaned.validation :]}
+    for split, own in by_split.items():
+        counts = np.bincount(own, minlength=len(Label)).tolist()
+        tallies[split].update({name: counts[label] for label, name in DROPPED.items()})
+    tallies["train"]["held_out"] = int((by_split["train"] == Label.VALIDATION).sum())
+    tallies["validation"]["read"] += int(in_split(by_split["train"], "validation").sum())
     return tallies
 
 
@@ -316,7 +397,9 @@ def _report(source: str, shards: Sequence[dict[str, Any]], tally: Counter[str]) 
     )
 
 
-def _sources(names: Sequence[str], units: Sequence[Unit], counts: Sequence[dict[str, Any]]) -> tuple[SourceReport, ...]:
+def _sources(
+    names: Sequence[str], units: Sequence[WorkUnit], counts: Sequence[dict[str, Any]]
+) -> tuple[SourceReport, ...]:
     reports = []
     for number, name in enumerate(names):
         own = [

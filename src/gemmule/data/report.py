@@ -1,16 +1,17 @@
-"""What preparing a corpus found and did, to print and to keep."""
+"""The report of a preparation: counts per split and source, to print and to store as JSON."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-# Where the bins of the histogram of lengths begin, in tokens: two for each doubling.
+# Lower bounds of the bins of the length histogram, in tokens: two per doubling.
 LENGTHS = tuple(round(2 ** (half / 2)) for half in range(2, 50))
-_BAR = 30  # characters
+_BAR = 30  # characters: the longest bar
+_DROPPED = "dropped: "  # prefix of the titles of reasons to drop
 
 
 class SourceReport(BaseModel):
-    """What a source gives to the train split."""
+    """The counts of one source in the train split."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -26,7 +27,7 @@ class SplitReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
-    read: int  # as the source has them
+    read: int  # before cleaning
     not_utf8: int = 0  # dropped
     empty: int = 0  # dropped
     too_short: int = 0  # dropped, as are the next ones, by the filters
@@ -37,21 +38,21 @@ class SplitReport(BaseModel):
     many_symbols: int = 0
     repeated_lines: int = 0
     repeated_phrases: int = 0
-    duplicate: int = 0  # dropped: the words are those of an earlier document
+    duplicate: int = 0  # dropped: exact duplicate of an earlier document
     near_duplicate: int = 0  # dropped: similar to an earlier document
-    shared: int = 0  # dropped from train: the words are those of a validation document
+    shared: int = 0  # dropped from train: exact duplicate of a validation document
     near_shared: int = 0  # dropped from train: similar to a validation document
-    repaired: int = 0  # kept, after UTF-8 that had been read as cp1252 was decoded
+    repaired: int = 0  # kept, with mojibake undone
     held_out: int = 0  # moved from train to validation
     kept: int
-    bytes: int  # UTF-8 bytes of the text kept
+    bytes: int  # UTF-8 bytes of the documents kept
     tokens: int  # with bos and eos
     longest: int  # tokens of the longest document
-    lengths: tuple[int, ...] = ()  # how many documents there are in each bin of LENGTHS, up to the last that has any
+    lengths: tuple[int, ...] = ()  # histogram of document lengths over LENGTHS, up to the last non-empty bin
 
     @property
     def bytes_per_token(self) -> float:
-        """How much text a token stands for, bos and eos included."""
+        """The compression of the tokenizer, BOS and EOS included."""
         return self.bytes / self.tokens
 
 
@@ -66,10 +67,10 @@ class CorpusReport(BaseModel):
 
     def __str__(self) -> str:
         lines = [f"{'':<34}{'train':>16}{'validation':>16}"]
-        for label, name in LABELS.items():
+        for title, name in TITLES.items():
             values = (getattr(self.train, name), getattr(self.validation, name))
             if any(values):
-                lines.append(f"{label:<34}" + "".join(f"{_figure(value):>16}" for value in values))
+                lines.append(f"{title:<34}" + "".join(f"{_figure(value):>16}" for value in values))
         named = f"sources: {self.train.source} (train), {self.validation.source} (validation)"
         return "\n".join([named, *lines, *_histogram(self.train.lengths), *self._shares()])
 
@@ -78,11 +79,24 @@ class CorpusReport(BaseModel):
             yield "by source"
             for part in self.sources:
                 share = part.tokens / self.train.tokens
-                yield f"  {part.source}: {part.documents:,} documents, {part.tokens:,} tokens ({share:.1%})"
+                yield f"  {part.source}: {counted(part.documents, 'document')}, {part.tokens:,} tokens ({share:.1%})"
+
+
+def counted(count: int, noun: str) -> str:
+    """Format a count with its noun, singular or plural."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def describe_tally(tally: Mapping[str, int]) -> str:
+    """Describe how many documents were dropped and repaired; empty where none were."""
+    found = [(title.strip(), tally.get(name, 0)) for title, name in TITLES.items() if tally.get(name, 0)]
+    dropped = [f"{count:,} {title.removeprefix(_DROPPED)}" for title, count in found if title.startswith(_DROPPED)]
+    repaired = [f"{count:,} {title}" for title, count in found if title.startswith("repaired")]
+    return "; ".join([*([_DROPPED + ", ".join(dropped)] if dropped else []), *repaired])
 
 
 def describe_epochs(sources: Sequence[str], tokens: Sequence[int], weights: Sequence[float], seen: int) -> str:
-    """Say how often training on `seen` tokens goes through each source, of which it has so many tokens."""
+    """Describe the epochs over each source that training on `seen` tokens makes."""
     if len(tokens) == 1:
         return f"{seen / tokens[0]:.2f} epochs"
     epochs = (seen * weight / sum(weights) / own for own, weight in zip(tokens, weights, strict=True))
@@ -90,25 +104,25 @@ def describe_epochs(sources: Sequence[str], tokens: Sequence[int], weights: Sequ
 
 
 def _histogram(lengths: Sequence[int]) -> Iterator[str]:
-    """Draw the lengths of train documents, a line for each doubling."""
-    doubled = [sum(lengths[place : place + 2]) for place in range(0, len(lengths), 2)]
+    """Yield the histogram of train document lengths, one line per doubling."""
+    doubled = [sum(lengths[index : index + 2]) for index in range(0, len(lengths), 2)]
     if not doubled:
         return
-    yield "tokens of a document"
-    first = next(place for place, count in enumerate(doubled) if count)
-    for place, count in enumerate(doubled[first:], start=first):
+    yield "document length in tokens"
+    first = next(power for power, count in enumerate(doubled) if count)
+    for power, count in enumerate(doubled[first:], start=first):
         bar = "#" * round(_BAR * count / max(doubled))
-        bounds = f"{2 ** (place + 1):,} to {2 ** (place + 2) - 1:,}"
+        bounds = f"{2 ** (power + 1):,} to {2 ** (power + 2) - 1:,}"
         yield f"  {bounds:<24}{count:>12,}  {bar}".rstrip()
 
 
-LABELS: Mapping[str, str] = {
+TITLES: Mapping[str, str] = {
     "documents read": "read",
     "  dropped: not UTF-8": "not_utf8",
     "  dropped: empty": "empty",
     "  dropped: too short": "too_short",
     "  dropped: too long": "too_long",
-    "  dropped: by a pattern": "unwanted",
+    "  dropped: by pattern": "unwanted",
     "  dropped: few letters": "few_letters",
     "  dropped: odd words": "odd_words",
     "  dropped: many symbols": "many_symbols",
@@ -124,7 +138,7 @@ LABELS: Mapping[str, str] = {
     "bytes of text": "bytes",
     "tokens": "tokens",
     "bytes per token": "bytes_per_token",
-    "tokens of the longest document": "longest",
+    "longest document (tokens)": "longest",
 }
 
 

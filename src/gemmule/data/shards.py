@@ -1,4 +1,4 @@
-"""Token shards: one file of tokens with a header that says what they are; docs/formats.md describes it byte by byte."""
+"""Token shards: the binary file format of token ids, with header and document index (docs/formats.md)."""
 
 import hashlib
 import os
@@ -16,17 +16,17 @@ from gemmule.errors import DatasetError
 MAGIC = b"GEMMULE\0"
 VERSION = 1
 _LAYOUT = struct.Struct("<8sIIQQQ32s32s24x")  # 128 bytes; read and written by ShardHeader alone
-_BLOCK = 1 << 20
+_BLOCK = 1 << 20  # a multiple of both widths of a token
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 
 class ShardHeader(NamedTuple):
-    """What the first 128 bytes of a shard say."""
+    """The first 128 bytes of a shard."""
 
     magic: bytes
     version: int
-    token_width: int  # bytes a token: 2, or 4 where the vocabulary has more than 65,536 ids
+    token_width: int  # bytes per token: 2, or 4 where the vocabulary has more than 65,536 ids
     tokens: int
     documents: int
     text_bytes: int
@@ -35,29 +35,29 @@ class ShardHeader(NamedTuple):
 
     @property
     def index_start(self) -> int:
-        """The byte where the document index begins: after the tokens, at a multiple of 8."""
+        """The byte offset of the document index: after the tokens, aligned to 8."""
         return _LAYOUT.size + -(-self.tokens * self.token_width // 8) * 8
 
     @property
     def file_size(self) -> int:
-        """The bytes of the whole file."""
+        """The size of the whole file in bytes."""
         return self.index_start + 16 * self.documents
 
 
 class Shard(NamedTuple):
-    """An open shard; the arrays are views of the memory-mapped file."""
+    """An open shard; its arrays are memory-mapped."""
 
     path: Path
     header: ShardHeader
     tokens: Tokens
-    ends: npt.NDArray[np.int64]  # where each document ends among the tokens
-    text_bytes: npt.NDArray[np.int64]  # UTF-8 bytes that each document's tokens after its first stand for
+    ends: npt.NDArray[np.int64]  # end of each document, in tokens
+    text_bytes: npt.NDArray[np.int64]  # UTF-8 bytes of each document's tokens after its first
 
 
 class ShardWriter:
-    """Writes one shard, the header last, so that a file that was not finished is not taken for a shard.
+    """Writes one shard, the header last, so that an unfinished file is not a valid shard.
 
-    Memory grows by 16 bytes a document.
+    Memory: 16 bytes per document.
     """
 
     def __init__(self, path: Path, fingerprint: str, vocab_size: int) -> None:
@@ -68,21 +68,21 @@ class ShardWriter:
         self._text_bytes = array("q")
         self.tokens = 0
         self._file = path.open("wb")
-        self._file.write(bytes(_LAYOUT.size))
+        self._file.seek(_LAYOUT.size)
 
     @property
     def size(self) -> int:
-        """The bytes of tokens written so far."""
+        """The size of the tokens written so far in bytes."""
         return self.tokens * self._dtype.itemsize
 
     def append(self, ids: Sequence[int], text_bytes: int) -> None:
-        """Add one document: its tokens and the bytes of text that those after the first stand for."""
+        """Append one document: its tokens, and the UTF-8 bytes of those after the first."""
         self.tokens += len(ids)
         self._ends.append(self.tokens)
         self._text_bytes.append(text_bytes)
         self._write(np.asarray(ids, dtype=self._dtype).tobytes())
 
-    def finish(self) -> None:
+    def finalize(self) -> None:
         """Write the index and the header, and close the file."""
         with self._file:
             self._write(bytes(-self.size % 8))
@@ -102,7 +102,7 @@ class ShardWriter:
             self._file.write(_LAYOUT.pack(*header))
 
     def close(self) -> None:
-        """Close the file as it is."""
+        """Close the file without a header, so that it is not a valid shard."""
         self._file.close()
 
     def _write(self, payload: bytes) -> None:
@@ -111,7 +111,7 @@ class ShardWriter:
 
 
 def open_shard(path: Path, fingerprint: str) -> Shard:
-    """Memory-map a shard; raises DatasetError where it is damaged or of a tokenizer with another fingerprint."""
+    """Memory-map a shard; raises DatasetError where it is damaged or of another tokenizer."""
     header = _read_header(path)
     if header.fingerprint.hex() != fingerprint:
         raise DatasetError(
@@ -120,18 +120,32 @@ def open_shard(path: Path, fingerprint: str) -> Shard:
         )
     tokens = np.memmap(path, f"<u{header.token_width}", "r", _LAYOUT.size, header.tokens)
     index = np.memmap(path, "<i8", "r", header.index_start, (2, header.documents))
+    if int(index[0, -1]) != header.tokens or (np.diff(index[0], prepend=0) < 1).any():
+        raise DatasetError(f"shard {path}: damaged (its documents do not fill it); prepare the data again")
     return Shard(path, header, tokens, index[0], index[1])
 
 
-def verify_shard(shard: Shard) -> None:
-    """Read the whole file and compare its checksum; raises DatasetError where a byte has changed."""
-    checksum = hashlib.sha256()
-    with shard.path.open("rb") as file:
-        file.seek(_LAYOUT.size)
-        while block := file.read(_BLOCK):
-            checksum.update(block)
-    if checksum.digest() != shard.header.checksum:
+def verify_shard(shard: Shard, vocab_size: int) -> None:
+    """Check the checksum and all token ids of a shard; raises DatasetError on a mismatch."""
+    header, checksum, largest = shard.header, hashlib.sha256(), -1
+    left = header.tokens * header.token_width
+    try:
+        with shard.path.open("rb") as file:
+            file.seek(_LAYOUT.size)
+            while block := file.read(_BLOCK):
+                checksum.update(block)
+                if left:
+                    ids = np.frombuffer(block, f"<u{header.token_width}", min(left, len(block)) // header.token_width)
+                    largest, left = max(largest, int(ids.max())), left - ids.nbytes
+    except OSError as error:
+        raise DatasetError(f"shard {shard.path}: cannot be read: {error.strerror}") from error
+    if checksum.digest() != header.checksum:
         raise DatasetError(f"shard {shard.path}: damaged (its checksum differs); prepare the data again")
+    if largest >= vocab_size:
+        raise DatasetError(
+            f"shard {shard.path}: holds token {largest}, where the tokenizer has {vocab_size} ids; "
+            "prepare the data again"
+        )
 
 
 def _read_header(path: Path) -> ShardHeader:
@@ -155,6 +169,6 @@ def _read_header(path: Path) -> ShardHeader:
     if size != header.file_size:
         state = "truncated" if size < header.file_size else "damaged"
         raise DatasetError(
-            f"shard {path}: {state}: {size} bytes, expected {header.file_size}; prepare the data again or copy it anew"
+            f"shard {path}: {state}: {size} bytes, expected {header.file_size}; prepare the data again or copy it again"
         )
     return header

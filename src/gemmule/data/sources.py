@@ -1,205 +1,297 @@
-"""Where text comes from: a SOURCE, as the user writes it, becomes spans that can be read apart from each other."""
+"""Data sources: a SOURCE as typed by the user is parsed once, and planned as ranges that are read independently."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain, groupby
 from operator import attrgetter
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
-from gemmule.data.readers import (
-    FORMATS,
-    Document,
-    Misread,
-    Span,
-    check_encoding,
-    cut_file,
-    read_file_span,
-    text_of,
-)
+from gemmule.data.discovery import check_format, find_files
+from gemmule.data.documents import Document, FileRange, Log, ReadStats, ReadWarnings
+from gemmule.data.plain_text import Separator
+from gemmule.data.readers import read_file_range, split_file
+from gemmule.data.rows import text_of
 from gemmule.data.settings import DataSettings
-from gemmule.data.streams import COMPRESSIONS, HUB, ending_of, stamp_of
-from gemmule.errors import MissingExtra, SourceError, UserError
+from gemmule.data.spool import is_stream, spool
+from gemmule.data.streams import File, file_version, hub_errors
+from gemmule.errors import MissingExtra, SourceError
+from gemmule.reading import local_path, path_kind
 
 Split = Literal["train", "validation"]
 
-UNIT = 8 << 20  # bytes of text that are worked on in one go, at least
-_UNITS = 2048  # how many units a source is divided into, at most about
+UNIT = 8 << 20  # bytes of text: the minimum size of a work unit
+_MAX_UNITS = 2048  # work units per source, approximately
 
-# Stories of different seeds are different draws, so train and validation never need to agree on who takes which.
+# Stories of different seeds are different samples, so no story is in both splits.
 _STORY_SEEDS: dict[Split, int] = {"train": 1, "validation": 2}
 _STORY_COUNTS: dict[Split, int] = {"train": 40_000, "validation": 1_000}
-_STORY_SIZE = 800  # bytes, about
+_STORY_SIZE = 800  # bytes, approximately
 
 
-class Unit(NamedTuple):
-    """What one process works on in one go: consecutive documents of a source."""
+class SourceRange(Protocol):
+    """Consecutive documents of a source that is not a file, read sequentially by one process."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of text, approximately."""
+        ...
+
+    @property
+    def origin(self) -> str:
+        """The name of what is read, in messages."""
+        ...
+
+    def read(self, settings: DataSettings) -> Iterator[Document]:
+        """Yield the documents in a fixed order; raises SourceError where they cannot be read."""
+        ...
+
+
+AnyRange = FileRange | SourceRange
+
+
+class Source(Protocol):
+    """Where documents come from."""
+
+    def ranges(self, settings: DataSettings, split: Split, log: Log) -> Iterator[AnyRange]:
+        """Yield the ranges of the source in a fixed order; raises SourceError where it does not exist."""
+        ...
+
+
+class WorkUnit(NamedTuple):
+    """A work unit: consecutive documents of a source, processed by one worker in one task."""
 
     split: Split
     number: int  # among the units of the split
     source: int  # among the sources of the split
-    spans: tuple[Span, ...]
+    ranges: tuple[AnyRange, ...]
 
     @property
     def name(self) -> str:
-        """What files that are made from it are called."""
+        """The stem of the names of files made from it."""
         return f"{self.split}-{self.number:05d}"
 
     @property
     def size(self) -> int:
-        """Bytes of text, about; 0 where nothing is known."""
-        return sum(span.size for span in self.spans)
+        """Bytes of text, approximately; 0 where unknown."""
+        return sum(each.size for each in self.ranges)
 
 
-def plan_units(settings: DataSettings, split: Split) -> list[Unit]:
-    """Divide the sources of a split into units: together, in order, they are its documents.
+def _discard(_: str) -> None:
+    """Discard a message."""
 
-    A pure function of the settings and the sources, so every process and every run divides them alike.
+
+def plan_units(settings: DataSettings, split: Split, log: Log = _discard) -> list[WorkUnit]:
+    """Partition the sources of a split into work units: concatenated in order, they are its documents.
+
+    Deterministic: a pure function of the settings and the sources, the same in every process and run. Files that are
+    skipped are reported.
     """
-    units: list[Unit] = []
-    for number, source in enumerate((settings.train if split == "train" else settings.validation) or ()):
-        for spans in _grouped(list(spans_of(source, settings, split))):
-            units.append(Unit(split, len(units), number, spans))
+    units: list[WorkUnit] = []
+    for number, text in enumerate((settings.train if split == "train" else settings.validation) or ()):
+        for ranges in _grouped(list(parse_source(text).ranges(settings, split, log))):
+            units.append(WorkUnit(split, len(units), number, ranges))
     return units
 
 
-def _grouped(spans: Sequence[Span]) -> Iterator[tuple[Span, ...]]:
-    """Join small spans, such as those of small files."""
-    step = max(UNIT, sum(span.size for span in spans) // _UNITS)
-    group: list[Span] = []
+def _grouped(ranges: Sequence[AnyRange]) -> Iterator[tuple[AnyRange, ...]]:
+    """Group small ranges, such as those of small files, into one unit."""
+    step = max(UNIT, sum(each.size for each in ranges) // _MAX_UNITS)
+    group: list[AnyRange] = []
     size = 0
-    for span in spans:
-        if group and size + span.size > step:
+    for each in ranges:
+        if group and size + each.size > step:
             yield tuple(group)
             group, size = [], 0
-        group.append(span)
-        size += span.size
+        group.append(each)
+        size += each.size
     if group:
         yield tuple(group)
 
 
-def read_sources(sources: Sequence[str], settings: DataSettings, split: Split) -> Iterator[Document]:
-    """Yield the documents of several SOURCEs, one after the other."""
-    return chain.from_iterable(read_source(source, settings, split) for source in sources)
+def read_sources(
+    sources: Sequence[str], settings: DataSettings, split: Split, log: Log = _discard
+) -> Iterator[Document]:
+    """Yield the documents of several SOURCEs, one source after the other."""
+    return chain.from_iterable(read_source(source, settings, split, log) for source in sources)
 
 
-def read_source(source: str, settings: DataSettings, split: Split) -> Iterator[Document]:
-    """Yield the documents of a SOURCE in a fixed order; raises SourceError where it cannot be read."""
-    for place, spans in groupby(spans_of(source, settings, split), attrgetter("place")):
-        found = Misread()
-        for span in spans:
-            for document in read_span(span, settings):
-                found = found.after(document)
+def read_source(source: str, settings: DataSettings, split: Split, log: Log = _discard) -> Iterator[Document]:
+    """Yield the documents of a SOURCE in a fixed order; raises SourceError where it cannot be read.
+
+    Warnings about its files follow after the last document.
+    """
+    warnings = ReadWarnings(Separator.of(settings.separator).text)
+    for origin, ranges in groupby(parse_source(source).ranges(settings, split, log), attrgetter("origin")):
+        stats = ReadStats()
+        for each in ranges:
+            for document in read_range(each, settings):
+                stats = stats.add(document)
                 yield document
-        check_encoding(place, found)
+        warnings.add(origin, stats)
+    for message in warnings.messages():
+        log(message)
 
 
-def spans_of(source: str, settings: DataSettings, split: Split) -> Iterator[Span]:
-    """Yield the spans of a SOURCE in a fixed order; raises SourceError where there is no such source."""
-    kind, colon, rest = source.partition(":")
-    if kind in SOURCES and (colon or not Path(source).exists()):
-        yield from SOURCES[kind].divide(rest, settings, split)
+def read_range(source_range: AnyRange, settings: DataSettings) -> Iterator[Document]:
+    """Yield the documents of a range."""
+    if isinstance(source_range, FileRange):
+        yield from read_file_range(source_range, settings)
     else:
-        yield from _cut_files([str(file) for file in find_files(source)], settings)
+        yield from source_range.read(settings)
 
 
-def read_span(span: Span, settings: DataSettings) -> Iterator[Document]:
-    """Yield the documents of a span."""
-    read = SOURCES[span.kind].read if span.kind in SOURCES else read_file_span
-    yield from read(span, settings)
+def parse_source(text: str) -> Source:
+    """Parse a SOURCE; a path that exists is that path, whatever it looks like. Raises SourceError where malformed."""
+    kind, _, rest = text.partition(":")
+    if kind in SOURCES and path_kind(local_path(text)) is None:
+        return SOURCES[kind](rest)
+    return StreamSource(text) if is_stream(text) else LocalSource(text)
 
 
-def _cut_files(places: Sequence[str], settings: DataSettings) -> Iterator[Span]:
-    step = max(UNIT, sum(stamp_of(place).size for place in places) // _UNITS)
-    for place in places:
-        yield from cut_file(place, settings, step)
-
-
-def find_files(source: str) -> list[Path]:
-    """Return the files that a file name, folder or glob stands for, sorted; folders are searched to their depths."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if ending_of(str(file)) in FORMATS and file.is_file()]
-        if not files:
-            raise SourceError(f"{source}: this folder holds no {_known_formats()}")
-        return files
-    if path.exists() or not set(source) & set("*?["):
-        files = [path]
-    else:
-        files = sorted(file for file in _glob(path) if file.is_file())
-        if not files:
-            raise SourceError(f"{source}: no file matches")
+def _split_files(files: Sequence[File], settings: DataSettings) -> Iterator[FileRange]:
+    step = max(UNIT, sum(file_version(file).size for file in files) // _MAX_UNITS)
     for file in files:
-        if not file.exists():
-            raise SourceError(
-                f"{file}: no such file or folder; a SOURCE may also be a glob, hf:owner/name or storybook"
-            )
-        _check_file(str(file))
-    return files
+        yield from split_file(file, settings, step)
 
 
-def _glob(pattern: Path) -> Iterator[Path]:
-    try:
-        yield from Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
-    except ValueError as error:
-        raise SourceError(f"{pattern}: {error}") from None
+@dataclass(frozen=True)
+class LocalSource:
+    """A local file, folder or glob."""
+
+    path: str
+
+    def ranges(self, settings: DataSettings, _split: Split, log: Log) -> Iterator[AnyRange]:
+        """Yield the ranges of all files."""
+        if self.path in SOURCES:
+            log(f"{self.path}: the local path of this name is read")
+        yield from _split_files([File(str(found)) for found in find_files(self.path, log)], settings)
 
 
-def _check_file(place: str) -> None:
-    if ending_of(place) not in FORMATS:
-        raise SourceError(f"{place}: not a kind of file that is read; use {_known_formats()}")
-    if not stamp_of(place).size:
-        raise SourceError(f"{place}: the file is empty")
+@dataclass(frozen=True)
+class StreamSource:
+    """Standard input, a pipe or a device: copied to a temporary file first."""
+
+    name: str
+
+    def ranges(self, settings: DataSettings, _split: Split, log: Log) -> Iterator[AnyRange]:
+        """Yield the ranges of the copy."""
+        file = spool(self.name)
+        log(f"{self.name}: is read as {file.suffix}{file.compression}")
+        yield from _split_files([file], settings)
 
 
-def _known_formats() -> str:
-    return f"{', '.join(FORMATS)}, or such a file compressed as {' or '.join(COMPRESSIONS)}"
+@dataclass(frozen=True)
+class StorybookSource:
+    """Stories of the storybook: `count` of them (None: a default per split) from number `start`."""
+
+    count: int | None = None
+    start: int = 0
+
+    def stories(self, split: Split) -> int:
+        """Return the number of stories for a split."""
+        return _STORY_COUNTS[split] if self.count is None else self.count
+
+    def ranges(self, _settings: DataSettings, split: Split, _log: Log) -> Iterator[AnyRange]:
+        """Yield ranges of story numbers; train and validation have different seeds."""
+        end, step = self.start + self.stories(split), UNIT // _STORY_SIZE
+        for first in range(self.start, end, step):
+            stop = min(first + step, end)
+            yield StoryRange(_STORY_SEEDS[split], first, stop, (stop - first) * _STORY_SIZE)
 
 
-def _divide_storybook(rest: str, _settings: DataSettings, split: Split) -> Iterator[Span]:
-    """Tell `count` stories from number `start` on; train and validation use seeds of their own."""
+class StoryRange(NamedTuple):
+    """Stories `start` to `stop` of a seed."""
+
+    seed: int
+    start: int
+    stop: int
+    size: int
+
+    @property
+    def origin(self) -> str:
+        """The name of the corpus."""
+        return "storybook"
+
+    def read(self, _settings: DataSettings) -> Iterator[Document]:
+        """Yield the stories with their log-probabilities."""
+        from gemmule.storybook import stories
+
+        for story in stories(self.stop - self.start, self.seed, self.start):
+            yield Document(story.text, story.log_probability)
+
+
+def parse_storybook(rest: str) -> Source:
+    """Parse COUNT:START, both optional."""
     parts = rest.split(":") if rest else []
     if len(parts) > 2 or not all(part.isdecimal() for part in parts) or parts[:1] == ["0"]:
         raise SourceError(f"storybook:{rest}: write it as storybook, storybook:COUNT or storybook:COUNT:START")
-    count, start = [*map(int, parts), *(_STORY_COUNTS[split], 0)[len(parts) :]]
-    step = UNIT // _STORY_SIZE
-    for first in range(start, start + count, step):
-        stop = min(first + step, start + count)
-        yield Span("storybook", str(_STORY_SEEDS[split]), first, stop, (stop - first) * _STORY_SIZE)
+    return StorybookSource(*map(int, parts))
 
 
-def _read_storybook(span: Span, _settings: DataSettings) -> Iterator[Document]:
-    from gemmule.data.storybook import stories
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a dataset repository of the Hugging Face Hub, read by byte ranges without a download."""
 
-    assert span.stop is not None
-    for story in stories(span.stop - span.start, int(span.place), span.start):
-        yield Document(story.text, story.log_probability)
+    path: str  # owner/name/FILE
+
+    def ranges(self, settings: DataSettings, _split: Split, _log: Log) -> Iterator[AnyRange]:
+        """Yield the ranges of the file."""
+        file = File(self.path, on_hub=True)
+        check_format(file)
+        yield from _split_files([file], settings)
 
 
-def _divide_hub(rest: str, settings: DataSettings, split: Split) -> Iterator[Span]:
-    """Take the shards of a dataset of the Hugging Face Hub, or one file of its repository."""
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset of the Hugging Face Hub, streamed; None for the split that is prepared, and for `data.column`."""
+
+    name: str
+    split: str | None = None
+    column: str | None = None
+
+    def ranges(self, settings: DataSettings, split: Split, _log: Log) -> Iterator[AnyRange]:
+        """Yield the shards of the dataset."""
+        shard = HubShard(self.name, self.split or split, self.column or settings.column, 0, 0)
+        with hub_errors(shard.origin):
+            count = _hub_dataset(shard.name, shard.split).num_shards
+        for number in range(count):
+            yield shard._replace(number=number, shards=count, size=UNIT)
+
+
+class HubShard(NamedTuple):
+    """One shard of a dataset of the Hugging Face Hub."""
+
+    name: str
+    split: str
+    column: str
+    number: int  # among the shards
+    shards: int
+    size: int = 0
+
+    @property
+    def origin(self) -> str:
+        """The dataset with split and column."""
+        return f"hf:{self.name}:{self.split}:{self.column}"
+
+    def read(self, _settings: DataSettings) -> Iterator[Document]:
+        """Stream the rows of the shard."""
+        known = False
+        with hub_errors(self.origin):
+            for row in _hub_dataset(self.name, self.split).shard(num_shards=self.shards, index=self.number):
+                yield text_of(row, self.column, lambda: self.origin, known)
+                known = True
+
+
+def parse_hub(rest: str) -> Source:
+    """Parse owner/name:SPLIT:COLUMN, or the path of one file of a repository."""
     name, *parts = rest.split(":")
-    if name.count("/") > 1:
-        place = HUB + rest
-        _check_file(place)
-        yield from _cut_files([place], settings)
-        return
-    if len(parts) > 2 or not name:
-        raise SourceError(f"hf:{rest}: write it as hf:owner/name, hf:owner/name:SPLIT:COLUMN or hf:owner/name/FILE")
-    wanted, column = [*parts, *(split, settings.column)[len(parts) :]]
-    place = f"{name}:{wanted}:{column}"
-    with _hub_explained(place):
-        shards = _hub_dataset(name, wanted).num_shards
-    for shard in range(shards):
-        yield Span("hf", place, shard, shards, UNIT)
-
-
-def _read_hub(span: Span, _settings: DataSettings) -> Iterator[Document]:
-    """Stream one shard."""
-    name, wanted, column = span.place.split(":")
-    with _hub_explained(span.place):
-        for row in _hub_dataset(name, wanted).shard(num_shards=span.stop, index=span.start):
-            yield text_of(row, column, lambda: f"hf:{span.place}")
+    if len(parts) > 2 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?|[\w.-]+(/[^/*?]+){2,}", name):
+        raise SourceError(
+            f"hf:{rest}: write it as hf:owner/name, hf:owner/name:SPLIT:COLUMN or hf:owner/name/FILE; "
+            f"a local file of this name is ./hf:{rest}"
+        )
+    return HubFile(rest) if name.count("/") > 1 else HubDataset(name, *parts)
 
 
 def _hub_dataset(name: str, split: str) -> Any:
@@ -210,24 +302,8 @@ def _hub_dataset(name: str, split: str) -> Any:
     return datasets.load_dataset(name, split=split, streaming=True)
 
 
-@contextmanager
-def _hub_explained(place: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # the library's, its HTTP client's, or that of whatever reads the shard
-        raise SourceError(f"hf:{place}: cannot be read ({error})") from error
-
-
-class Kind(NamedTuple):
-    """A kind of source that is not a file here: how it is divided into spans, and how one is read."""
-
-    divide: Callable[[str, DataSettings, Split], Iterator[Span]]
-    read: Callable[[Span, DataSettings], Iterator[Document]]
-
-
-SOURCES: dict[str, Kind] = {
-    "hf": Kind(_divide_hub, _read_hub),
-    "storybook": Kind(_divide_storybook, _read_storybook),
+# By prefix: what parses the rest of a SOURCE that is not a local path.
+SOURCES: dict[str, Callable[[str], Source]] = {
+    "hf": parse_hub,
+    "storybook": parse_storybook,
 }

@@ -1,11 +1,10 @@
-"""Proof that an export means the same elsewhere: a foreign runtime opens it, and its numbers are compared with ours."""
+"""Certificates of exports: logits and token ids of another runtime, compared with ours."""
 
 import hashlib
 import json
 import platform
 import random
 import subprocess
-import sys
 import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -15,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemmule.data.storybook import stories
 from gemmule.errors import GemmuleError, MissingExtra
-from gemmule.files import written_aside
+from gemmule.files import atomic_write
 from gemmule.model.gemma3 import Gemma3
+from gemmule.processes import python_module_command
+from gemmule.storybook import stories
 from gemmule.tokenizer import Tokenizer
 
 STRINGS = 1000
@@ -26,7 +26,8 @@ _ODD = ["  ", "   ", "\n", "\n\n", "\t", "\t\t", " \n", "\r\n", "\u200b", "Ünï
 _ODD += ["e\u0301", "\ua66e", "\U0001f984", "<b>", "</table>", "...", "-" * 40, "1234567", "3.14", "don't"]
 _ODD += ["def f(x):\n    return x", "<end_of_turn>", "http://a.b/c?d=e"]
 _LIBRARIES = {"transformers": ("transformers", "parity"), "llama.cpp": ("llama_cpp", "llama")}
-# How far logits may be apart, root mean square, as a share of their standard deviation: llama.cpp rounds activations to
+_PACKAGES = {"llama_cpp": "llama-cpp-python"}
+# Largest root mean square difference of logits, as a share of their standard deviation: llama.cpp rounds activations to
 # the type of the weights, where we compute in fp32.
 MOST_ROUNDING = {"f32": 0.002, "f16": 0.005, "bf16": 0.02, "q8_0": 0.05}
 MOST_ROUNDING_BELOW = 0.1  # of fewer bits
@@ -38,25 +39,33 @@ _MOST_LOGITS = 3 * 2**26  # held at once by each side, 0.8 GB: 768 positions of 
 
 
 class CertificateError(GemmuleError):
-    """An export does not mean elsewhere what it means here, or does not open there."""
+    """An export computes something else in another runtime, or does not open there."""
+
+
+def check_runtime(runtime: str) -> None:
+    """Raise MissingExtra where the library that runs exports is not installed."""
+    library, extra = _LIBRARIES[runtime]
+    if find_spec(library) is None:
+        raise MissingExtra(_PACKAGES.get(library, library), extra, f"verifying with {runtime}")
 
 
 def certify(
     artefact: Path, runtime: str, dtype: str, exported: tuple[Gemma3, Tokenizer], reopened: tuple[Gemma3, Tokenizer]
 ) -> dict[str, Any]:
-    """Compare an artefact in a foreign runtime with what we read from it ourselves, and with what was exported.
+    """Compare an artefact in another runtime with what we read from it ourselves, and with what was exported.
 
     Returns the certificate; raises MissingExtra without the runtime, CertificateError where that cannot open it.
     """
-    library, extra = _LIBRARIES[runtime]
-    if find_spec(library) is None:
-        raise MissingExtra(library.replace("_", "-"), extra, f"verifying with {runtime}")
+    check_runtime(runtime)
     model, tokenizer = reopened
     ids, strings = _tokens(model, tokenizer), difficult_strings(STRINGS)
     answer, theirs = _ask(runtime, artefact, ids, strings)
     with torch.inference_mode():
-        ours = model(torch.tensor([ids]))[0].float().numpy()
-        original = exported[0](torch.tensor([ids]))[0].float().numpy()[:, : ours.shape[1]]
+        ours = model(torch.tensor([ids], dtype=torch.long))[0].float().numpy()
+        original = exported[0](torch.tensor([ids], dtype=torch.long))[0].float().numpy()[:, : ours.shape[1]]
+    if not np.isfinite(theirs).all() or not np.isfinite(ours).all():
+        whose = runtime if np.isfinite(ours).all() else "Gemmule"
+        raise CertificateError(f"{artefact}: {whose} computes logits from it that are NaN or infinite")
     same = sum(
         tokenizer.encode(text) == given and exported[1].encode(text) == given
         for text, given in zip(strings, answer["encoded"], strict=True)
@@ -66,7 +75,7 @@ def certify(
     agreement = float((margin <= _TIE * apart).mean())
     share, most = apart / float(ours.std()), MOST_ROUNDING.get(dtype, MOST_ROUNDING_BELOW)
     return {
-        "passed": agreement >= LEAST_ARGMAX and share <= most and same == len(strings),  # never with a NaN
+        "passed": agreement >= LEAST_ARGMAX and share <= most and same == len(strings),
         "artefact": artefact.name,
         "dtype": dtype,
         "runtime": {"name": runtime, "version": answer["version"]},
@@ -90,12 +99,12 @@ def certify(
 
 def write_certificate(certificate: dict[str, Any], path: Path) -> None:
     """Write certificate.json."""
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
+    with atomic_write(path) as aside:
+        aside.write_text(json.dumps(certificate, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def describe(certificate: dict[str, Any]) -> str:
-    """Say in two lines what a certificate says."""
+    """Summarize a certificate in two lines."""
     runtime = certificate["runtime"]
     return (
         f"{runtime['name']} {runtime['version']} over {certificate['positions']} positions, the window being "
@@ -129,15 +138,15 @@ def _tokens(model: Gemma3, tokenizer: Tokenizer) -> list[int]:
 
 
 def _ask(runtime: str, artefact: Path, ids: list[int], strings: list[str]) -> tuple[dict[str, Any], Any]:
-    """Return what a foreign runtime says: encoded strings and version, and logits (T, V)."""
+    """Return the results of another runtime: encoded strings and version, and logits (T, V)."""
     with tempfile.TemporaryDirectory() as folder:
         job, out = Path(folder) / "job.json", Path(folder) / "answer"
         question = {"runtime": runtime, "path": str(artefact), "ids": ids, "strings": strings, "out": str(out)}
         job.write_text(json.dumps(question), encoding="utf-8")
-        command = [sys.executable, "-m", "gemmule.evaluate.foreign", str(job)]
+        command = python_module_command("gemmule.evaluate.foreign", str(job))
         ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if ended.returncode:
-            last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
             raise CertificateError(
                 f"{artefact}: {runtime} cannot open or run it (exit code {ended.returncode}): {last}"
             )

@@ -1,4 +1,4 @@
-"""Run a foreign runtime in a process of its own: python -m gemmule.evaluate.foreign JOB.
+"""Run another runtime in its own process: python -m gemmule.evaluate.foreign JOB.
 
 JOB is a JSON file: runtime, path, ids, strings and out. Written are `out`.npy, the logits (T, V) after each of the ids,
 and `out`.json, the ids of each string and the runtime's version.
@@ -24,7 +24,7 @@ def run_transformers(path: str, ids: list[int], strings: list[str]) -> Answer:
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
+        logits = model(input_ids=torch.tensor([ids], dtype=torch.long)).logits[0].float().numpy()
     return logits, [tokenizer.encode(text, split_special_tokens=True) for text in strings], transformers.__version__
 
 

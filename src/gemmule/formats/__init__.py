@@ -1,1 +1,1 @@
-"""Models on disk: the Hugging Face folder and the one table of names."""
+"""Model formats: Hugging Face folders, safetensors, GGUF, exports, and the table of tensor names."""

@@ -1,40 +1,31 @@
-"""config.json, in both of transformers' dialects, and the reading and writing of JSON files in a model folder."""
+"""config.json in both schema versions of transformers (4 and 5), and the JSON files of a model folder."""
 
 import json
-import math
 import reprlib
 from pathlib import Path
 from typing import Any
 
 from gemmule.errors import ModelError, RecipeError
 from gemmule.model.config import Gemma3Config
-from gemmule.recipe import check_recipe
+from gemmule.reading import IS_LFS_POINTER, is_lfs_pointer
+from gemmule.settings import check_recipe
 from gemmule.tokenizer import Tokenizer
 
-# Our names that are Hugging Face's too, and mean the same.
+# Keys with the same name and meaning in Hugging Face's config.
 SHARED_KEYS = [
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "query_pre_attn_scalar", "sliding_window", "max_position_embeddings", "rms_norm_eps",
     "tie_word_embeddings", "initializer_range", "attention_dropout",
 ]  # fmt: skip
 
-# What transformers takes where a config.json leaves a key out, as Google's for the 4B, 12B and 27B do; the keys not
-# listed have the same default as ours.
-ABSENT = {
+# Defaults of transformers that differ from ours; Google's config.json of the 4B, 12B and 27B omits keys.
+TRANSFORMERS_DEFAULTS = {
     "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
     "num_attention_heads": 8, "num_key_value_heads": 4, "sliding_window": 4096, "max_position_embeddings": 131_072,
 }  # fmt: skip
 
-# No published model has a size near it, and up to here the sizes of a tensor multiply without overflow.
-LARGEST_SIZE = 1 << 20
-
-LIMITED_KEYS = {
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "query_pre_attn_scalar", "sliding_window",
-}  # fmt: skip
-
-# Choices that transformers' code for Gemma 3 leaves open and Gemma 3 does not.
-SETTLED = {
+# Options of transformers' Gemma 3 code that have one value in every Gemma 3.
+FIXED_KEYS = {
     "hidden_activation": "gelu_pytorch_tanh",
     "attention_bias": False,
     "attn_logit_softcapping": None,
@@ -44,11 +35,11 @@ SETTLED = {
 
 
 def write_config(config: Gemma3Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return config.json with the rotary settings in both dialects, transformers' before and since version 5."""
+    """Return the content of config.json, with the RoPE settings in the schemas of transformers 4 and 5."""
     factor = config.rope_scaling_factor
     scaling = {"rope_type": "linear", "factor": factor} if factor != 1 else None
     layer_types = ["full_attention" if kind == "global" else "sliding_attention" for kind in config.layer_kinds]
-    table = {key: getattr(config, key) for key in SHARED_KEYS} | SETTLED
+    table = {key: getattr(config, key) for key in SHARED_KEYS} | FIXED_KEYS
     table |= {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
@@ -70,47 +61,45 @@ def write_config(config: Gemma3Config, tokenizer: Tokenizer | None) -> dict[str,
 
 
 def read_config(table: dict[str, Any], origin: Path) -> Gemma3Config:
-    """Read a Gemma 3 config.json in either dialect; ModelError where it is another architecture or impossible.
+    """Read a Gemma 3 config.json of either schema version; ModelError for another architecture or invalid values.
 
-    Of a multimodal model's it is the `text_config`.
+    For a multimodal model, `text_config` is read.
     """
     if text := _section(table, "text_config", origin):
-        # Whether the head is tied is said of the whole model, where it is said.
+        # Multimodal configs have this key outside of text_config.
         outer = table.get("tie_word_embeddings")
         table = text if outer is None else text | {"tie_word_embeddings": outer}
     if table.get("model_type") != "gemma3_text":
         kind = reprlib.repr(table.get("model_type"))
         raise ModelError(f"{origin}: model_type is {kind}; Gemmule opens 'gemma3_text' models")
-    for key, only in SETTLED.items():
+    for key, only in FIXED_KEYS.items():
         if table.get(key) not in (only, None):
-            raise ModelError(f"{origin}: {key} is {reprlib.repr(table[key])}; for Gemma 3 it is {only!r}")
-    table = ABSENT | table
+            raise ModelError(f"{origin}: {key} is {reprlib.repr(table[key])}; Gemma 3 has {only!r}")
+    table = TRANSFORMERS_DEFAULTS | table
     known = _read_rotary(table, origin) | {
         "dropout": table.get("dropout"),
         "sliding_window_pattern": _pattern(table, origin),
         **{key: table.get(key) for key in SHARED_KEYS},
     }
-    _check_values(known, origin)
+    return check_config({k: v for k, v in known.items() if v is not None}, origin)
+
+
+def check_config(values: dict[str, Any], origin: Path) -> Gemma3Config:
+    """Validate the settings of a file; ModelError names every invalid value."""
+    for key, value in values.items():
+        if isinstance(value, str | list | dict):
+            raise ModelError(f"{origin}: {key} is {reprlib.repr(value)}, not a number or a boolean")
+        if isinstance(value, int) and abs(value) >= 1 << 64:
+            raise ModelError(f"{origin}: {key} is {reprlib.repr(value)}, too large for the size of a model")
     try:
-        return check_recipe({k: v for k, v in known.items() if v is not None}, Gemma3Config, "")
+        return check_recipe(values, Gemma3Config, "")
     except RecipeError as error:
         _, *problems = str(error).split("\n  ")
         raise ModelError(f"{origin}: {'; '.join(problems)}") from None
 
 
-def _check_values(known: dict[str, Any], origin: Path) -> None:
-    """Refuse what would cost time or memory before anything could be compared with the weights."""
-    for key, value in known.items():
-        if isinstance(value, str | list | dict):
-            raise ModelError(f"{origin}: {key} is {reprlib.repr(value)}, neither a number nor true or false")
-        if isinstance(value, int) and value > LARGEST_SIZE and key in LIMITED_KEYS:
-            raise ModelError(f"{origin}: {key} is {reprlib.repr(value)}; the largest that is opened is {LARGEST_SIZE}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ModelError(f"{origin}: {key} is {value}, not a finite number")
-
-
 def _read_rotary(table: dict[str, Any], origin: Path) -> dict[str, Any]:
-    """Read the rotary settings: one table a kind of layer since transformers 5, loose keys before."""
+    """Read the RoPE settings: one table per layer type since transformers 5, top-level keys before."""
     rope = _section(table, "rope_parameters", origin)
     local, full = _section(rope, "sliding_attention", origin), _section(rope, "full_attention", origin)
     scaling = full if rope else _section(table, "rope_scaling", origin)
@@ -118,10 +107,10 @@ def _read_rotary(table: dict[str, Any], origin: Path) -> dict[str, Any]:
         kind = scales.get("rope_type", scales.get("type", "default"))
         if kind not in kinds:
             allowed = " or ".join(map(repr, kinds))
-            raise ModelError(f"{origin}: rotary scaling is {reprlib.repr(kind)}; for Gemma 3 it is {allowed}")
+            raise ModelError(f"{origin}: RoPE scaling is {reprlib.repr(kind)}; Gemma 3 has {allowed}")
     linear = scaling.get("rope_type", scaling.get("type")) == "linear"
     if linear and scaling.get("factor") is None:
-        raise ModelError(f"{origin}: rotary scaling is 'linear' without a factor")
+        raise ModelError(f"{origin}: RoPE scaling is 'linear' without a factor")
     return {
         "rope_theta": full.get("rope_theta", table.get("rope_theta")),
         "rope_local_base_freq": local.get("rope_theta", table.get("rope_local_base_freq")),
@@ -137,9 +126,9 @@ def _section(table: dict[str, Any], key: str, origin: Path) -> dict[str, Any]:
 
 
 def _pattern(table: dict[str, Any], origin: Path) -> Any:
-    """Find n such that every n-th layer is global, from the list of layer types where there is one."""
+    """Return the sliding-window pattern n (every n-th layer is global), from `layer_types` where present."""
     types, count, declared = table.get("layer_types"), table["num_hidden_layers"], table.get("sliding_window_pattern")
-    if not types:
+    if not types or type(count) is not int:  # refused by check_config
         return declared
     if not isinstance(types, list) or len(types) != count:
         shown = reprlib.repr(types)
@@ -151,22 +140,28 @@ def _pattern(table: dict[str, Any], origin: Path) -> Any:
     expected = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(count)]
     if types != expected:
         shown = reprlib.repr(types)
-        raise ModelError(f"{origin}: layer_types {shown} are not a repeating pattern of local layers and one global")
+        raise ModelError(f"{origin}: layer_types {shown} do not repeat a pattern of local layers and one global layer")
     return every
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object; ModelError names it where it does not."""
+    """Read a JSON object from a file; ModelError names the file."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = path.read_bytes()
+        if is_lfs_pointer(content):
+            raise ModelError(f"{path}: {IS_LFS_POINTER}")
+        # Editors of some systems put a byte order mark first.
+        table = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; a model folder has config.json and model.safetensors") from None
     except RecursionError:
         raise ModelError(f"{path}: cannot be read: nested too deeply") from None
-    except (OSError, ValueError) as error:  # not JSON, not UTF-8, a number of thousands of digits
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # not JSON, not UTF-8, a number of thousands of digits
         raise ModelError(f"{path}: cannot be read: {error}") from None
     if not isinstance(table, dict):
-        raise ModelError(f"{path}: holds no JSON object")
+        raise ModelError(f"{path}: not a JSON object")
     return table
 
 
@@ -176,4 +171,4 @@ def write_json(path: Path, table: dict[str, Any]) -> None:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")

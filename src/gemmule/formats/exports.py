@@ -1,99 +1,178 @@
-"""A model written for others: the formats, and how each is read back."""
+"""Export formats: write a model for other programs, and load the export again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 
 from gemmule.errors import ModelError, OutputError
-from gemmule.files import folder_written_aside, written_aside
+from gemmule.files import as_output_error, atomic_folder, atomic_write, sha256
 from gemmule.formats.folder import load_folder, save_folder
-from gemmule.formats.gguf import lint, load_gguf, save_gguf
-from gemmule.formats.k_quants import KINDS, quantise
+from gemmule.formats.gguf import load_gguf, runtime_caveats, save_gguf
+from gemmule.formats.gguf_file import library
+from gemmule.formats.k_quants import KINDS, check_quantizer, quantize
+from gemmule.formats.model_card import NO_CARD, ModelCard, write_card
+from gemmule.model.finite import refuse_nonfinite_weights
 from gemmule.model.gemma3 import Gemma3
+from gemmule.reading import path_kind, require_utf8
 from gemmule.tokenizer import Tokenizer
+from gemmule.tokenizer.chat import END, START
 
 Say = Callable[[str], None]
-# Torch's types of a Hugging Face folder.
+# dtypes of a Hugging Face folder.
 _FOLDER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_FP16_LARGEST = torch.finfo(torch.float16).max
+# The largest weight per dtype; a quantized block has a scale in fp16 times an integer.
+_LARGEST = {
+    "f32": torch.finfo(torch.float32).max, "bf16": torch.finfo(torch.bfloat16).max, "f16": _FP16_LARGEST,
+    "q8_0": _FP16_LARGEST * 127, "q5_0": _FP16_LARGEST * 16, "q4_0": _FP16_LARGEST * 8,
+}  # fmt: skip
+CERTIFICATE = "certificate.json"
 
 
-def export_model(model: Gemma3, tokenizer: Tokenizer, to: str, out: Path, dtype: str, say: Say) -> Path:
-    """Write a model in one of EXPORTS; returns the file or folder that the other program opens.
+class Export(NamedTuple):
+    """A model to export, with its model card."""
 
-    Raises OutputError where `out` holds something already, ModelError for a dtype that format or weights refuse.
+    model: Gemma3
+    tokenizer: Tokenizer
+    dtype: str
+    card: ModelCard = NO_CARD
+    name: str | None = None  # used where the card has none
+
+
+def check_export(to: str, out: Path, dtype: str, *, exists: bool = False) -> None:
+    """Validate the options of an export before the model is loaded: dtype, libraries, output path.
+
+    `exists` allows an export at `out`. Raises ModelError, MissingExtra or OutputError.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputError(f"--out {out}: is there already; name a new file or folder")
-    if dtype == "f16":
-        _check_range(model)
-    return EXPORTS[to](model, tokenizer, out, dtype, say)
+    if to == "hf":
+        if dtype not in _FOLDER_DTYPES:
+            raise ModelError(f"--dtype {dtype}: a Hugging Face folder takes {', '.join(_FOLDER_DTYPES)}")
+        require_utf8(out, lambda message: OutputError(f"--out {message}"))
+    else:
+        library()
+        if dtype in KINDS:
+            check_quantizer(dtype)
+    if not exists and output_exists(out):
+        raise OutputError(f"--out {out}: already exists; choose a new file or folder")
+
+
+def output_exists(out: Path) -> bool:
+    """Whether a path exists and is not an empty folder."""
+    kind = path_kind(out, OutputError)
+    with as_output_error(out):
+        return out.is_symlink() if kind is None else kind != "folder" or any(out.iterdir())
+
+
+def export_model(export: Export, to: str, out: Path, say: Say) -> Path:
+    """Write a model in one of the formats of EXPORTS; returns the file or folder that the other program loads.
+
+    Raises as `check_export`, and ModelError for weights outside of the range of the dtype.
+    """
+    check_export(to, out, export.dtype)
+    refuse_nonfinite_weights(export.model)
+    _check_range(export, to)
+    return EXPORTS[to](export, out, say)
+
+
+def differing_files(export: Export, to: str, out: Path) -> list[str]:
+    """Return the files of an existing export that differ from a new export, certificates excluded."""
+    with as_output_error(out), TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as folder:
+        fresh = Path(folder) / out.name
+        export_model(export, to, fresh, lambda _: None)
+        mine, theirs = dict(_digests(fresh)), dict(_digests(out))
+    return sorted({name for name, _ in mine.items() ^ theirs.items() if not name.endswith(CERTIFICATE)})
+
+
+def _digests(place: Path) -> Iterator[tuple[str, str]]:
+    for file in [place] if place.is_file() else sorted(place.iterdir()):
+        yield file.name, sha256(file) if file.is_file() else "folder"
 
 
 def reopen(artefact: Path) -> tuple[Gemma3, Tokenizer]:
-    """Open an export again, in fp32."""
+    """Load an export in fp32."""
     model, tokenizer = load_folder(artefact) if artefact.is_dir() else load_gguf(artefact)
     return model.float(), tokenizer
 
 
 def certificate_path(artefact: Path) -> Path:
-    """Return where the certificate of an export lies: in the folder, or beside the file."""
-    return (
-        artefact / "certificate.json" if artefact.is_dir() else artefact.with_name(f"{artefact.stem}.certificate.json")
-    )
+    """Return the path of an export's certificate: in the folder, or next to the file."""
+    return artefact / CERTIFICATE if artefact.is_dir() else artefact.with_name(f"{artefact.stem}.{CERTIFICATE}")
 
 
-def _export_folder(model: Gemma3, tokenizer: Tokenizer, out: Path, dtype: str, _say: Say) -> Path:
-    if dtype not in _FOLDER_DTYPES:
-        raise ModelError(f"--dtype {dtype}: a Hugging Face folder takes {', '.join(_FOLDER_DTYPES)}")
-    with folder_written_aside(out) as folder:
-        save_folder(model, tokenizer, folder, _FOLDER_DTYPES[dtype])
+def _export_folder(export: Export, out: Path, _say: Say) -> Path:
+    with atomic_folder(out, last="config.json") as folder:
+        write_card(export.card, folder)
+        save_folder(export.model, export.tokenizer, folder, _FOLDER_DTYPES[export.dtype])
     return out
 
 
-def _export_gguf(model: Gemma3, tokenizer: Tokenizer, out: Path, dtype: str, say: Say) -> Path:
-    for remark in lint(model.config):
-        say(f"note: {remark}")
+def _export_gguf(export: Export, out: Path, say: Say) -> Path:
+    model, tokenizer, dtype, card, name = export
+    for caveat in runtime_caveats(model.config):
+        say(f"note: {caveat}")
+    card = card._replace(name=card.name or name or out.stem)
     if dtype in KINDS:
-        with written_aside(out) as aside, TemporaryDirectory(dir=out.parent) as folder:
-            whole = Path(folder) / "model.gguf"
-            save_gguf(model, tokenizer, whole, "f32", say)
-            quantise(whole, aside, dtype)
+        # A fixed name, so that the next export replaces the file of a killed one.
+        unquantized = out.with_name(f".{out.name}.f32")
+        with atomic_write(out) as temporary:
+            try:
+                save_gguf(model, tokenizer, unquantized, "f32", say, card)
+                quantize(unquantized, temporary, dtype)
+            finally:
+                unquantized.unlink(missing_ok=True)
     else:
-        save_gguf(model, tokenizer, out, dtype, say)
+        save_gguf(model, tokenizer, out, dtype, say, card)
     return out
 
 
-def _export_ollama(model: Gemma3, tokenizer: Tokenizer, out: Path, dtype: str, say: Say) -> Path:
-    with folder_written_aside(out) as folder:
-        _export_gguf(model, tokenizer, folder / "model.gguf", dtype, say)
-        (folder / "Modelfile").write_text(modelfile(model, tokenizer), encoding="utf-8")
-    say(f"make it known to Ollama:  ollama create {out.name} -f {out / 'Modelfile'}")
+def _export_ollama(export: Export, out: Path, say: Say) -> Path:
+    with atomic_folder(out, last="Modelfile") as folder:
+        named = export._replace(name=export.name or out.name)
+        _export_gguf(named, folder / "model.gguf", say)
+        (folder / "Modelfile").write_text(modelfile(export.model, export.tokenizer), encoding="utf-8")
+    if export.tokenizer.chat_template is not None and not _has_gemma_turns(export.tokenizer.chat_template):
+        say("note: the chat template is not Gemma's; Ollama uses the most similar one that it knows")
     return out / "model.gguf"
 
 
 def modelfile(model: Gemma3, tokenizer: Tokenizer) -> str:
-    """Return Ollama's description of a model: a chat where the tokenizer has a chat template, else plain text."""
+    """Return the Modelfile for Ollama: chat where the tokenizer has a chat template, else completion.
+
+    Ollama has its own template language. Gemma's turns are translated; for any other template Ollama chooses one of its
+    own by the template in the GGUF file.
+    """
     lines = ["FROM ./model.gguf"]
-    if tokenizer.chat_template is not None:
-        turn = "<start_of_turn>user\n{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}<end_of_turn>\n"
-        lines.append(f'TEMPLATE """{turn}<start_of_turn>model\n{{{{ .Response }}}}<end_of_turn>\n"""')
-        lines.append('PARAMETER stop "<end_of_turn>"')
-    else:
+    template = tokenizer.chat_template
+    if template is None:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
-    reach = min(model.config.max_position_embeddings, 8192)
-    lines += [f"PARAMETER num_ctx {reach}", "PARAMETER temperature 0.7", "PARAMETER min_p 0.1"]
+    elif _has_gemma_turns(template):
+        turn = f"{START}user\n{{{{ if .System }}}}{{{{ .System }}}}\n\n{{{{ end }}}}{{{{ .Prompt }}}}{END}\n"
+        lines.append(f'TEMPLATE """{turn}{START}model\n{{{{ .Response }}}}{END}\n"""')
+        lines.append(f'PARAMETER stop "{END}"')
+    context = min(model.config.max_position_embeddings, 8192)
+    lines += [f"PARAMETER num_ctx {context}", "PARAMETER temperature 0.7", "PARAMETER min_p 0.1"]
     return "\n".join(lines) + "\n"
 
 
-def _check_range(model: Gemma3) -> None:
-    largest = max((p.abs().max().item(), name) for name, p in model.named_parameters())
-    if largest[0] > torch.finfo(torch.float16).max:
-        raise ModelError(f"--dtype f16: {largest[1]} reaches {largest[0]:.0f}, beyond fp16's range; use bf16")
+def _has_gemma_turns(template: str) -> bool:
+    return START in template and END in template
 
 
-EXPORTS: dict[str, Callable[[Gemma3, Tokenizer, Path, str, Say], Path]] = {
+def _check_range(export: Export, to: str) -> None:
+    """Refuse weights that would overflow to infinity in a dtype."""
+    limit = _LARGEST.get(export.dtype, _FP16_LARGEST)
+    rounded = [(name, p) for name, p in export.model.named_parameters() if to == "hf" or p.ndim > 1]
+    largest, name = max((p.abs().max().item(), name) for name, p in rounded)
+    if largest > limit:
+        raise ModelError(
+            f"--dtype {export.dtype}: {name} has the value {largest:.4g}, outside of the range of {limit:.4g}; use f32"
+        )
+
+
+EXPORTS: dict[str, Callable[[Export, Path, Say], Path]] = {
     "hf": _export_folder,
     "gguf": _export_gguf,
     "ollama": _export_ollama,

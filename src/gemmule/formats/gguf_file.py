@@ -1,6 +1,6 @@
-"""The GGUF container, read: metadata and tensors of a file that nobody vouches for.
+"""Reader of the GGUF container: metadata and tensors of an untrusted file.
 
-Everything is checked against the file's size before memory is taken. Layout: the specification in llama.cpp's
+Every size is checked against the file before memory is allocated. Layout: the specification in llama.cpp's
 ggml/docs/gguf.md, version 3 (and 2, which is the same but for big-endian files).
 """
 
@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from gemmule.errors import MissingExtra, ModelError
+from gemmule.reading import IS_LFS_POINTER, is_lfs_pointer, path_kind
 
-_MAGIC = b"GGUF"
+MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
 # Number type -> (struct format, numpy dtype); 8 is a string, 9 an array.
@@ -27,12 +28,16 @@ _NUMBERS = {
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _F32, _F16 = 0, 1
-_PIECE = 1 << 22  # elements that are dequantised at once
+_CHUNK = 1 << 22  # elements that are dequantized at once
+# Limit of metadata arrays; Gemma 3's have 262,208 entries at most, one per token.
+_LONGEST_ARRAY = 1 << 24
+_MOST_PARTS = 99_999
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies; the shape is torch's order, rows first."""
+    """Location of a tensor; the shape is in torch's order."""
 
+    file: Path
     shape: tuple[int, ...]
     kind: int  # ggml's number of the storage type
     start: int
@@ -40,18 +45,27 @@ class TensorInfo(NamedTuple):
 
 
 class GgufFile:
-    """An open GGUF file; use as a context manager.
+    """An open GGUF model of one file or several parts, given the first; a context manager.
 
-    Raises ModelError where the file is not GGUF, is cut short, or says what cannot be.
+    Raises ModelError for a file that is not GGUF, truncated or inconsistent, and for a missing part.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.metadata: dict[str, Any] = {}
-        self.tensors: dict[str, TensorInfo] = {}
-        with _mapped(path) as data:
-            self._read_header(_Cursor(data, self._fail), len(data))
-        self._file = path.open("rb")
+        first = GgufHeader(path)
+        self.metadata: dict[str, Any] = first.metadata
+        self.tensors: dict[str, TensorInfo] = first.tensors
+        for number, file in enumerate(_other_parts(first), 2):
+            part = GgufHeader(file)
+            if part.metadata.get("split.no") != number - 1:
+                raise ModelError(f"{file}: is not part {number} of {path}")
+            if twins := sorted(self.tensors.keys() & part.tensors.keys()):
+                raise ModelError(f"{file}: the tensor {twins[0]!r:.80} is also in another part")
+            self.tensors |= part.tensors
+        declared = self.metadata.get("split.tensors.count", len(self.tensors))
+        if declared != len(self.tensors):
+            raise ModelError(f"{path}: split.tensors.count is {declared!r}; its parts have {len(self.tensors)} tensors")
+        self._open: dict[Path, IO[bytes]] = {}
 
     def __enter__(self) -> "GgufFile":
         return self
@@ -60,67 +74,89 @@ class GgufFile:
         self.close()
 
     def close(self) -> None:
-        """Let the file go; arrays that were read stay."""
-        self._file.close()
+        """Close the files; arrays that were read stay valid."""
+        for file in self._open.values():
+            file.close()
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
-        """Return a tensor in fp32, dequantised; memory beyond the result is a few of its rows."""
+        """Return a tensor dequantized to fp32, chunk by chunk."""
         info = self.tensors[name]
         rows = prod(info.shape[:-1])
         result = np.empty((rows, info.shape[-1]), dtype=np.float32)
         stride = info.size // rows
-        step = max(1, _PIECE // info.shape[-1])
+        step = max(1, _CHUNK // info.shape[-1])
         dequantize = _dequantizer(info.kind)
-        self._file.seek(info.start)
-        for first in range(0, rows, step):
-            last = min(rows, first + step)
-            raw = np.fromfile(self._file, dtype=np.uint8, count=(last - first) * stride)
-            result[first:last] = dequantize(raw.reshape(last - first, stride))
+        try:
+            if info.file not in self._open:
+                self._open[info.file] = info.file.open("rb")
+            file = self._open[info.file]
+            file.seek(info.start)
+            for first in range(0, rows, step):
+                last = min(rows, first + step)
+                raw = file.read((last - first) * stride)
+                if len(raw) < (last - first) * stride:
+                    raise ModelError(f"{info.file}: was truncated while it was read")
+                result[first:last] = dequantize(np.frombuffer(raw, np.uint8).reshape(last - first, stride))
+        except OSError as error:
+            raise ModelError(f"{info.file}: cannot be read: {error.strerror}") from None
         return result.reshape(info.shape)
 
+
+class GgufHeader:
+    """Header of one GGUF file: `metadata`, and the location of each of its `tensors`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        with _mapped(path) as data:
+            self._read_header(_Cursor(data, self._fail), len(data))
+
     def _read_header(self, cursor: "_Cursor", end: int) -> None:
-        if cursor.take(4) != _MAGIC:
-            self._fail("not a GGUF file")
+        beginning = cursor.beginning()
+        if not beginning.startswith(MAGIC):
+            self._fail(IS_LFS_POINTER if is_lfs_pointer(beginning) else "not a GGUF file")
+        cursor.take(len(MAGIC))
         version = cursor.number(4)
         if version not in _VERSIONS:
-            self._fail(f"GGUF version {version}; Gemmule reads {' and '.join(map(str, _VERSIONS))}")
+            swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
+            written = "a big-endian file" if swapped else f"GGUF version {version}"
+            self._fail(f"{written}; Gemmule reads versions {' and '.join(map(str, _VERSIONS))}, little-endian")
         tensors, keys = cursor.number(10), cursor.number(10)
         for _ in range(keys):
             key = cursor.text()
             if key in self.metadata:
-                self._fail(f"the key {key} stands there twice")
+                self._fail(f"duplicate key {key!r:.80}")
             self.metadata[key] = cursor.value(cursor.number(4))
         alignment = self.metadata.get("general.alignment", _ALIGNMENT)
-        if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
-            self._fail(f"general.alignment is {alignment!r}, not a multiple of 8")
-        places = [self._read_place(cursor) for _ in range(tensors)]
-        begin = -(-cursor.place // alignment) * alignment
-        taken: list[tuple[int, int, str]] = []
-        for name, shape, kind, offset in places:
+        if type(alignment) is not int or alignment <= 0:
+            self._fail(f"general.alignment is {alignment!r:.80}, not a positive integer")
+        declared = [self._read_tensor_info(cursor) for _ in range(tensors)]
+        begin = -(-cursor.offset // alignment) * alignment
+        for name, shape, kind, offset in declared:
             if name in self.tensors:
-                self._fail(f"the tensor {name} stands there twice")
+                self._fail(f"duplicate tensor {name!r:.80}")
             size = self._size(name, shape, kind)
             start = begin + offset
             if offset % alignment or start + size > end:
-                self._fail(f"the tensor {name} lies beyond the end of the file: it is cut short or damaged")
-            self.tensors[name] = TensorInfo(shape, kind, start, size)
-            taken.append((start, start + size, name))
-        taken.sort()
+                self._fail(f"the tensor {name!r:.80} lies beyond the end of the file, which is truncated or damaged")
+            self.tensors[name] = TensorInfo(self.path, shape, kind, start, size)
+        taken = sorted((info.start, info.start + info.size, name) for name, info in self.tensors.items())
         for (_, stop, one), (start, _, other) in pairwise(taken):
             if start < stop:
-                self._fail(f"the tensors {one} and {other} overlap")
+                self._fail(f"the tensors {one!r:.80} and {other!r:.80} overlap")
 
-    def _read_place(self, cursor: "_Cursor") -> tuple[str, tuple[int, ...], int, int]:
+    def _read_tensor_info(self, cursor: "_Cursor") -> tuple[str, tuple[int, ...], int, int]:
         name, dimensions = cursor.text(), cursor.number(4)
         if not 1 <= dimensions <= 4:
-            self._fail(f"the tensor {name} has {dimensions} dimensions")
+            self._fail(f"the tensor {name!r:.80} has {dimensions} dimensions")
         shape = tuple(cursor.number(10) for _ in range(dimensions))[::-1]
         return name, shape, cursor.number(4), cursor.number(10)
 
     def _size(self, name: str, shape: tuple[int, ...], kind: int) -> int:
-        elements, bytes_ = _block(kind) or self._fail(f"the tensor {name} is stored as type {kind}, which is not known")
+        elements, bytes_ = _block(kind) or self._fail(f"the tensor {name!r:.80} has the unknown storage type {kind}")
         if not all(shape) or shape[-1] % elements:
-            self._fail(f"the tensor {name} of shape {list(shape)} cannot be stored in blocks of {elements}")
+            self._fail(f"the tensor {name!r:.80} of shape {list(shape)} cannot be stored in blocks of {elements}")
         return prod(shape) // elements * bytes_
 
     def _fail(self, what: str) -> Any:
@@ -131,13 +167,17 @@ class _Cursor:
     """Reads the header from front to back."""
 
     def __init__(self, data: mmap.mmap, fail: Callable[[str], Any]) -> None:
-        self._data, self._fail, self.place = data, fail, 0
+        self._data, self._fail, self.offset = data, fail, 0
+
+    def beginning(self) -> bytes:
+        """Return the first bytes of the file, enough to identify it."""
+        return self._data[:64]
 
     def take(self, size: int) -> bytes:
-        if size > len(self._data) - self.place:
-            self._fail("the header goes beyond the end of the file: it is cut short or damaged")
-        self.place += size
-        return self._data[self.place - size : self.place]
+        if size > len(self._data) - self.offset:
+            self._fail("the header goes beyond the end of the file, which is truncated or damaged")
+        self.offset += size
+        return self._data[self.offset - size : self.offset]
 
     def number(self, kind: int) -> Any:
         form = _NUMBERS[kind][0]
@@ -148,7 +188,7 @@ class _Cursor:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
-            return self._fail("a text in the header is not UTF-8: the file is damaged")
+            return self._fail("a string in the header is not UTF-8: the file is damaged")
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -156,26 +196,56 @@ class _Cursor:
         if kind == _ARRAY:
             return self._array(self.number(4), self.number(10))
         if kind not in _NUMBERS:
-            self._fail(f"a value of the header has type {kind}, which is not known")
+            self._fail(f"a value in the header has the unknown type {kind}")
         return self.number(kind)
 
     def _array(self, kind: int, count: int) -> Any:
+        if count > _LONGEST_ARRAY:
+            self._fail(f"an array in the header has {count} elements, more than the limit of {_LONGEST_ARRAY}")
         if kind == _STRING:
-            if count > (len(self._data) - self.place) // 8:  # each has a length of eight bytes
-                self._fail("an array of the header goes beyond the end of the file: it is cut short or damaged")
+            if count > (len(self._data) - self.offset) // 8:  # each has a length of eight bytes
+                self._fail("an array in the header goes beyond the end of the file, which is truncated or damaged")
             return [self.text() for _ in range(count)]
         if kind not in _NUMBERS:
-            self._fail(f"an array of the header has elements of type {kind}, which is not read")
+            self._fail(f"an array in the header has elements of the unsupported type {kind}")
         dtype = np.dtype(_NUMBERS[kind][1])
         return np.frombuffer(self.take(count * dtype.itemsize), dtype=dtype).tolist()
 
 
+def _other_parts(first: GgufHeader) -> list[Path]:
+    """Return the further files of a split model."""
+    count, number = first.metadata.get("split.count", 0), first.metadata.get("split.no", 0)
+    if type(count) is not int or not 0 <= count <= _MOST_PARTS or type(number) is not int:
+        raise ModelError(f"{first.path}: split.count is {count!r:.80} and split.no {number!r:.80}")
+    if count < 2:
+        return []
+    if number:
+        raise ModelError(f"{first.path}: is part {number + 1} of {count}; name the first one")
+    ending = f"-00001-of-{count:05}.gguf"
+    if not first.path.name.endswith(ending):
+        advice = (
+            f"name it NAME{ending}, so that the other parts are found, or merge them with  llama-gguf-split --merge"
+        )
+        raise ModelError(f"{first.path}: is part 1 of {count}; {advice}")
+    stem = first.path.name.removesuffix(ending)
+    return [first.path.with_name(f"{stem}-{part:05}-of-{count:05}.gguf") for part in range(2, count + 1)]
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file starts with the GGUF magic bytes; ModelError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def _mapped(path: Path) -> mmap.mmap:
+    if (kind := path_kind(path, ModelError)) in (None, "other"):  # opening a pipe would block
+        raise ModelError(f"{path}: {'no such file' if kind is None else 'not a regular file'}")
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file") from None
     except ValueError:
         raise ModelError(f"{path}: the file is empty") from None
     except OSError as error:
@@ -183,7 +253,7 @@ def _mapped(path: Path) -> mmap.mmap:
 
 
 def _block(kind: int) -> tuple[int, int] | None:
-    """Return (elements, bytes) of a block of a storage type, or None where there is none."""
+    """Return (elements, bytes) per block of a storage type, or None for an unknown type."""
     gguf = library()
     try:
         sizes: tuple[int, int] = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
@@ -212,6 +282,6 @@ def library() -> Any:
     return gguf
 
 
-def names_of(kinds: Iterator[int]) -> list[str]:
-    """Return how ggml calls storage types."""
+def storage_type_names(kinds: Iterator[int]) -> list[str]:
+    """Return ggml's names of storage types."""
     return sorted({library().GGMLQuantizationType(kind).name for kind in kinds})

@@ -1,10 +1,11 @@
-"""The vocabulary of a GGUF file, both ways: llama.cpp's SentencePiece tables <-> tokenizer.json.
+"""Convert a GGUF vocabulary (llama.cpp's SentencePiece tables) to tokenizer.json and back.
 
-llama.cpp merges any neighbours whose union is a token, the union of the best score first. A byte-pair tokenizer that
-lists every pair that makes a token, by that token's score, does the same.
+llama.cpp merges any adjacent tokens whose concatenation is a token, the best score first. A BPE tokenizer whose merges
+are all pairs that concatenate to a token, ordered by that token's score, encodes identically.
 """
 
 import json
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,29 +13,39 @@ from gemmule.errors import TokenizerError
 from gemmule.tokenizer import Tokenizer
 from gemmule.tokenizer.pieces import BYTE_TOKEN, WORD_MARK
 
-# llama.cpp's kinds of tokens.
+# llama.cpp's token types.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _PREFIX = "tokenizer.ggml."
+_TEMPLATE = "tokenizer.chat_template"
+# Limits against small files that expand to huge merge lists; Gemma's pieces have up to 31 characters and 12 per piece
+# in merges.
+LONGEST_PIECE = 256
+MOST_CHARACTERS, MOST_CHARACTERS_PER_PIECE = 1 << 22, 64
 
 
 def read_vocabulary(metadata: Mapping[str, Any]) -> Tokenizer:
-    """Rebuild the tokenizer that a GGUF file describes; TokenizerError where it is of another kind or damaged."""
+    """Rebuild the tokenizer of a GGUF file; TokenizerError where it is unsupported or damaged."""
     kind = metadata.get(_PREFIX + "model")
     if kind != "llama":
-        raise TokenizerError(f"{_PREFIX}model is {kind!r}; Gemma 3 has 'llama', a SentencePiece vocabulary")
+        raise TokenizerError(f"{_PREFIX}model is {kind!r:.80}; Gemma 3 has 'llama' (SentencePiece)")
     tokens, scores, types = (
         _table(metadata, name, element) for name, element in (("tokens", str), ("scores", float), ("token_type", int))
     )
     if not len(tokens) == len(scores) == len(types):
-        raise TokenizerError(f"{len(tokens)} tokens, {len(scores)} scores and {len(types)} types do not fit")
+        raise TokenizerError(
+            f"{len(tokens)} tokens, {len(scores)} scores and {len(types)} token types differ in length"
+        )
     if len(set(tokens)) < len(tokens):
-        raise TokenizerError(f"{_PREFIX}tokens names a token twice")
+        raise TokenizerError(f"{_PREFIX}tokens has a duplicate token")
     specials = {
         name: tokens[number]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
         if (number := _special(metadata, f"{key}_token_id", len(tokens))) is not None
     }
     pieces = [token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL]
+    if pieces and len(longest := max(pieces, key=len)) > LONGEST_PIECE:
+        message = f"{reprlib.repr(longest)} has {len(longest)} characters, more than the limit of {LONGEST_PIECE}"
+        raise TokenizerError(f"{_PREFIX}tokens: the token {message}")
     score_of = dict(zip(tokens, scores, strict=True))
     prefix = bool(metadata.get(_PREFIX + "add_space_prefix", True))
     description = {
@@ -48,7 +59,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Tokenizer:
         ],
         "normalizer": _normalizer(prefix),
         "pre_tokenizer": None,
-        "post_processor": _template(specials, tokens) if metadata.get(_PREFIX + "add_bos_token", True) else None,
+        "post_processor": _post_processor(metadata, specials, tokens),
         "decoder": _decoder(prefix),
         "model": {
             "type": "BPE",
@@ -69,26 +80,27 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Tokenizer:
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left",
         **{f"{name}_token": token for name, token in specials.items()},
+        **_read_chat_template(metadata),
     }
     return Tokenizer(json.dumps(description, ensure_ascii=False), config)
 
 
 def write_vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the keys that describe a tokenizer in a GGUF file; TokenizerError where llama.cpp cannot follow it."""
+    """Return a tokenizer as GGUF metadata; TokenizerError where llama.cpp would encode differently."""
     description = tokenizer.description
     model, normalizer = description["model"], description.get("normalizer")
     marked = normalizer == _normalizer(prefix=False)
     if model["type"] != "BPE" or not model.get("byte_fallback") or not (marked or normalizer is None):
         raise TokenizerError(
-            "this tokenizer cannot be written as GGUF: only byte-pair vocabularies with byte fallback, Gemma's and "
-            "Gemmule's, mean the same there"
+            "this tokenizer cannot be written as GGUF: llama.cpp supports BPE vocabularies with byte fallback, such "
+            "as Gemma's and Gemmule's"
         )
     count = tokenizer.vocab_size
     tokens = [f"[UNUSED{number}]" for number in range(count)]
     types, scores = [UNUSED] * count, [0.0] * count
     rank: dict[str, int] = {}
-    for place, (left, right) in enumerate(_pairs(model["merges"])):
-        rank.setdefault(left + right, place)
+    for index, (left, right) in enumerate(_pairs(model["merges"])):
+        rank.setdefault(left + right, index)
     for token, number in model["vocab"].items():
         tokens[number] = token if marked or BYTE_TOKEN.fullmatch(token) else token.replace(" ", WORD_MARK)
         types[number] = BYTE if BYTE_TOKEN.fullmatch(token) else NORMAL
@@ -111,7 +123,32 @@ def write_vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:
         _PREFIX + "add_bos_token": tokenizer.adds_bos,
         _PREFIX + "add_eos_token": False,
         _PREFIX + "add_space_prefix": False,
+        **_write_chat_template(tokenizer.chat_templates),
     }
+
+
+def _read_chat_template(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return chat_template as in tokenizer_config.json: one template, or a list of named ones."""
+    default = metadata.get(_TEMPLATE)
+    named = {
+        key.removeprefix(f"{_TEMPLATE}."): text for key, text in metadata.items() if key.startswith(f"{_TEMPLATE}.")
+    }
+    templates = {name: text for name, text in ({"default": default} | named).items() if text is not None}
+    if not all(isinstance(text, str) for text in templates.values()):
+        raise TokenizerError(f"{_TEMPLATE} is not a string")
+    if templates.keys() <= {"default"}:
+        return {"chat_template": default} if templates else {}
+    return {"chat_template": [{"name": name, "template": text} for name, text in templates.items()]}
+
+
+def _write_chat_template(templates: Mapping[str, str]) -> dict[str, Any]:
+    others = {name: text for name, text in templates.items() if name != "default"}
+    keys: dict[str, Any] = {f"{_TEMPLATE}.{name}": text for name, text in others.items()}
+    if others:
+        keys["tokenizer.chat_templates"] = list(others)
+    if "default" in templates:
+        keys[_TEMPLATE] = templates["default"]
+    return keys
 
 
 def _table(metadata: Mapping[str, Any], name: str, element: type) -> list[Any]:
@@ -129,16 +166,23 @@ def _special(metadata: Mapping[str, Any], name: str, count: int) -> int | None:
 
 
 def _merges(pieces: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield every pair of pieces that makes a piece, in the order in which the pieces are given."""
-    known = set(pieces)
+    """Yield every pair of pieces that concatenates to a piece, in the order of the pieces.
+
+    There are more merges than pieces; TokenizerError where there are too many.
+    """
+    known = {piece: piece for piece in pieces}  # so that merges share the strings
+    room = MOST_CHARACTERS + MOST_CHARACTERS_PER_PIECE * len(pieces)
     for piece in pieces:
         for cut in range(1, len(piece)):
-            if (left := piece[:cut]) in known and (right := piece[cut:]) in known:
+            if (left := known.get(piece[:cut])) is not None and (right := known.get(piece[cut:])) is not None:
+                room -= len(piece)
+                if room < 0:
+                    raise TokenizerError(f"{_PREFIX}tokens: too many merges between {len(pieces)} pieces")
                 yield left, right
 
 
 def _pairs(merges: Sequence[Any]) -> Iterator[tuple[str, str]]:
-    """Read merges as pairs; older files write them with a space between."""
+    """Yield merges as pairs, also where they are strings with a space between, as in older files."""
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         yield left, right
@@ -163,11 +207,19 @@ def _decoder(prefix: bool) -> dict[str, Any]:
     return {"type": "Sequence", "decoders": parts + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix}
 
 
-def _template(specials: Mapping[str, str], tokens: Sequence[str]) -> dict[str, Any] | None:
-    if "bos" not in specials:
+def _post_processor(
+    metadata: Mapping[str, Any], specials: Mapping[str, str], tokens: Sequence[str]
+) -> dict[str, Any] | None:
+    """Return the post-processor that adds bos and eos, where the file asks for them."""
+    first = [specials["bos"]] if metadata.get(_PREFIX + "add_bos_token", True) and "bos" in specials else []
+    last = [specials["eos"]] if metadata.get(_PREFIX + "add_eos_token", False) and "eos" in specials else []
+    if not first and not last:
         return None
-    bos = specials["bos"]
-    first: list[dict[str, Any]] = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-    known = {bos: {"id": bos, "ids": [tokens.index(bos)], "tokens": [bos]}}
-    return {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": known}
+
+    def text(name: str, number: int) -> list[dict[str, Any]]:
+        special = [[{"SpecialToken": {"id": token, "type_id": number}} for token in some] for some in (first, last)]
+        return [*special[0], {"Sequence": {"id": name, "type_id": number}}, *special[1]]
+
+    known = {token: {"id": token, "ids": [tokens.index(token)], "tokens": [token]} for token in first + last}
+    single, second = text("A", 0), text("B", 1)
+    return {"type": "TemplateProcessing", "single": single, "pair": single + second, "special_tokens": known}

@@ -1,8 +1,8 @@
-"""The one table of tensor names, read in both directions."""
+"""Tensor names: one table for Gemmule, Hugging Face and GGUF, used in both directions."""
 
 from collections.abc import Iterator, Mapping
 
-# Ours, Hugging Face's, GGUF's (which stores norms as 1 + weight), all without ".weight"; {} is the layer.
+# Gemmule, Hugging Face, GGUF (which stores norms as 1 + weight), without ".weight"; {} is the layer index.
 _NAMES = (
     ("embedding", "model.embed_tokens", "token_embd"),
     ("blocks.{}.pre_attention_norm", "model.layers.{}.input_layernorm", "blk.{}.attn_norm"),
@@ -25,8 +25,8 @@ HUGGING_FACE = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs, _ in _NAM
 GGUF = {f"{ours}.weight": f"{theirs}.weight" for ours, _, theirs in _NAMES}
 
 
-def foreign_names(layers: int, tied: bool, table: Mapping[str, str] = HUGGING_FACE) -> Iterator[tuple[str, str]]:
-    """Yield (our name, the format's name) for every tensor of a model."""
+def tensor_name_pairs(layers: int, tied: bool, table: Mapping[str, str] = HUGGING_FACE) -> Iterator[tuple[str, str]]:
+    """Yield (our name, name in the format) for every tensor of a model."""
     for ours, theirs in table.items():
         if ours == "head.weight" and tied:
             continue

@@ -1,4 +1,4 @@
-"""One way to open a model, whatever it is: a folder, a .gguf file, or a name on the Hugging Face Hub."""
+"""Load a model from a folder, a GGUF file or the Hugging Face Hub."""
 
 import re
 from collections.abc import Callable
@@ -9,39 +9,71 @@ import torch
 from gemmule.errors import ModelError
 from gemmule.formats.folder import load_folder
 from gemmule.formats.gguf import load_gguf
+from gemmule.formats.gguf_file import is_gguf
 from gemmule.formats.hub import fetch
 from gemmule.model.gemma3 import Gemma3
+from gemmule.reading import local_path, path_kind
 from gemmule.tokenizer import Tokenizer
 
 
 def open_model(
     source: str | Path, say: Callable[[str], None] = lambda _: None, dtype: torch.dtype | None = None
 ) -> tuple[Gemma3, Tokenizer]:
-    """Open a model folder, a .gguf file, or `owner/name`, which is fetched from the Hub where it is no path here.
+    """Load model and tokenizer from a model folder, a GGUF file, or `owner/name` of the Hub.
 
-    The weights keep their dtype unless one is given; `say` is told what is fetched and what is left aside. Raises
-    ModelError or TokenizerError.
+    Weights keep their dtype unless one is given; `say` reports downloads and skipped tensors. Raises ModelError or
+    TokenizerError.
     """
-    path = Path(source)
-    if path.is_dir() or path.suffix.lower() == ".gguf":
-        found = path
-    elif _is_repository(path):
-        found = fetch(str(source), say)
-    else:
-        advice = "name a model folder or a run folder, a .gguf file, or owner/name of the Hugging Face Hub"
-        raise ModelError(f"MODEL {source}: {'no folder' if path.exists() else 'no such folder'}; {advice}")
-    if found.is_dir():
+    found = find_model(source, say)
+    if path_kind(found, ModelError) == "folder":
         model, tokenizer = load_folder(found, dtype=dtype, say=say)
     else:
-        model, tokenizer = load_gguf(found, dtype=dtype or torch.float32)
+        model, tokenizer = load_gguf(found, dtype=dtype or torch.float32, say=say)
     rows, ids = model.config.vocab_size, tokenizer.vocab_size
-    # Google's 1B has no row for <image_soft_token>; no text leads to it.
+    # Google's 1B has no embedding of <image_soft_token>, which no text is encoded to.
     if ids > rows and any(tokenizer.token_bytes()[rows:]):
-        raise ModelError(f"{source}: the tokenizer has {ids} ids, the model {rows}; they do not belong together")
+        raise ModelError(f"{source}: the tokenizer has {ids} ids, but the model has a vocabulary of {rows}")
     return model, tokenizer
 
 
+def find_model(source: str | Path, say: Callable[[str], None] = lambda _: None) -> Path:
+    """Return the folder or GGUF file of a MODEL, downloaded from the Hub where no such path exists; else ModelError.
+
+    GGUF files are recognized by their magic bytes, because Ollama's have no suffix.
+    """
+    path = local_path(source)
+    kind = path_kind(path, lambda message: ModelError(f"MODEL {message}"))
+    if kind == "folder":
+        _refuse_folder_of_models(path)
+        return path
+    if path.suffix.lower() == ".gguf" or (kind == "file" and is_gguf(path)):
+        return path
+    if _is_repository(path):
+        return fetch(str(source), say)
+    advice = "name a model folder or a run folder, a .gguf file, or owner/name of the Hugging Face Hub"
+    raise ModelError(f"MODEL {source}: {'no such folder' if kind is None else 'not a folder'}; {advice}")
+
+
+def _refuse_folder_of_models(folder: Path) -> None:
+    """Refuse a folder of models, and name the models in it."""
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise ModelError(f"MODEL {folder}: cannot be read: {error.strerror}") from None
+    marks = ("recipe.toml", "config.json")
+    if not set(names).isdisjoint(marks):
+        return
+    shown = [name for name in names if not name.startswith(".")]  # temporary folders
+    inner = [name for name in shown if any(path_kind(folder / name / mark, ModelError) for mark in marks)]
+    inner += [name for name in shown if name.lower().endswith(".gguf")]
+    if inner:
+        listed = ", ".join(inner[:8]) + (f" and {len(inner) - 8} more" if inner[8:] else "")
+        raise ModelError(
+            f"MODEL {folder}: is not a model but a folder of models: {listed}; name one, such as {folder / inner[0]}"
+        )
+
+
 def _is_repository(path: Path) -> bool:
-    """Tell `owner/name` from a mistyped path: that has other parts, or its first one is a folder here."""
+    """Whether a name is `owner/name` of the Hub and not a mistyped path."""
     plain = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path.as_posix(), re.ASCII)
-    return plain is not None and not path.parent.exists() and not path.exists()
+    return plain is not None and path_kind(path.parent, ModelError) is None

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder: in one file or in shards, of a text model or of a multimodal one."""
+"""Safetensors of a Hugging Face folder: index and load one file or shards, of a text or a multimodal model."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from gemmule.errors import ModelError
 from gemmule.formats.config_json import read_json
-from gemmule.formats.names import foreign_names
+from gemmule.formats.names import tensor_name_pairs
 from gemmule.model.gemma3 import Gemma3
+from gemmule.reading import IS_LFS_POINTER, is_lfs_pointer, path_kind, require_utf8
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# What multimodal checkpoints, of the first layout and of the present one, put before the names of a text model.
+# Name prefixes of the text model in multimodal checkpoints, in the first and the present layout.
 TEXT_PREFIXES = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
@@ -26,142 +27,166 @@ TEXT_PREFIXES = {
 }
 VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
-# The number formats that are read; Gemma 3's residual stream exceeds F16's range, so that is computed in fp32.
+# Prefixes of wrapper modules of training programs (torch.compile, FSDP, checkpointing; DDP and peft).
+WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+OUTER_PREFIXES = ("module.", "base_model.")
+
+# Supported dtypes; fp16 weights are loaded as fp32, because Gemma 3's residual stream exceeds the range of fp16.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float32}
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-class Stored(NamedTuple):
-    """A tensor that lies in a file."""
+class StoredTensor(NamedTuple):
+    """Header of one tensor in a file."""
 
     file: Path
     name: str  # in the file
     dtype: str
     shape: list[int]
-    # Where it was written in pieces by several processes: they, in the order of their rows.
-    pieces: "tuple[Stored, ...]" = ()
+    # Row slices of a tensor that several ranks wrote, in order.
+    slices: "tuple[StoredTensor, ...]" = ()
 
 
-class Shelf(NamedTuple):
-    """What a folder's headers say of its tensors; nothing is read of the tensors themselves."""
+class TensorIndex(NamedTuple):
+    """Headers of all tensors in a folder, without their data."""
 
-    origin: Path  # the file to name when something is amiss
-    tensors: dict[str, Stored]  # by their names in a text model
+    origin: Path  # the file named in errors
+    tensors: dict[str, StoredTensor]  # by Hugging Face's name in a text model
     vision: list[str]
+    prefix: str = ""  # removed from the names
 
 
-def survey(folder: Path) -> Shelf:
-    """Find every tensor of a folder; ModelError where a file is missing or damaged or a tensor is there twice."""
-    sharded = not (folder / WEIGHTS).exists() and (folder / INDEX).exists()
+def read_tensor_index(folder: Path) -> TensorIndex:
+    """Index every tensor of a folder; ModelError for a missing or damaged file or a duplicate tensor."""
+    sharded = path_kind(folder / WEIGHTS, ModelError) is None and path_kind(folder / INDEX, ModelError) is not None
     declared = _read_index(folder / INDEX) if sharded else {}
-    shelf = Shelf(folder / (INDEX if sharded else WEIGHTS), {}, [])
-    placed: dict[str, str] = {}
-    pieces: dict[str, list[tuple[int, Stored]]] = {}
+    origin = folder / (INDEX if sharded else WEIGHTS)
+    placed: dict[str, StoredTensor] = {}
     for file in sorted({folder / name for name in declared.values()} or {folder / WEIGHTS}):
         with _opened(file) as mapped:
             for name in mapped.keys():  # noqa: SIM118 - not a dict
                 if name in placed:
-                    raise ModelError(f"{file}: holds {_shown([name])}, which {placed[name]} holds too")
-                placed[name] = file.name
-                if name.startswith(VISION_PREFIXES):
-                    shelf.vision.append(name)
-                    continue
+                    raise ModelError(f"{file}: holds {_shown([name])}, which {placed[name].file.name} holds too")
                 header = mapped.get_slice(name)
-                stored = Stored(file, name, header.get_dtype(), header.get_shape())
-                base, first = split_piece_name(name)
-                if base != name:
-                    pieces.setdefault(_text_name(base), []).append((first, stored))
-                    continue
-                if (twin := shelf.tensors.setdefault(_text_name(name), stored)) is not stored:
-                    raise ModelError(f"{file}: {_shown([name])} and {_shown([twin.name])} are the same tensor, twice")
-    if sharded and placed != declared:
-        astray = sorted(name for name, _ in placed.items() ^ declared.items())
-        raise ModelError(f"{shelf.origin}: disagrees with the files about {_shown(dict.fromkeys(astray))}")
-    for name, parts in pieces.items():
-        if name in shelf.tensors:
-            raise ModelError(f"{shelf.origin}: {_shown([name])} is there whole and in pieces")
-        shelf.tensors[name] = _joined(name, sorted(parts), shelf.origin)
-    return shelf
+                placed[name] = StoredTensor(file, name, header.get_dtype(), header.get_shape())
+    if sharded and (found := {name: stored.file.name for name, stored in placed.items()}) != declared:
+        astray = sorted(name for name, _ in found.items() ^ declared.items())
+        raise ModelError(f"{origin}: disagrees with the files about {_shown(dict.fromkeys(astray))}")
+    prefix = _outer_prefix(placed)
+    index = TensorIndex(origin, {}, [], prefix)
+    slices: dict[str, list[tuple[int, StoredTensor]]] = {}
+    for name, stored in placed.items():
+        base, first = split_slice_name(name)
+        plain = _text_name(WRAPPERS.sub("", base).removeprefix(prefix))
+        if plain.startswith(VISION_PREFIXES):
+            index.vision.append(name)
+        elif base != name:
+            slices.setdefault(plain, []).append((first, stored))
+        elif (twin := index.tensors.setdefault(plain, stored)) is not stored:
+            raise ModelError(f"{stored.file}: {_shown([name])} and {_shown([twin.name])} are the same tensor")
+    for name, parts in slices.items():
+        if name in index.tensors:
+            raise ModelError(f"{index.origin}: {_shown([name])} is stored both whole and in slices")
+        index.tensors[name] = _concatenate(name, sorted(parts), index.origin)
+    return index
 
 
-def piece_name(name: str, first: int, shape: Sequence[int], whole: Sequence[int]) -> str:
-    """Name rows of a tensor, from `first` on, as they are stored; all of them have the tensor's own name."""
+def _outer_prefix(names: Iterable[str]) -> str:
+    """Return the common prefix of all names that comes from a wrapper around the model."""
+    plain, prefix = [WRAPPERS.sub("", name) for name in names], ""
+    while plain and (found := next((each for each in OUTER_PREFIXES if _all_begin(plain, prefix + each)), "")):
+        prefix += found
+    # Adapters of the peft library hold the whole model in a module of that name.
+    inner = (prefix + "model.model.", prefix + "model.lm_head.")
+    return prefix + "model." if prefix and _all_begin(plain, *inner) else prefix
+
+
+def _all_begin(names: Iterable[str], *prefixes: str) -> bool:
+    return all(name.startswith(prefixes) for name in names)
+
+
+def slice_name(name: str, first: int, shape: Sequence[int], whole: Sequence[int]) -> str:
+    """Return the stored name of a row slice that begins at `first`; a whole tensor keeps its name."""
     return name if list(shape) == list(whole) else f"{name}[{first}:{first + shape[0]}]"
 
 
-def split_piece_name(stored: str) -> tuple[str, int]:
-    """Return the tensor's name and the piece's first row."""
-    piece = re.fullmatch(r"(.+)\[(\d{1,12}):\d{1,12}\]", stored, re.ASCII)
-    return (piece[1], int(piece[2])) if piece else (stored, 0)
+def split_slice_name(stored: str) -> tuple[str, int]:
+    """Return the tensor's name and the first row of the slice."""
+    found = re.fullmatch(r"(.+)\[(\d{1,12}):\d{1,12}\]", stored, re.ASCII)
+    return (found[1], int(found[2])) if found else (stored, 0)
 
 
-def _joined(name: str, parts: list[tuple[int, Stored]], origin: Path) -> Stored:
-    """Put pieces together, whose rows must follow each other without a gap."""
+def _concatenate(name: str, parts: list[tuple[int, StoredTensor]], origin: Path) -> StoredTensor:
+    """Concatenate row slices; ModelError where rows are missing or overlap."""
     rows, kind = 0, (parts[0][1].dtype, parts[0][1].shape[1:])
     for first, part in parts:
         if first != rows or not part.shape or (part.dtype, part.shape[1:]) != kind:
-            raise ModelError(f"{origin}: the pieces of {_shown([name])} do not fit together at row {rows}")
+            raise ModelError(f"{origin}: the slices of {_shown([name])} do not join at row {rows}")
         rows += part.shape[0]
-    return Stored(parts[0][1].file, name, kind[0], [rows, *kind[1]], tuple(part for _, part in parts))
+    return StoredTensor(parts[0][1].file, name, kind[0], [rows, *kind[1]], tuple(part for _, part in parts))
 
 
-def read_survey(
-    shelf: Shelf, model: Gemma3, dtype: torch.dtype | None = None, say: Callable[[str], None] = lambda _: None
+def load_tensors(
+    index: TensorIndex, model: Gemma3, dtype: torch.dtype | None = None, say: Callable[[str], None] = lambda _: None
 ) -> dict[str, Tensor]:
-    """Read the weights that a model needs under its own names, every stored tensor used exactly once.
+    """Load the state dict of a model, every stored tensor used exactly once.
 
-    They are of the given dtype, or else of the stored one where that is a single one other than F16, or else fp32.
-    What keeps its dtype is mapped into memory, the rest is converted tensor by tensor. ModelError names what is
-    missing, left over or misshapen.
+    The dtype is the given one, else the stored one where all tensors share it and it is not fp16, else fp32. Tensors
+    that keep their dtype are memory-mapped, the others are converted one by one. ModelError names missing, unexpected
+    and misshapen tensors.
     """
-    config, stored = model.config, dict(shelf.tensors)
+    config, stored = model.config, dict(index.tensors)
     repeated = stored.pop(HEAD, None) if config.tie_word_embeddings else None
-    wanted = {theirs: ours for ours, theirs in foreign_names(config.num_hidden_layers, config.tie_word_embeddings)}
+    wanted = {theirs: ours for ours, theirs in tensor_name_pairs(config.num_hidden_layers, config.tie_word_embeddings)}
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     present = {name: tensor for name, tensor in stored.items() if name in wanted}
-    _refuse(shelf.origin, "lacks", [name for name in wanted if name not in stored])
-    _refuse(shelf.origin, "has also", [tensor.name for name, tensor in stored.items() if name not in wanted])
+    missing = [name for name in wanted if name not in stored]
+    unexpected = [tensor.name for name, tensor in stored.items() if name not in wanted]
+    _refuse(index.origin, "lacks", missing, f"; found instead {_shown(unexpected)}" if unexpected else "")
+    _refuse(index.origin, "has unexpected tensors:", unexpected)
     misshapen = ((tensor, shapes[wanted[name]]) for name, tensor in present.items())
     wrong = [f"{tensor.name} is {tensor.shape}, not {shape}" for tensor, shape in misshapen if tensor.shape != shape]
-    _refuse(shelf.origin, "does not fit config.json:", wrong)
+    _refuse(index.origin, "does not fit config.json:", wrong)
     foreign = [f"{tensor.name} is {tensor.dtype}" for tensor in present.values() if tensor.dtype not in DTYPES]
-    _refuse(shelf.origin, f"is not of {', '.join(DTYPES)}:", foreign)
+    _refuse(index.origin, f"is not of {', '.join(DTYPES)}:", foreign)
     kinds = {DTYPES[tensor.dtype] for tensor in present.values()}
     chosen = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
     if repeated is not None:
         _check_repeated(repeated, present[EMBEDDING])
-    if shelf.vision:
-        total = len(shelf.vision) + len(shelf.tensors)
-        say(f"left aside the vision part, {len(shelf.vision)} of {total} tensors; Gemmule takes the text model")
+    if index.prefix:
+        say(f"removed the prefix {index.prefix!r} from all tensor names")
+    if index.vision:
+        total = len(index.vision) + len(index.tensors)
+        say(f"skipped the vision encoder, {len(index.vision)} of {total} tensors; Gemmule loads the text model")
     return {wanted[name]: tensor for name, tensor in _read(present, chosen)}
 
 
-def _read(tensors: dict[str, Stored], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yield each tensor in a dtype."""
+def _read(tensors: dict[str, StoredTensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor, converted to a dtype."""
     for file in sorted({stored.file for stored in tensors.values()}):
         with _opened(file) as mapped:
             for name, stored in tensors.items():
-                if stored.file != file or stored.pieces:
+                if stored.file != file or stored.slices:
                     continue
                 tensor = mapped.get_tensor(stored.name)
                 if tensor.dtype != dtype:
-                    # By a mapping of its own: what was read through it is given back with it.
+                    # A separate mapping: its pages are released after the conversion.
                     with _opened(file) as own:
                         tensor = own.get_tensor(stored.name).to(dtype)
                 yield name, tensor
     for name, stored in tensors.items():
-        if stored.pieces:
-            parts = {part.name: part for part in stored.pieces}
+        if stored.slices:
+            parts = {part.name: part for part in stored.slices}
             yield name, torch.cat([part for _, part in sorted(_read(parts, dtype), key=_row)])
 
 
-def _row(piece: tuple[str, Tensor]) -> int:
-    return split_piece_name(piece[0])[1]
+def _row(part: tuple[str, Tensor]) -> int:
+    return split_slice_name(part[0])[1]
 
 
-def _check_repeated(head: Stored, embedding: Stored) -> None:
-    """Refuse a head that config.json calls the embedding, but that is not."""
+def _check_repeated(head: StoredTensor, embedding: StoredTensor) -> None:
+    """Refuse a stored head that differs from the embedding although config.json ties them."""
     with _opened(head.file) as one, _opened(embedding.file) as other:
         same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape) and torch.equal(
             one.get_tensor(head.name).view(torch.uint8), other.get_tensor(embedding.name).view(torch.uint8)
@@ -179,10 +204,10 @@ def _text_name(name: str) -> str:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Return the file of each tensor; a file's name is a plain one, so that nothing outside of the folder is opened."""
+    """Return the file of each tensor; paths outside of the folder are refused."""
     files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise ModelError(f"{path}: has no weight_map, which says in which file each tensor is")
+        raise ModelError(f"{path}: has no weight_map (tensor name to file)")
     for file in files.values():
         if not isinstance(file, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file, re.ASCII):
             raise ModelError(f"{path}: weight_map names {file!r:.80}, not a .safetensors file of this folder")
@@ -191,25 +216,30 @@ def _read_index(path: Path) -> dict[str, str]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Map a file; the library compares all sizes and places in its header with the file before it does."""
+    """Memory-map a file; the library validates all sizes and offsets of the header first."""
+    if (kind := path_kind(path, ModelError)) in (None, "other"):  # opening a pipe would block
+        what = "no such file" if kind is None else "not a regular file"
+        raise ModelError(f"{path}: {what}; a model folder has config.json and {WEIGHTS} or all its shards")
+    require_utf8(path, ModelError)
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path}: no such file; a model folder has config.json and {WEIGHTS} or all its shards"
-        ) from None
-    except (SafetensorError, OSError) as error:
+        with path.open("rb") as file:  # the library reports every error as a missing file
+            if is_lfs_pointer(file.read(64)):
+                raise ModelError(f"{path}: {IS_LFS_POINTER}")
+        with safe_open(path, framework="pt") as mapped:
+            yield mapped
+    except (OSError, RuntimeError) as error:  # torch's, of a file that went while it was being mapped
+        raise ModelError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except SafetensorError as error:
         raise ModelError(f"{path}: damaged or not a safetensors file: {error}") from None
 
 
-def _refuse(origin: Path, what: str, names: list[str]) -> None:
+def _refuse(origin: Path, what: str, names: list[str], more: str = "") -> None:
     if names:
-        raise ModelError(f"{origin}: {what} {_shown(names)}")
+        raise ModelError(f"{origin}: {what} {_shown(names)}{more}")
 
 
 def _shown(names: Iterable[str]) -> str:
-    """List the first names; one that could not be read on a line is escaped."""
+    """List the first five names, unprintable ones escaped."""
     listed = list(names)
     first = [name if name.isprintable() else repr(name) for name in listed[:5]]
     return ", ".join(first) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

@@ -5,10 +5,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from gemmule.recipe import Problem, Settings
+from gemmule.fields import Noun, Text
+from gemmule.settings import Problem, Settings
 
 Kind = Literal["local", "global"]
-Count = Annotated[int, Field(gt=0)]
+# No published model has a size near it, and up to here the sizes of a tensor multiply without overflow.
+Size = Annotated[int, Field(ge=1, le=2**20)]
+# Up to here positions are exact in floating point, too.
+_LARGEST = 2**53
+Whole = Annotated[int, Field(ge=1)]
+# Far beyond what models have, and what fp32 computes with; outside, angles and norms are NaN or infinite.
+Constant = Annotated[float, Field(ge=1e-30, le=1e30)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 # The text models as published (Gemma 3 technical report, table 1, and the released config.json files).
@@ -47,32 +54,39 @@ class Gemma3Config(Settings):
     In a recipe, `model.size = "1b"` stands for that size's numbers; keys beside it override them.
     """
 
-    size: Literal["270m", "1b", "4b", "12b", "27b"] | None = Field(default=None, exclude=True)
-    vocab_size: Count = 262_144
-    hidden_size: Count = 640
-    intermediate_size: Count = 2048
-    num_hidden_layers: Count = 18
-    num_attention_heads: Count = 4
-    num_key_value_heads: Count = 1
-    head_dim: Count = 256
-    # Attention scores are divided by the square root of this; it equals head_dim except in the 27B.
-    query_pre_attn_scalar: Count = 256
-    # A local layer's token sees itself and the sliding_window - 1 tokens before it.
-    sliding_window: Count = 512
-    # Every n-th layer is global, the others are local.
-    sliding_window_pattern: Count = 6
-    rope_theta: Annotated[float, Field(gt=0)] = 1_000_000.0
-    rope_local_base_freq: Annotated[float, Field(gt=0)] = 10_000.0
-    # Positions of global layers are divided by this.
-    rope_scaling_factor: Annotated[float, Field(ge=1)] = 1.0
-    max_position_embeddings: Count = 32_768
-    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
-    tie_word_embeddings: bool = True
-    # Standard deviation of the first weights.
-    initializer_range: Annotated[float, Field(gt=0)] = 0.02
-    # Gemma trains without dropout; the residual branches and the attention weights can have it.
-    dropout: Rate = 0.0
-    attention_dropout: Rate = 0.0
+    size: Annotated[Text, Noun(f"one of {', '.join(SIZES)}")] | None = Field(
+        None,
+        exclude=True,
+        description=f"a published size ({', '.join(SIZES)}) whose numbers are the defaults of all other keys",
+    )
+    vocab_size: Size = Field(
+        262_144, description="rows of the embedding; leave it out in a recipe, and it follows the tokenizer"
+    )
+    hidden_size: Size = Field(640, description="width of the residual stream")
+    intermediate_size: Size = Field(2048, description="width of the MLP")
+    num_hidden_layers: Size = Field(18, description="layers (blocks)")
+    num_attention_heads: Size = Field(4, description="query heads")
+    num_key_value_heads: Size = Field(1, description="key and value heads, each shared by several query heads")
+    head_dim: Size = Field(256, description="width of a head")
+    query_pre_attn_scalar: Whole = Field(
+        256, description="attention scores are divided by its square root; head_dim except in the 27B"
+    )
+    sliding_window: Whole = Field(
+        512, description="tokens that a local layer sees: the token itself and those before it"
+    )
+    sliding_window_pattern: Whole = Field(6, description="every n-th layer is global, the others are local")
+    rope_theta: Constant = Field(1_000_000.0, description="base of the rotary embedding of global layers")
+    rope_local_base_freq: Constant = Field(10_000.0, description="base of the rotary embedding of local layers")
+    rope_scaling_factor: Annotated[float, Field(ge=1, le=1e30)] = Field(
+        1.0, description="positions of global layers are divided by this"
+    )
+    max_position_embeddings: Whole = Field(32_768, description="longest sequence of the model, in tokens")
+    rms_norm_eps: Constant = Field(1e-6, description="added to the mean square in RMSNorm")
+    tie_word_embeddings: bool = Field(True, description="whether the output head is the embedding")
+    initializer_range: Constant = Field(0.02, description="standard deviation of the first weights")
+    # Gemma trains without dropout.
+    dropout: Rate = Field(0.0, description="dropout of the residual branches")
+    attention_dropout: Rate = Field(0.0, description="dropout of the attention weights")
 
     @model_validator(mode="before")
     @classmethod
@@ -90,14 +104,16 @@ class Gemma3Config(Settings):
 
     def window(self, kind: Kind) -> int | None:
         """How many tokens, itself included, a token of a layer of this kind sees; None means all."""
-        return self.sliding_window if kind == "local" else None
+        return self.sliding_window if kind == "local" and self.sliding_window < _LARGEST else None
 
     def rope(self, kind: Kind) -> tuple[float, float]:
         """The base of a kind's rotary frequencies, and the factor by which its positions are divided."""
         return (self.rope_local_base_freq, 1.0) if kind == "local" else (self.rope_theta, self.rope_scaling_factor)
 
     def problems(self) -> Iterator[Problem]:
-        """Yield the combinations of shapes that no Gemma 3 can have."""
+        """Yield sizes that do not exist, and the combinations of shapes that no Gemma 3 can have."""
+        if self.size is not None:  # of those that exist the numbers have taken its place
+            yield Problem("size", self.size, f"no such size; there are {', '.join(SIZES)}")
         if self.num_attention_heads % self.num_key_value_heads:
             heads = self.num_attention_heads
             fits = [n for n in range(1, min(heads, 128) + 1) if heads % n == 0]
@@ -108,3 +124,6 @@ class Gemma3Config(Settings):
             # Not needed by the arithmetic, but transformers refuses to open such a model.
             advice = f"must be a multiple of num_attention_heads ({self.num_attention_heads})"
             yield Problem("hidden_size", self.hidden_size, advice)
+        for name in ("query_pre_attn_scalar", "sliding_window", "sliding_window_pattern", "max_position_embeddings"):
+            if getattr(self, name) > _LARGEST:
+                yield Problem(name, getattr(self, name), f"must be at most {_LARGEST:,}")

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gemmule.model.attention import KERNELS, Visibility, rows_in_order
+from gemmule.model.attention import KERNELS, AttentionMask, packed_mask
 from gemmule.model.cache import Cache
 from gemmule.model.config import Gemma3Config, Kind
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (B or 1, 1, T, H)
-Readout = Callable[
+OutputHead = Callable[
     [Tensor, Tensor], Tensor
 ]  # (hidden states (B,T,D), vocabulary matrix (V,D)) -> what the caller wants
 
@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size))
+        self.weight = nn.Parameter(torch.zeros(size, dtype=torch.get_default_dtype()))  # as nn.Linear
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,14 +80,14 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(size, config.rms_norm_eps)
         self.key_norm = RMSNorm(size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: Rotary, visibility: Visibility, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, mask: AttentionMask, cache: Cache | None) -> Tensor:
         """Mix x (B,T,D) over the tokens that each one sees."""
         query = rotate(self.query_norm(self._heads(self.query(x))), rotary)
         key = rotate(self.key_norm(self._heads(self.key(x))), rotary)
         value = self._heads(self.value(x))
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
-        mixed = self.kernel(query, key, value, visibility, self.scale, self.dropout if self.training else 0.0)
+        mixed = self.kernel(query, key, value, mask, self.scale, self.dropout if self.training else 0.0)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -122,15 +122,15 @@ class Block(nn.Module):
         self.post_mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Rotary, visibility: Visibility, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, mask: AttentionMask, cache: Cache | None = None) -> Tensor:
         """Return the residual stream (B,T,D) after this layer."""
-        mixed = self.attention(self.pre_attention_norm(x), rotary, visibility, cache)
+        mixed = self.attention(self.pre_attention_norm(x), rotary, mask, cache)
         x = x + self.dropout(self.post_attention_norm(mixed))
         return x + self.dropout(self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x))))
 
 
 class Gemma3(nn.Module):
-    """A decoder-only transformer that predicts the next token; local layers see a window, every n-th layer sees all."""
+    """A decoder-only transformer: local layers have sliding-window attention, every n-th layer is global."""
 
     def __init__(self, config: Gemma3Config, kernel: str = "sdpa") -> None:
         super().__init__()
@@ -149,25 +149,25 @@ class Gemma3(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         cache: Cache | None = None,
-        readout: Readout = all_logits,
+        output_head: OutputHead = all_logits,
     ) -> Tensor:
         """Predict the token after each of tokens (B,T); by default the logits (B,T,V).
 
-        Positions (B or 1, T) count on from the cache by default. Tokens see only their own document (B,T) where given.
+        Positions (B or 1, T) continue from the cache by default. Tokens attend to their own document (B,T).
         """
-        visibility, rotary = self._geometry(tokens, positions, documents, cache)
+        masks, rotary = self._masks_and_rotary(tokens, positions, documents, cache)
         # The scale is rounded to the weights' dtype, as Google's models were trained with; the head is not scaled.
         dtype = self.embedding.weight.dtype
         scale = torch.full((), math.sqrt(self.config.hidden_size), dtype=dtype, device=tokens.device)
         x = self.dropout(self.embedding(tokens) * scale)
         for block, kind in zip(self.blocks, self.config.layer_kinds, strict=True):
-            x = block(x, rotary[kind], visibility[kind], cache)
-        return readout(self.norm(x), self.embedding.weight if self.head is None else self.head.weight)
+            x = block(x, rotary[kind], masks[kind], cache)
+        return output_head(self.norm(x), self.embedding.weight if self.head is None else self.head.weight)
 
-    def _geometry(
+    def _masks_and_rotary(
         self, tokens: Tensor, positions: Tensor | None, documents: Tensor | None, cache: Cache | None
-    ) -> tuple[dict[Kind, Visibility], dict[Kind, Rotary]]:
-        """Say, once for all layers of a kind, what each token sees and by which angles it is turned."""
+    ) -> tuple[dict[Kind, AttentionMask], dict[Kind, Rotary]]:
+        """Return the attention mask and the rotary embedding of each kind of layer."""
         config, kinds = self.config, sorted(set(self.config.layer_kinds))
         length = tokens.shape[1]
         in_order = positions is None and cache is None
@@ -175,13 +175,13 @@ class Gemma3(nn.Module):
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + length, device=tokens.device)[None]
         if cache is not None:
-            visibility = cache.extend(positions, documents)
+            masks = cache.extend(positions, documents)
         elif in_order:
             kernel = self.kernel if self.training or self.kernel != "flex" else "sdpa"  # only training is compiled
-            visibility = {kind: rows_in_order(kernel, positions, config.window(kind), documents) for kind in kinds}
+            masks = {kind: packed_mask(kernel, positions, config.window(kind), documents) for kind in kinds}
         else:
-            visibility = {
-                kind: Visibility(positions, positions, config.window(kind), documents, documents) for kind in kinds
+            masks = {
+                kind: AttentionMask(positions, positions, config.window(kind), documents, documents) for kind in kinds
             }
         rotary = {kind: rotary_tables(positions, config.head_dim, *config.rope(kind)) for kind in kinds}
-        return visibility, rotary
+        return masks, rotary

@@ -1,1 +1,1 @@
-"""Planning: what a recipe needs and how long it takes, before anything runs."""
+"""Plan a recipe before it runs: peak memory, time and cost."""

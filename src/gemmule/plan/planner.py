@@ -1,4 +1,4 @@
-"""A recipe's plan: what it needs of memory, time, energy and money on a device, and what it rests on."""
+"""Plan a recipe on a device: peak memory, time, energy, cost, and the assumptions of the estimate."""
 
 import math
 from pathlib import Path
@@ -8,46 +8,54 @@ import torch
 
 from gemmule.data.dataset import prepared_folder
 from gemmule.errors import DeviceError, RecipeError
-from gemmule.plan.clock import flops, micro_batch_seconds, update_seconds
-from gemmule.plan.devices import DEVICES, Device, find_device
-from gemmule.plan.fusion import fuse
-from gemmule.plan.memory import (
-    Count,
-    Memory,
-    Sharing,
-    Update,
-    count_parameters,
-    fullest_moment,
-    process_bytes,
-    update_of,
+from gemmule.plan.cost_model import (
+    LAUNCH_SECONDS,
+    LINK_EFFICIENCY,
+    Collective,
+    CostModel,
+    Roofline,
+    collective_seconds,
+    exposed_seconds,
+    micro_batch_flops,
+    micro_batch_seconds,
+    optimizer_seconds,
+    step_collectives,
 )
-from gemmule.plan.network import LINK_SHARE, Collective, exchanges, exposed, seconds
-from gemmule.plan.prices import LAUNCH, Prices, Roofline
-from gemmule.plan.probe import Probe, this_machine
-from gemmule.plan.text import Text, text_of
-from gemmule.plan.trace import Shape, Trace, trace
+from gemmule.plan.dataset_size import DatasetSize, dataset_size
+from gemmule.plan.devices import DEVICES, Device, MeasuredCostModel, find_device, this_machine
+from gemmule.plan.memory import (
+    OptimizerStep,
+    ParameterCount,
+    PeakMemory,
+    Sharding,
+    count_parameters,
+    peak_memory,
+    trace_optimizer_step,
+)
+from gemmule.plan.trace import Trace, TraceSettings, fuse, trace
+from gemmule.processes import peak_memory as process_peak_memory
 from gemmule.runtime import choose_precision
 from gemmule.tokenizer import Tokenizer
-from gemmule.train.probe import AUTO
-from gemmule.train.run import Recipe
+from gemmule.train.autotune import Trial, settle_precision
+from gemmule.train.recipe import AUTO, Recipe
 
-# Seconds that compiling takes before the first step, as in the project's own runs.
-COMPILING = 30.0
-# Of a generated token, operations that each layer starts; generation is not compiled.
-_STARTS = 80
-# Training tokens for each parameter outside the embedding, where compute buys most (Hoffmann et al., arXiv 2203.15556).
-OPTIMAL = 20.0
-# macOS leaves a GPU so much of the memory it shares.
+# Seconds of compilation before the first step, as in the project's own runs.
+COMPILE_SECONDS = 30.0
+# Kernel launches per layer and generated token; generation is not compiled.
+_LAUNCHES = 80
+# Compute-optimal training tokens per parameter outside the embedding (Hoffmann et al., arXiv 2203.15556).
+COMPUTE_OPTIMAL = 20.0
+# Share of the unified memory that macOS leaves to the GPU.
 _APPLE_SHARE = 0.75
 
 
 class Times(NamedTuple):
-    """Seconds of a run and its parts."""
+    """Seconds of an optimizer step and of other parts of a run."""
 
-    forward: float  # of all micro-batches of a step
+    forward: float  # all micro-batches
     backward: float
-    update: float
-    exchange: float  # that computing does not hide
+    optimizer: float
+    communication: float  # exposed, not overlapped with compute
     validation: float  # each
     sample: float  # each
     start: float
@@ -55,35 +63,35 @@ class Times(NamedTuple):
     @property
     def step(self) -> float:
         """One optimizer step."""
-        return self.forward + self.backward + self.update + self.exchange
+        return self.forward + self.backward + self.optimizer + self.communication
 
 
 class Plan(NamedTuple):
-    """What was found out about a recipe on a device."""
+    """The plan of a recipe on a device."""
 
     recipe: Recipe
     device: Device
-    sharing: Sharing
+    sharding: Sharding
     precision: Literal["bf16", "fp32"]
-    parameters: Count
-    micro_batch: int  # rows on a device at once
-    micro_batches: int  # of a step
-    flops_forward: float  # a token
+    parameters: ParameterCount
+    micro_batch: int  # sequences per device
+    micro_batches: int  # per optimizer step
+    flops_forward: float  # per token
     flops_backward: float
-    flops_update: float  # a step
-    memory: Memory
+    flops_optimizer: float  # per step
+    memory: PeakMemory
     capacity: float
-    largest: int  # rows that would fit at once; 0 where none do
+    largest: int  # micro-batch that fits; 0 where none does
     times: Times
     steps: int
-    exchanged: list[tuple[Collective, float]]  # with seconds
-    text: Text
+    collectives: list[tuple[Collective, float]]  # with seconds
+    dataset: DatasetSize
     price: float
     assumptions: list[str]
 
     @property
     def fits(self) -> bool:
-        """Whether memory suffices."""
+        """Whether the peak memory fits."""
         return self.memory.total <= self.capacity
 
     @property
@@ -98,147 +106,161 @@ class Plan(NamedTuple):
 
     @property
     def tokens_per_second(self) -> float:
-        """While it trains."""
+        """Training throughput."""
         return self.tokens_per_step / self.times.step
 
     @property
     def hours(self) -> float:
-        """From start to end, with validation and samples."""
+        """Hours of the run, with validation and samples."""
         every = math.ceil(self.steps / self.recipe.train.validate_every)
-        whole = self.times.start + self.steps * self.times.step
-        return (whole + every * (self.times.validation + self.times.sample)) / 3600
+        training = self.times.start + self.steps * self.times.step
+        return (training + every * (self.times.validation + self.times.sample)) / 3600
 
     @property
     def kilowatt_hours(self) -> float:
-        """What the devices draw at full power."""
-        return self.hours * self.sharing.gpus * self.device.watts / 1000
+        """Energy of the devices at full power."""
+        return self.hours * self.sharding.gpus * self.device.watts / 1000
 
     @property
     def cost(self) -> float:
-        """In dollars."""
-        return self.hours * self.sharing.gpus * self.price
+        """Cost in US dollars."""
+        return self.hours * self.sharding.gpus * self.price
 
     @property
-    def utilisation(self) -> float | None:
-        """Return the share of the published peak that the model's own FLOPs use; None where no peak is published."""
+    def mfu(self) -> float | None:
+        """Model FLOPs utilization (MFU); None where no peak is published."""
         peak = self.device.bf16 if self.precision == "bf16" else self.device.fp32
         if self.device.name == "cpu" or not peak:
             return None
-        return (self.flops_forward * 3) * self.tokens_per_second / (peak * self.sharing.gpus)
+        return (self.flops_forward * 3) * self.tokens_per_second / (peak * self.sharding.gpus)
 
 
 class Planner:
-    """Plans variants of one recipe on one device; what was traced once is not traced again."""
+    """Plans variants of one recipe on one device, with cached traces."""
 
-    def __init__(self, recipe: Recipe, device: str | None = None, gpus: int = 1, price: float | None = None) -> None:
-        """Settle what the recipe leaves open; DeviceError or RecipeError where it cannot be run so."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: str | None = None,
+        gpus: int = 1,
+        price: float | None = None,
+        process: float | None = None,
+    ) -> None:
+        """Resolve device, vocabulary and precision; DeviceError or RecipeError where the recipe cannot run there.
+
+        `process` is the memory of this process without a model, in bytes, where it already holds one.
+        """
         if device is None and recipe.train.device == "cpu":
             device = "cpu"
         self.device = device_at_hand() if device is None else this_machine() if device == "cpu" else find_device(device)
         if self.device.name == "cpu" and gpus > 1:
-            raise DeviceError(f"--gpus {gpus}: counts GPUs; name one by --device, such as h100")
+            raise DeviceError(f"--gpus {gpus}: needs a GPU; choose one with --device, such as h100")
         if recipe.train.batch_size % gpus:
             nearest = max(gpus, recipe.train.batch_size // gpus * gpus)
             raise RecipeError(
                 f"train.batch_size = {recipe.train.batch_size}: must be a multiple of {gpus} GPUs, such as {nearest}"
             )
-        self.recipe = recipe.replace(model=recipe.model.replace(vocab_size=_vocabulary(recipe), size=None))
-        self.sharing = Sharing(recipe.parallel.strategy, gpus, self.device.per_machine)
+        self._process = process_peak_memory() if process is None else process  # before the measurements allocate memory
+        recipe = recipe.replace(model=recipe.model.replace(vocab_size=_resolve_vocabulary(recipe), size=None))
+        self.precision = _resolve_precision(recipe, self.device)
+        self.recipe = recipe.replace(train=recipe.train.replace(precision=self.precision))
+        self.sharding = Sharding(recipe.parallel.strategy, gpus, self.device.per_node)
         self.price = self.device.price if price is None else price
-        self.precision = _precision(recipe, self.device)
-        self._traces: dict[Shape, tuple[Trace, Trace]] = {}
-        self._process = process_bytes()  # before anything is measured here
+        self._traces: dict[TraceSettings, tuple[Trace, Trace]] = {}
 
     def variant(self, recipe: Recipe, gpus: int) -> "Planner":
-        """Return a planner of a changed recipe that knows what this one has traced."""
-        other = Planner(recipe, self.device.name, gpus, self.price)
-        other._traces, other._process = self._traces, self._process
+        """Return a planner of a changed recipe that shares the cached traces."""
+        other = Planner(recipe, self.device.name, gpus, self.price, self._process)
+        other._traces = self._traces
         return other
 
     def plan(self, search: bool = True) -> Plan:
-        """Work everything out; without `search` no other micro-batch is tried."""
+        """Make the plan; `search` also finds the largest micro-batch that fits."""
         recipe, settings, model = self.recipe, self.recipe.train, self.recipe.model
-        here = settings.batch_size // self.sharing.gpus
-        rows = min(settings.micro_batch_size or here, here)
+        rank_batch_size = settings.batch_size // self.sharding.gpus
+        rows = min(settings.micro_batch_size or rank_batch_size, rank_batch_size)
         memory = self.memory(rows)
-        eager, traced = self._traced(self.shape(rows))
-        update = self.update()
-        work = flops(traced, model.layer_kinds)
-        prices: Prices = Roofline(self.device, self.precision)
+        eager, traced = self._traced(self.trace_settings(rows))
+        optimizer_step = self.optimizer_step()
+        flops = micro_batch_flops(traced, model.layer_kinds)
+        cost_model: CostModel = Roofline(self.device, self.precision)
         if self.device.name == "cpu":
-            prices = Probe(rows * settings.context * model.hidden_size * 4)
+            cost_model = MeasuredCostModel(rows * settings.context * model.hidden_size * 4)
         count = count_parameters(model)
-        text = text_of(recipe)
-        parts = here // rows
+        dataset = dataset_size(recipe)
+        micro_batches = rank_batch_size // rows
         matrices = count.attention + count.mlp if recipe.optimizer.name == "muon" else 0
-        found = exchanges(count, model.num_hidden_layers, matrices, self.sharing, parts, self.precision)
-        times = self._times(eager, traced, update, prices, found, text, rows, parts)
+        collectives = step_collectives(
+            count, model.num_hidden_layers, matrices, self.sharding, micro_batches, self.precision
+        )
+        times = self._times(eager, traced, optimizer_step, cost_model, collectives, dataset, rows, micro_batches)
         steps = settings.steps
         if settings.minutes is not None:
             steps = max(1, min(steps, int(60 * settings.minutes / times.step)))
         tokens = rows * settings.context
         return Plan(
-            recipe, self.device, self.sharing, self.precision, count, rows, parts,
-            work.forward / tokens, work.backward / tokens, sum(o.flops * times for o, times in update.operations),
-            memory, self.capacity, self._largest(rows, here, memory) if search else rows, times, steps,
-            [(one, seconds(one, self.device)) for one in found], text, self.price,
-            [*prices.assumptions, *self._assumptions(text)],
+            recipe, self.device, self.sharding, self.precision, count, rows, micro_batches,
+            flops.forward / tokens, flops.backward / tokens,
+            sum(operation.flops * repeats for operation, repeats in optimizer_step.operations),
+            memory, self.capacity, self._largest(rows, rank_batch_size, memory) if search else rows, times, steps,
+            [(one, collective_seconds(one, self.device)) for one in collectives], dataset, self.price,
+            [*cost_model.assumptions, *self._assumptions(dataset)],
         )  # fmt: skip
 
-    def shape(self, rows: int) -> Shape:
-        """Describe a micro-batch of so many rows."""
+    def trace_settings(self, rows: int) -> TraceSettings:
+        """Describe a micro-batch of `rows` sequences."""
         settings, recipe = self.recipe.train, self.recipe
-        # A run's own plan knows what "auto" became, which on a CPU is "folded" as a rule; what only a GPU can run is
-        # planned as what it replaces.
-        likely = {AUTO: "folded" if self.device.name == "cpu" else "sdpa", "flex": "sdpa"}
+        # The plan that a run makes knows the resolved "auto", which on a CPU is usually "block-local"; FlexAttention is
+        # planned as the SDPA that it replaces.
+        likely = {AUTO: "block-local" if self.device.name == "cpu" else "sdpa", "flex": "sdpa"}
         kernel = likely.get(settings.attention, settings.attention)
-        return Shape(
+        return TraceSettings(
             model=recipe.model,
             rows=rows,
             context=settings.context,
-            masked=recipe.data.mask_documents,
+            mask_documents=recipe.data.mask_documents,
             precision=self.precision,
             kernel=kernel if self.device.fused_attention else "reference",
-            recomputed=recipe.parallel.activation_checkpointing,
+            activation_checkpointing=recipe.parallel.activation_checkpointing,
             compiled=settings.compile,
-            sharded=self.sharing.sharded,
-            accumulating=settings.batch_size // self.sharing.gpus > rows,
+            sharded=self.sharding.sharded,
+            gradient_accumulation=settings.batch_size // self.sharding.gpus > rows,
         )
 
-    def memory(self, rows: int) -> Memory:
-        """Return the fullest moment of a device that takes so many rows at once."""
-        shape = self.shape(rows)
+    def memory(self, rows: int) -> PeakMemory:
+        """Return the peak memory of a device with micro-batches of `rows` sequences."""
+        settings = self.trace_settings(rows)
         kind: Literal["cpu", "gpu", "apple"] = "gpu"
         if self.device.name == "cpu":
             kind = "cpu"
         elif not self.device.fused_attention:
             kind = "apple"
-        traced = self._traced(shape)[1]
-        options = (self.precision, kind, shape.compiled, shape.accumulating, self._process)
-        return fullest_moment(self.recipe.model, traced, self.update(), self.sharing, *options)
+        traced = self._traced(settings)[1]
+        options = (self.precision, kind, settings.compiled, settings.gradient_accumulation, self._process)
+        return peak_memory(self.recipe.model, traced, self.optimizer_step(), self.sharding, *options)
 
-    def update(self) -> Update:
-        """Return what one update of the weights takes."""
-        return update_of(self.recipe.model, self.recipe.optimizer, self.precision)
+    def optimizer_step(self) -> OptimizerStep:
+        """Return memory and operations of an optimizer step."""
+        return trace_optimizer_step(self.recipe.model, self.recipe.optimizer, self.precision)
 
     @property
     def capacity(self) -> float:
-        """Bytes that one device offers."""
+        """Bytes available on one device."""
         return self.device.memory * (1.0 if self.device.fused_attention else _APPLE_SHARE)
 
-    def _traced(self, shape: Shape) -> tuple[Trace, Trace]:
-        """Return a micro-batch as written and as it is run, which is compiled perhaps."""
-        if shape not in self._traces:
-            eager = trace(shape)
-            self._traces[shape] = (eager, fuse(eager) if shape.compiled else eager)
-        return self._traces[shape]
+    def _traced(self, settings: TraceSettings) -> tuple[Trace, Trace]:
+        """Return the trace of an eager micro-batch, and of one as the recipe runs it, compiled or not."""
+        if settings not in self._traces:
+            eager = trace(settings)
+            self._traces[settings] = (eager, fuse(eager) if settings.compiled else eager)
+        return self._traces[settings]
 
-    def _largest(self, rows: int, here: int, memory: Memory) -> int:
-        """Search the largest micro-batch that divides a device's rows and fits: memory grows with rows in a line."""
+    def _largest(self, rows: int, rank_batch_size: int, memory: PeakMemory) -> int:
+        """Find the largest micro-batch that fits and divides the batch of a rank; memory is linear in its size."""
         other = rows // 2 if rows > 1 else 2
         slope = max(1.0, (memory.total - self.memory(other).total) / (rows - other))
         room = rows + (self.capacity - memory.total) / slope
-        fitting = [size for size in range(1, here + 1) if here % size == 0 and size <= room]
+        fitting = [size for size in range(1, rank_batch_size + 1) if rank_batch_size % size == 0 and size <= room]
         while fitting and self.memory(fitting[-1]).total > self.capacity:
             fitting.pop()
         return fitting[-1] if fitting else 0
@@ -247,50 +269,54 @@ class Planner:
         self,
         eager: Trace,
         traced: Trace,
-        update: Update,
-        prices: Prices,
-        found: list[Collective],
-        text: Text,
+        optimizer_step: OptimizerStep,
+        cost_model: CostModel,
+        collectives: list[Collective],
+        dataset: DatasetSize,
         rows: int,
-        parts: int,
+        micro_batches: int,
     ) -> Times:
         settings, kinds = self.recipe.train, self.recipe.model.layer_kinds
-        there, back = (parts * part for part in micro_batch_seconds(traced, kinds, prices))
-        moving = update_seconds(update, self.sharing.shards, prices)
-        hiding = back if self.sharing.strategy == "ddp" else there + back
-        waiting = exposed(found, self.device, hiding, len(kinds)) if found else 0.0
-        measured = settings.validation_tokens or text.validation_tokens or 0
-        forward = micro_batch_seconds(eager, kinds, prices)[0]
-        validation = forward * measured / (rows * settings.context) / self.sharing.gpus
-        sample = settings.sample_tokens * len(kinds) * _STARTS * LAUNCH
-        return Times(there, back, moving, waiting, validation, sample, COMPILING * settings.compile)
+        forward, backward = (micro_batches * part for part in micro_batch_seconds(traced, kinds, cost_model))
+        optimizer = optimizer_seconds(optimizer_step, self.sharding.shards, cost_model)
+        overlap = backward if self.sharding.strategy == "ddp" else forward + backward
+        communication = exposed_seconds(collectives, self.device, overlap, len(kinds)) if collectives else 0.0
+        validation_tokens = settings.validation_tokens or dataset.validation_tokens or 0
+        eager_forward = micro_batch_seconds(eager, kinds, cost_model)[0]
+        validation = eager_forward * validation_tokens / (rows * settings.context) / self.sharding.gpus
+        sample = settings.sample_tokens * len(kinds) * _LAUNCHES * LAUNCH_SECONDS
+        start = COMPILE_SECONDS * settings.compile
+        return Times(forward, backward, optimizer, communication, validation, sample, start)
 
-    def _assumptions(self, text: Text) -> list[str]:
-        said = [f"tokens of the data: {text.how}"]
-        said.append(f"{OPTIMAL:g} tokens a parameter outside the embedding are compute-optimal (arXiv 2203.15556)")
+    def _assumptions(self, dataset: DatasetSize) -> list[str]:
+        found = [f"dataset size: {dataset.source}"]
+        found.append(
+            f"compute-optimal: {COMPUTE_OPTIMAL:g} tokens per parameter outside the embedding (arXiv 2203.15556)"
+        )
         if self.device.name != "cpu":
-            said.append(
-                f"electricity of the devices alone, at {self.device.watts:g} W each; {self.price:g} $ an hour each"
+            found.append(
+                f"energy of the devices only, {self.device.watts:g} W each; price ${self.price:.2f} per device and hour"
             )
         if self.recipe.train.compile:
-            said.append(
-                f"compiling takes {COMPILING:g} s before the first step; compiled blocks store what products use"
+            found.append(
+                f"compilation takes {COMPILE_SECONDS:g} s before step 1; compiled blocks save the inputs of matmuls"
             )
         if not self.device.fused_attention:
-            said.append(
-                f"attention keeps its table, as torch's on MPS does; macOS leaves {_APPLE_SHARE:.0%} of the memory"
+            found.append(
+                f"attention materializes T x T scores, as on MPS; macOS leaves {_APPLE_SHARE:.0%} of memory to the GPU"
             )
-        if self.sharing.gpus > 1:
-            here = min(self.sharing.gpus, self.device.per_machine)
-            said.append(
-                f"machines of {here}: {self.device.inside / 1e9:g} GB/s inside, {self.device.between / 1e9:g} GB/s for "
-                f"each GPU between them, of which {LINK_SHARE:.0%} are reached; exchanges hide behind computing"
+        if self.sharding.gpus > 1:
+            per_node = min(self.sharding.gpus, self.device.per_node)
+            found.append(
+                f"{per_node} GPUs per node: {self.device.intra_node / 1e9:g} GB/s within a node, "
+                f"{self.device.inter_node / 1e9:g} GB/s per GPU between nodes, at {LINK_EFFICIENCY:.0%} efficiency; "
+                "communication overlaps with compute"
             )
-        return said
+        return found
 
 
 def device_at_hand() -> Device:
-    """Return the machine's GPU where its name is known, else the machine itself."""
+    """Return the GPU of this machine if it is a known device, else the machine itself."""
     if torch.cuda.is_available():
         title = torch.cuda.get_device_name().lower().replace(" ", "")
         gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9
@@ -300,35 +326,45 @@ def device_at_hand() -> Device:
     return this_machine()
 
 
-def savings(planner: Planner, rows: int) -> list[tuple[str, float]]:
-    """Return settings that would need less memory, and the bytes each saves alone, the largest first."""
-    recipe, sharing = planner.recipe, planner.sharing
+class Saving(NamedTuple):
+    """A setting that reduces peak memory."""
+
+    setting: str  # as written after --set
+    bytes: float
+    fits: bool  # whether it then fits
+
+
+def savings(planner: Planner, rows: int, largest: int) -> list[Saving]:
+    """Return settings that reduce peak memory: the largest micro-batch that fits, then the largest savings."""
+    recipe, sharding = planner.recipe, planner.sharding
     now = planner.memory(rows).total
     changes: dict[str, tuple[Recipe, int]] = {}
-    if rows > 1:
-        changes["train.micro_batch_size = 1"] = (recipe, 1)
+    smaller = largest or 1
+    if smaller < rows:
+        changes[f"train.micro_batch_size={smaller}"] = (recipe, smaller)
     if recipe.parallel.activation_checkpointing != "full":
         parallel = recipe.parallel.replace(activation_checkpointing="full")
-        changes['parallel.activation_checkpointing = "full"'] = (recipe.replace(parallel=parallel), rows)
-    if sharing.gpus > 1 and sharing.strategy == "ddp":
-        changes['parallel.strategy = "fsdp"'] = (
+        changes["parallel.activation_checkpointing=full"] = (recipe.replace(parallel=parallel), rows)
+    if sharding.gpus > 1 and sharding.strategy == "ddp":
+        changes["parallel.strategy=fsdp"] = (
             recipe.replace(parallel=recipe.parallel.replace(strategy="fsdp")),
             rows,
         )
     if recipe.optimizer.name == "adamw":
         optimizer = recipe.optimizer.replace(name="muon")
-        changes['optimizer.name = "muon"'] = (recipe.replace(optimizer=optimizer), rows)
+        changes["optimizer.name=muon"] = (recipe.replace(optimizer=optimizer), rows)
     if not recipe.train.compile:
-        changes["train.compile = true"] = (recipe.replace(train=recipe.train.replace(compile=True)), rows)
-    saved = []
+        changes["train.compile=true"] = (recipe.replace(train=recipe.train.replace(compile=True)), rows)
+    found = []
     for name, (changed, size) in changes.items():
-        other = planner.variant(changed, sharing.gpus)
-        saved.append((name, now - other.memory(size).total))
-    return sorted((item for item in saved if item[1] > 0), key=lambda item: -item[1])
+        needed = planner.variant(changed, sharding.gpus).memory(size).total
+        found.append(Saving(name, now - needed, needed <= planner.capacity))
+    found.sort(key=lambda saving: (not (saving.fits and "micro_batch" in saving.setting), -saving.bytes))
+    return [saving for saving in found if saving.bytes > 0]
 
 
 def fewest_gpus(planner: Planner) -> int | None:
-    """Return the fewest GPUs, in powers of two, on which one row at a time fits under fsdp; None up to 4096."""
+    """Return the smallest number of GPUs, a power of two up to 4096, on which one sequence fits with fsdp, or None."""
     recipe = planner.recipe
     changed = recipe.replace(parallel=recipe.parallel.replace(strategy="fsdp"))
     for gpus in (2**power for power in range(1, 13)):
@@ -338,14 +374,19 @@ def fewest_gpus(planner: Planner) -> int | None:
     return None
 
 
-def _precision(recipe: Recipe, device: Device) -> Literal["bf16", "fp32"]:
-    if device.name == "cpu" or recipe.train.precision != "auto":
+def _resolve_precision(recipe: Recipe, device: Device) -> Literal["bf16", "fp32"]:
+    if recipe.train.precision != AUTO:
         return choose_precision(recipe.train.precision, torch.device("cpu"))
+    if device.name == "cpu":
+        settings = recipe.train
+        rows = settings.micro_batch_size or settings.batch_size
+        trial = Trial(recipe.model, rows, settings.context, recipe.data.mask_documents, torch.device("cpu"))
+        return settle_precision(trial, AUTO)
     return "bf16" if device.bf16 else "fp32"
 
 
-def _vocabulary(recipe: Recipe) -> int:
-    """Return the rows of the embedding: the model's own, or as many as the tokenizer has."""
+def _resolve_vocabulary(recipe: Recipe) -> int:
+    """Return the vocabulary size, of the model or else of the tokenizer."""
     if "vocab_size" in recipe.model.model_fields_set:
         return recipe.model.vocab_size
     folder = prepared_folder(recipe.data) or recipe.tokenizer.path

@@ -1,1 +1,1 @@
-"""From metrics to what people look at: curves and TensorBoard."""
+"""Reports from metrics: loss curves and TensorBoard events."""

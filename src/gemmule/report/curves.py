@@ -1,26 +1,26 @@
-"""loss.png: training and validation loss against steps, and the floor where it is known."""
+"""loss.png: training and validation loss by step, with the entropy floor if known."""
 
+import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from gemmule.errors import MissingExtra
-from gemmule.files import written_aside
-from gemmule.train.metrics import read_json_lines
+from gemmule.files import atomic_write
+from gemmule.run_folder import RunFolder
 
 TRAIN, VALIDATION, FLOOR = "#9db8d9", "#c0392b", "#2e7d32"
 
 
-def draw_curves(run: Path, say: Callable[[str], None]) -> None:
+def draw_curves(run: RunFolder, say: Callable[[str], None]) -> None:
     """Draw `loss.png` in a run folder from its metrics.jsonl; without matplotlib, say what is missing."""
-    lines = read_json_lines(run / "metrics.jsonl")
+    lines = run.read_metrics()
     try:
-        figure = loss_figure(lines, run.name)
+        figure = loss_figure(lines, run.path.name)
     except MissingExtra as error:
         if sum("val_loss" in line for line in lines) == 1:
             say(f"no loss.png: {error}")
         return
-    with written_aside(run / "loss.png") as path:
+    with atomic_write(run.curves) as path:
         figure.savefig(path, format="png", dpi=120)
 
 
@@ -32,8 +32,8 @@ def loss_figure(lines: list[dict[str, Any]], title: str) -> Any:
         raise MissingExtra("matplotlib", "plots", "drawing loss.png") from None
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
-    learned = [line for line in lines if "loss" in line]  # steps that were skipped have none
-    steps, losses = [line["step"] for line in learned], [line["loss"] for line in learned]
+    stepped = [line for line in lines if "loss" in line]  # skipped steps have none
+    steps, losses = [line["step"] for line in stepped], [line["loss"] for line in stepped]
     validated = [line for line in lines if "val_loss" in line]
     axes.plot(steps, losses, color=TRAIN, alpha=0.45, linewidth=0.8)
     axes.plot(steps, list(_smooth(losses)), color="#1f4e8c", linewidth=1.5, label="training")
@@ -46,7 +46,12 @@ def loss_figure(lines: list[dict[str, Any]], title: str) -> Any:
         linewidth=1.5,
         label=_describe(validated),
     )
-    shown = losses[len(losses) // 20 :] + [line["val_loss"] for line in validated]
+    finite = [line for line in validated if math.isfinite(line["val_loss"])]
+    if finite:
+        best = min(finite, key=lambda line: line["val_loss"])
+        label = f"best, {best['val_loss']:.3f} at step {best['step']:,}"
+        axes.plot([best["step"]], [best["val_loss"]], "*", color=VALIDATION, markersize=11, label=label)
+    shown = losses[len(losses) // 20 :] + [line["val_loss"] for line in finite]
     floor = validated[-1].get("val_floor") if validated else None
     if floor is not None:
         axes.axhline(floor, color=FLOOR, linestyle="--", linewidth=1.2, label=f"entropy floor {floor:.3f}")
@@ -65,12 +70,13 @@ def _describe(validated: list[dict[str, Any]]) -> str:
     if not validated:
         return "validation"
     last = validated[-1]
-    return f"validation, at last {last['val_loss']:.3f} ({last['val_bits_per_byte']:.3f} bits/byte)"
+    bits = last["val_bits_per_byte"]
+    return f"validation, last {last['val_loss']:.3f}" + (f" ({bits:.3f} bits/byte)" if bits is not None else "")
 
 
 def _smooth(values: list[float]) -> Iterator[float]:
-    """Yield the mean of each value and its neighbours, about a thirtieth of the run."""
-    side = max(1, len(values) // 60)
-    for place in range(len(values)):
-        near = values[max(0, place - side) : place + side + 1]
-        yield sum(near) / len(near)
+    """Yield a centered moving average over about a thirtieth of the run."""
+    side = len(values) // 60
+    for index in range(len(values)):
+        window = values[max(0, index - side) : index + side + 1]
+        yield sum(window) / len(window)

@@ -19,9 +19,9 @@ TAGS = {
 
 
 def open_tensorboard(folder: Path, say: Callable[[str], None]) -> Callable[[dict[str, Any]], None]:
-    """Return a function that adds one line of metrics to the events in `folder`, made when the first line comes.
+    """Return a function that logs a line of metrics to the events in `folder`, opened at the first line.
 
-    Without tensorboard, it says what is missing and the function does nothing.
+    Without tensorboard, `say` reports what is missing and the function does nothing.
     """
     try:
         from torch.utils.tensorboard.writer import SummaryWriter
@@ -36,7 +36,7 @@ def open_tensorboard(folder: Path, say: Callable[[str], None]) -> Callable[[dict
             # Events of steps that a killed run repeats are hidden.
             writer = SummaryWriter(str(folder), purge_step=line["step"])
         for key, tag in TAGS.items():
-            if key in line:
+            if line.get(key) is not None:
                 writer.add_scalar(tag, line[key], line["step"])
         writer.flush()
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back, in Gemma's conventions; knows nothing of tensors."""
+"""Tokenizer: text to token ids and back, in Gemma's conventions, without torch."""
 
 from gemmule.tokenizer.settings import TokenizerSettings
 from gemmule.tokenizer.streaming import TextStream

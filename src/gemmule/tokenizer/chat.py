@@ -1,4 +1,4 @@
-"""Conversations as Gemma reads them: turns rendered to ids, and which of the ids are the model's own words."""
+"""Chat template of Gemma: messages to token ids, with a mask of the tokens to train on."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from gemmule.tokenizer.tokenizer import Tokenizer
 
 START, END = "<start_of_turn>", "<end_of_turn>"
 
-# The same turns for programs that render Jinja (transformers, vLLM, llama.cpp): what `render_chat` makes, as text.
+# The template of `render_chat` in Jinja, for transformers, vLLM and llama.cpp.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- set ns = namespace(system='', turns=0) -%}
@@ -32,26 +32,26 @@ CHAT_TEMPLATE = """\
 
 
 class Turn(NamedTuple):
-    """One side's words: role is "user" or "model", as the template writes them."""
+    """One turn of a conversation; the role is "user" or "model"."""
 
     role: str
     text: str
 
 
 class Rendered(NamedTuple):
-    """A conversation in ids; `trained[i]` says that ids[i] is to be predicted by the model."""
+    """Token ids of a conversation; `trained` is the loss mask, true for the model's own tokens."""
 
     ids: list[int]
     trained: list[bool]
 
 
 def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, reply: bool = False) -> Rendered:
-    """Render messages, each with "role" and "content", in Gemma 3's turn template, bos once.
+    """Apply Gemma 3's chat template to messages with "role" and "content".
 
-    Trained are the model's text and the <end_of_turn> after it; the words of the user and of the template are not.
-    What a message says is ordinary text, even where it looks like a special token. `reply` ends with the opening of the
-    model's next turn. Raises SourceError for a conversation without that form, TokenizerError for a vocabulary without
-    turn tokens. Source: the chat template of Google's instruction-tuned Gemma 3; unlike there, system text is trimmed.
+    The loss mask covers the model's text and its <end_of_turn>. Special tokens in the content are encoded as ordinary
+    text. `reply` adds the start of the model's next turn (a generation prompt). Raises SourceError for an invalid
+    conversation, TokenizerError for a vocabulary without turn tokens.
+    Source: the chat template of Google's instruction-tuned Gemma 3; unlike there, system text is trimmed.
     """
     if tokenizer.start_of_turn_id is None or tokenizer.end_of_turn_id is None:
         missing = START if tokenizer.start_of_turn_id is None else END
@@ -79,7 +79,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, 
 
 
 def read_turns(messages: Sequence[Mapping[str, str]]) -> list[Turn]:
-    """Return messages as turns of user and model, system text before the first; SourceError names what is wrong."""
+    """Convert messages to alternating turns, the system message prepended to the first; else SourceError."""
     turns: list[Turn] = []
     system = ""
     for number, message in enumerate(messages, 1):
@@ -107,6 +107,6 @@ def read_turns(messages: Sequence[Mapping[str, str]]) -> list[Turn]:
 
 
 def _encode(tokenizer: Tokenizer, text: str, *, specials: bool = False) -> list[int]:
-    """Encode a part of the conversation, so without the bos that begins a text."""
+    """Encode a part of the conversation, without bos."""
     ids = tokenizer.encode(text, specials=specials)
     return ids[1:] if tokenizer.adds_bos else ids

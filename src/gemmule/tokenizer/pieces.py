@@ -1,4 +1,4 @@
-"""What each token stands for, in bytes of text, read from the description that tokenizer.json gives of its decoder."""
+"""The bytes of text of each token, from the decoder in tokenizer.json."""
 
 import re
 from collections.abc import Mapping
@@ -10,23 +10,23 @@ _CONCATENATING = {"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "
 
 
 class Pieces:
-    """The text of tokens under the decoder of a parsed tokenizer.json."""
+    """Text of single tokens according to the decoder of a parsed tokenizer.json."""
 
     def __init__(self, description: Mapping[str, Any]) -> None:
         decoders = {decoder["type"]: decoder for decoder in _flatten(description.get("decoder"))}
         self._added = {token["id"]: token for token in description.get("added_tokens", ())}
         self._marked, self._fallback = "Metaspace" in decoders or "Replace" in decoders, "ByteFallback" in decoders
         self._byte_of = _byte_level_alphabet() if "ByteLevel" in decoders else {}
-        # How a special token is written.
+        # Text of special tokens.
         self.specials = {index: token["content"].encode() for index, token in self._added.items() if token["special"]}
-        # Whether joining the pieces is decoding; not for decoders that look at neighbours, such as WordPiece's.
+        # Whether decoding is concatenation; false for decoders with context, such as WordPiece's.
         self.concatenate = bool(decoders) and decoders.keys() <= _CONCATENATING
-        # The space that a dummy prefix put before the text.
+        # The space that a dummy prefix adds at the start.
         dummy_prefix = decoders.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
         self.drop_first_space = "Strip" in decoders or dummy_prefix
 
     def text(self, token: str, index: int) -> bytes:
-        """Return what a token stands for in running text: nothing, if it is special."""
+        """Return the bytes of a token within a text; a special token has none."""
         if index in self._added:
             return b"" if self._added[index]["special"] else token.encode()
         if self._fallback and token[:1] == "<" and (match := BYTE_TOKEN.fullmatch(token)):
@@ -45,7 +45,7 @@ def _flatten(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Return GPT-2's stand-in for each byte: itself where printable, else the next free character from U+0100 on."""
+    """Return GPT-2's byte-level alphabet: printable bytes map to themselves, others to U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}

@@ -1,4 +1,4 @@
-"""Ids to text while they arrive: complete characters at once, incomplete UTF-8 held back."""
+"""Streaming detokenization: complete characters at once, incomplete UTF-8 buffered."""
 
 import codecs
 from collections.abc import Callable, Sequence
@@ -8,17 +8,17 @@ REPLACEMENT = "\ufffd"
 
 
 class TextStream(Protocol):
-    """Decodes one id at a time; what `feed` and `end` returned, joined, is what `Tokenizer.decode` makes of the ids."""
+    """Decode one id at a time; the concatenated output equals `Tokenizer.decode` of all ids."""
 
     def feed(self, token: int) -> str:
-        """Take one id and return the characters that are now certain."""
+        """Add an id and return the new final characters."""
 
     def end(self) -> str:
-        """Return what was held back."""
+        """Return the buffered characters."""
 
 
 class PieceStream:
-    """The stream for tokenizers whose text is the concatenation of their pieces."""
+    """Stream for tokenizers whose decoding is concatenation."""
 
     def __init__(self, piece: Callable[[int], bytes], *, drop_first_space: bool) -> None:
         self._piece = piece
@@ -26,11 +26,11 @@ class PieceStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token: int) -> str:
-        """Take one id and return the characters that are now complete."""
+        """Add an id and return the characters that are now complete."""
         return self._from_start(self._utf8.decode(self._piece(token)))
 
     def end(self) -> str:
-        """Return a replacement character for bytes that never became one."""
+        """Return a replacement character for incomplete bytes."""
         return self._from_start(self._utf8.decode(b"", final=True))
 
     def _from_start(self, text: str) -> str:
@@ -41,7 +41,7 @@ class PieceStream:
 
 
 class RedecodingStream:
-    """The stream for every other tokenizer: decodes all ids again and returns what is new."""
+    """Stream for other tokenizers: decodes all ids at each step and returns the new text."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
@@ -49,13 +49,13 @@ class RedecodingStream:
         self._sent = ""
 
     def feed(self, token: int) -> str:
-        """Take one id and return the characters that no longer change."""
+        """Add an id and return the characters that no longer change."""
         self._ids.append(token)
         text = self._decode(self._ids).rstrip(REPLACEMENT)
         return self._send(text) if text.startswith(self._sent) else ""
 
     def end(self) -> str:
-        """Return what was held back."""
+        """Return the buffered characters."""
         return self._send(self._decode(self._ids))
 
     def _send(self, text: str) -> str:

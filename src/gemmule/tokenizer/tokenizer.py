@@ -1,4 +1,4 @@
-"""A tokenizer: opened from any tokenizer.json, encoding by its own BOS policy, decoding exactly."""
+"""Tokenizer: loads any tokenizer.json, encodes with its BOS policy, decodes exactly."""
 
 import hashlib
 import json
@@ -11,17 +11,18 @@ from typing import Any
 import tokenizers
 
 from gemmule.errors import TokenizerError
-from gemmule.files import written_aside
+from gemmule.files import atomic_write
+from gemmule.reading import IS_LFS_POINTER, is_lfs_pointer, path_kind
 from gemmule.tokenizer.pieces import Pieces
 from gemmule.tokenizer.streaming import PieceStream, RedecodingStream, TextStream
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
-# No vocabulary comes near it; lists that are as long as the largest id stay small.
+# A limit against damaged files: lists are as long as the largest id.
 LARGEST_ID = (1 << 22) - 1
 
-# What a tokenizer.json without a tokenizer_config.json beside it is likely to call them, best known first.
+# Special tokens assumed without a tokenizer_config.json, most common first.
 _WELL_KNOWN = {
     "bos_token": ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
     "eos_token": ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>"),
@@ -33,8 +34,8 @@ _WELL_KNOWN = {
 class Tokenizer:
     """Text to ids and back.
 
-    Whether `bos` comes first is the policy stored in tokenizer.json (its post-processor); it is applied by `encode` and
-    `encode_documents` and nowhere else. Ids that the vocabulary lacks are None.
+    The post-processor of tokenizer.json decides whether `encode` and `encode_documents` add `bos`. Missing special
+    tokens have the id None.
     """
 
     def __init__(self, document: str, config: Mapping[str, Any]) -> None:
@@ -52,12 +53,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Open a tokenizer.json or a folder with one; raises TokenizerError where it is missing or damaged."""
-        file = path / TOKENIZER_FILE if path.is_dir() else path
+        """Load a tokenizer.json or a folder with one; TokenizerError where it is missing or damaged."""
+        file = path / TOKENIZER_FILE if path_kind(path, TokenizerError) == "folder" else path
         document = _read_text(file)
         config = _read_config(file.with_name(CONFIG_FILE))
-        template = file.with_name(TEMPLATE_FILE)  # where newer folders have it; it is carried on in the config
-        if config and template.exists():
+        template = file.with_name(TEMPLATE_FILE)  # where newer folders have it; kept in the config
+        if path_kind(template, TokenizerError):
             config["chat_template"] = _read_text(template)
         try:
             return cls(document, config)
@@ -76,22 +77,25 @@ class Tokenizer:
             "padding_side": "left",  # so that every row of a batch ends where generation goes on
             **names,
         }
-        config = json.dumps(self._config or default, indent=2, ensure_ascii=False) + "\n"
+        settings = self._config if self._config.keys() - {"chat_template"} else default | self._config
+        config = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         for name, text in ((TOKENIZER_FILE, self._document), (CONFIG_FILE, config)):
-            with written_aside(folder / name) as aside:
-                aside.write_text(text, encoding="utf-8")
+            with atomic_write(folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
     @cached_property
     def fingerprint(self) -> str:
-        """The SHA-256, in hex, of tokenizer.json with its spelling (spaces, order of keys) made canonical."""
+        """SHA-256 (hexadecimal) of the canonical tokenizer.json, independent of whitespace and key order."""
         canonical = json.dumps(self.description, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @cached_property
     def vocab_size(self) -> int:
-        """The number of ids: one more than the largest, special tokens included."""
+        """Number of ids, special tokens included: the largest id plus one."""
         count: int = self._library.get_vocab_size()
-        if None not in map(self._library.id_to_token, range(count)):  # none is left out; to copy them all takes longer
+        if None not in map(
+            self._library.id_to_token, range(count)
+        ):  # without gaps; copying the vocabulary takes longer
             return count
         largest: int = max(self._library.get_vocab().values())
         if largest > LARGEST_ID:
@@ -100,20 +104,29 @@ class Tokenizer:
 
     @cached_property
     def adds_bos(self) -> bool:
-        """Whether the stored policy begins every text with bos."""
+        """Whether encoding adds bos."""
         return self.bos_id is not None and self._library.encode("").ids[:1] == [self.bos_id]
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja template of a chat, where the tokenizer brings one."""
-        template = self._config.get("chat_template")
-        return template if isinstance(template, str) else None
+        """The default chat template (Jinja), or None."""
+        return self.chat_templates.get("default")
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """All chat templates (Jinja) by name; "default" is the usual one."""
+        given = self._config.get("chat_template")
+        if isinstance(given, str):
+            return {"default": given}
+        entries = [entry for entry in given if isinstance(entry, dict)] if isinstance(given, list) else []
+        named = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry.get("name"), str)}
+        return {str(name): text for name, text in named.items() if isinstance(text, str)}
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
-        """Return the ids of `text`, after bos where the stored policy says so.
+        """Encode a text, with bos where the tokenizer adds it.
 
-        Text that looks like a special token is ordinary text, unless `specials` is true (for templates, not for what
-        a user typed); a bos written at the start of such text takes the place of the policy's.
+        Special tokens in the text are encoded as ordinary text, unless `specials` is true (for templates, not for user
+        input); then a bos at the start of the text is not doubled.
         """
         library = self._with_specials if specials else self._library
         try:
@@ -123,7 +136,7 @@ class Tokenizer:
         return ids[1:] if specials and self.adds_bos and ids[:2] == [self.bos_id] * 2 else ids
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of whole documents as training sees them: by policy bos, then the text, then eos."""
+        """Encode documents for training: bos where the tokenizer adds it, the text, eos."""
         if self.eos_id is None:
             raise TokenizerError("the tokenizer has no end token; name its eos_token in tokenizer_config.json")
         try:
@@ -133,8 +146,13 @@ class Tokenizer:
         end = [self.eos_id]
         return [ids if ids[-1:] == end else ids + end for ids in rows]
 
+    def restores(self, texts: Sequence[str], rows: Sequence[Sequence[int]]) -> list[bool]:
+        """Return for each text whether decoding its ids restores it exactly."""
+        decoded = self._library.decode_batch([list(row) for row in rows], skip_special_tokens=True)
+        return [own == text or self.decode(row) == text for own, row, text in zip(decoded, rows, texts, strict=True)]
+
     def decode(self, ids: Sequence[int], *, specials: bool = False) -> str:
-        """Return the text of `ids`; special tokens are left out unless `specials` is true."""
+        """Decode ids; special tokens are skipped unless `specials` is true."""
         if not self._pieces.concatenate:
             text: str = self._library.decode(list(ids), skip_special_tokens=not specials)
             return text
@@ -143,22 +161,22 @@ class Tokenizer:
         return text.removeprefix(" ") if self._pieces.drop_first_space else text
 
     def stream_decoder(self) -> TextStream:
-        """Return a decoder for ids that arrive one by one; special tokens are left out."""
+        """Return a streaming decoder; special tokens are skipped."""
         if self._pieces.concatenate:
             return PieceStream(self._piece, drop_first_space=self._pieces.drop_first_space)
         return RedecodingStream(self.decode)
 
     def token_bytes(self) -> list[int]:
-        """Return how many UTF-8 bytes of text each id stands for; special tokens stand for none.
+        """Return the number of UTF-8 bytes of each id; special tokens have none.
 
-        The sum over `encode(text)` is the length of the text in bytes, exactly, for byte-level and byte-fallback
-        vocabularies that change nothing in the text (ours, Gemma's, GPT-2's).
+        Their sum over `encode(text)` is the length of the text in bytes, for byte-level and byte-fallback vocabularies
+        without normalization (ours, Gemma's, GPT-2's).
         """
         return [len(self._piece(index)) for index in range(self.vocab_size)]
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """What tokenizer.json says, parsed."""
+        """The parsed tokenizer.json."""
         description: dict[str, Any] = json.loads(self._document)
         return description
 
@@ -170,7 +188,7 @@ class Tokenizer:
             raise TokenizerError(f"tokenizer whose decoder is not understood ({error!r:.200})") from None
 
     def _decoding(self) -> dict[str, Any]:
-        """Return the two parts of the description that decoding needs, without parsing a large vocabulary again."""
+        """Return decoder and added tokens, without parsing a large vocabulary again."""
         decoder, added = self._library.decoder, self._library.get_added_tokens_decoder()
         return {
             "decoder": None if decoder is None else json.loads(decoder.__getstate__()),
@@ -179,7 +197,7 @@ class Tokenizer:
 
     @cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:
-        # A second instance, for flipping the switch of the first would not be safe among a server's threads.
+        # A second instance, because changing the option of the first is not thread-safe.
         return _open_library(self._document)
 
     def _piece(self, token: int) -> bytes:
@@ -203,12 +221,12 @@ class Tokenizer:
 def _open_library(document: str) -> tokenizers.Tokenizer:
     try:
         library = tokenizers.Tokenizer.from_str(document)
-        library.no_truncation()  # many published files cut at 512 or pad
+        library.no_truncation()  # many published files truncate to 512 or pad
         library.no_padding()
         library.encode("")  # applies the post-processor, which may name tokens that are not there
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises nothing narrower, and when it panics not even an Exception
+    except BaseException as error:  # the library raises nothing narrower, and a panic is not an Exception
         reason = " ".join(str(error).split())
         shown = reason if len(reason) <= 300 else f"{reason[:200]} ... {reason[-100:]}"
         raise TokenizerError(f"not a tokenizer.json ({shown})") from None
@@ -216,7 +234,7 @@ def _open_library(document: str) -> tokenizers.Tokenizer:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    if not file.exists():
+    if path_kind(file, TokenizerError) is None:
         return {}
     try:
         config = json.loads(_read_text(file))
@@ -232,7 +250,10 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_bytes().decode()
+        content = file.read_bytes()
+        if is_lfs_pointer(content):
+            raise TokenizerError(f"tokenizer {file}: {IS_LFS_POINTER}")
+        return content.decode("utf-8-sig")  # editors of some systems put a byte order mark first
     except FileNotFoundError:
         raise TokenizerError(f"tokenizer {file}: no such file") from None
     except UnicodeDecodeError as error:
@@ -242,7 +263,7 @@ def _read_text(file: Path) -> str:
 
 
 def _surrogates(text: str) -> TokenizerError:
-    place = next(index for index, character in enumerate(text) if "\ud800" <= character <= "\udfff")
+    position = next(index for index, character in enumerate(text) if "\ud800" <= character <= "\udfff")
     return TokenizerError(
-        f"text has a lone surrogate ({text[place]!r} at character {place}), which UTF-8 cannot encode"
+        f"text has a lone surrogate ({text[position]!r} at character {position}), which UTF-8 cannot encode"
     )

@@ -1,4 +1,4 @@
-"""A byte-fallback BPE vocabulary from any text, in Gemma's conventions."""
+"""Train a BPE vocabulary with byte fallback, in Gemma's conventions."""
 
 import re
 from collections import Counter
@@ -12,25 +12,32 @@ from gemmule.tokenizer.pieces import WORD_MARK
 from gemmule.tokenizer.settings import BYTES, FIRST_PIECE, SPECIALS
 from gemmule.tokenizer.tokenizer import Tokenizer
 
-# Runs of one class, with spaces joined to the word or punctuation after them and digits alone. Whether there is a
-# boundary depends on the two adjacent characters alone, so no piece holds one, and a tokenizer that knows only the
-# vocabulary (llama.cpp's) makes the same tokens without this pattern.
+# Pre-tokenization: runs of one character class, with spaces joined to the next word or punctuation, and single digits.
+# A boundary depends only on the two adjacent characters, so no piece contains one, and llama.cpp, which knows only the
+# vocabulary, encodes identically without this pattern.
 BOUNDARIES = r" *[\p{L}\p{M}]+| *[^\s\p{L}\p{M}\p{N}]+|\p{N}|\n+|\t+| +|[^\S\n\t ]+"
 
-_LONGEST_PIECE = 32  # characters; keeps a ruler of dashes or a base64 blob out of the vocabulary
-_UNCOVERED = 1e-5  # the share of the text whose rare characters may be spelt in bytes, of which they cost a few
-_FEWEST_CHARACTERS = 64  # what a vocabulary must have room for, where the text has that many
+_LONGEST_PIECE = 32  # characters; excludes rulers of dashes and base64 blobs from the vocabulary
+# Training time is quadratic in the longest run of one class, so longer runs are split. Runs of ordinary text, in any
+# script, are shorter, which leaves the vocabulary unchanged.
+_LONGEST_RUN = 512  # characters
+_LONG = re.compile(rf"[^\s\d]{{{_LONGEST_RUN}}}|\s{{{_LONGEST_RUN}}}")  # candidates for such a run
+_UNCOVERED = 1e-5  # share of the text whose rare characters are encoded by byte fallback
+_FEWEST_CHARACTERS = 64  # minimum alphabet, where the text has as many
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a vocabulary of exactly `vocab_size` ids; `documents` are held in memory.
+    """Train a vocabulary of exactly `vocab_size` ids; `documents` are kept in memory.
 
-    Raises TokenizerError that names the sizes which would work.
+    TokenizerError names valid sizes.
     """
     documents = list(documents)
     alphabet = _choose_alphabet(documents, vocab_size)
     library = tokenizers.Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(BOUNDARIES), behavior="isolated")
+    if any(map(_LONG.search, documents)):
+        cut = pre_tokenizers.Split(tokenizers.Regex(rf"[\s\S]{{{_LONGEST_RUN}}}"), behavior="isolated")
+        library.pre_tokenizer = pre_tokenizers.Sequence([library.pre_tokenizer, cut])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -51,11 +58,11 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _choose_alphabet(documents: Sequence[str], vocab_size: int) -> list[str]:
-    """Return the most frequent characters, all that matter and fit beside at least as many merged pieces."""
+    """Return the alphabet: the most frequent characters, at most half of the vocabulary."""
     counts: Counter[str] = Counter()
     for document in documents:
         counts.update(document)
-    # The word mark stays out: exports to formats that write spaces with it must not confuse the two.
+    # Without U+2581, which GGUF uses for spaces.
     del counts[WORD_MARK]
     if not counts:
         raise TokenizerError(f"tokenizer.vocab_size = {vocab_size}: there is no text to train a vocabulary on")
@@ -75,20 +82,20 @@ def _choose_alphabet(documents: Sequence[str], vocab_size: int) -> list[str]:
 
 
 def _without_rare_characters(documents: Iterable[str], alphabet: Sequence[str]) -> Iterator[str]:
-    # The trainer would drop them and join their neighbours; a digit keeps these apart. It is left out of the pieces
-    # itself where it is not in the alphabet.
+    # The trainer would drop them and join their neighbors, which a digit keeps apart. The digit itself is not added to
+    # the alphabet.
     rare = re.compile(f"[^{re.escape(''.join(alphabet))}]")
     return (rare.sub("0", document) for document in documents)
 
 
 def _build(vocabulary: Sequence[str]) -> Tokenizer:
-    """Return the tokenizer of the given tokens, in the order of their ids."""
+    """Build the tokenizer from its tokens in id order."""
     ranks = {token: rank for rank, token in enumerate(vocabulary)}
     library = tokenizers.Tokenizer(
         models.BPE(vocab=ranks, merges=_every_merge(vocabulary[FIRST_PIECE:]), unk_token="<unk>", byte_fallback=True)
     )
     library.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in SPECIALS])
-    # Spaces are kept as they are. Google writes them as U+2581, which turns a U+2581 of the text into a space.
+    # Spaces are kept. Google replaces them by U+2581, which decodes a U+2581 of the text to a space.
     library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(BOUNDARIES), behavior="isolated")
     library.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     library.post_processor = processors.TemplateProcessing(
@@ -98,9 +105,9 @@ def _build(vocabulary: Sequence[str]) -> Tokenizer:
 
 
 def _every_merge(pieces: Sequence[str]) -> list[tuple[str, str]]:
-    """Return every pair of pieces that makes a piece, by the rank of what it makes.
+    """Return every pair of pieces that concatenates to a piece, ordered by the rank of the result.
 
-    That is SentencePiece's rule (any neighbours whose union is known, best first), which llama.cpp follows.
+    This is SentencePiece's rule (any adjacent pieces whose concatenation is a piece, best first), as in llama.cpp.
     """
     known = set(pieces)
     return [

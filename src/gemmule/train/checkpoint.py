@@ -1,15 +1,17 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, written aside and renamed.
+"""Checkpoints: everything that an exact resume needs, written atomically in the background.
 
-A checkpoint is a model folder with two more kinds of files: what the optimizers remember, and `state.json`, where the
-run stands and the sha256 of every file. Data order and dropout are pure functions of (seed, step), so the step is all
-that has to be kept of them. Tensors go through torch.distributed.checkpoint (`storage.py`), so any number of processes
-reads what any other number wrote.
+A checkpoint is a model folder with two more kinds of files: the optimizer state, and `state.json` with the position and
+the sha256 of every file. Data order and dropout are pure functions of (seed, step), so the step is all that they need.
+Tensors go through torch.distributed.checkpoint (`storage.py`), so a checkpoint written by any number of ranks is read
+by any other number.
 """
 
 import hashlib
+import logging
+import re
 import shutil
-from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,133 +24,133 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from gemmule.errors import CheckpointError, OutputError
-from gemmule.files import aside_of, put_in_place, sha256
+from gemmule.files import as_output_error, atomic_replace, partial_folder, reason_of, remove, sha256
 from gemmule.formats.config_json import write_json
 from gemmule.formats.folder import save_settings
-from gemmule.formats.names import foreign_names
-from gemmule.formats.safetensors_reader import INDEX, split_piece_name
-from gemmule.recipe import Settings
+from gemmule.formats.names import tensor_name_pairs
+from gemmule.formats.safetensors_reader import INDEX, split_slice_name
+from gemmule.settings import Settings
 from gemmule.tokenizer import Tokenizer
-from gemmule.train.metrics import Level
-from gemmule.train.optim import Updater
-from gemmule.train.parallel import Parallel
+from gemmule.train.state import Position, TrainState
 from gemmule.train.storage import Reader, Writer, headers, kind_of
 
-
-class Position(Settings):
-    """Where a run stands after `step` optimizer steps."""
-
-    step: int = 0
-    # Targets trained on so far.
-    tokens: int = 0
-    # Steps whose loss or gradient was not finite, and from which nothing was learned.
-    skipped: int = 0
-    best_step: int | None = None
-    best_loss: float | None = None
-    seconds: float = 0.0
-    # What the loss has been lately.
-    level: Level = Level()
-    # How much of metrics.jsonl belongs to the steps up to here.
-    metrics_bytes: int = 0
-    samples_bytes: int = 0
+log = logging.getLogger(__name__)
 
 
 class _State(Settings):
-    format: Literal[2] = 2
+    format: Literal[2, 3] = 3
     position: Position
+    # What the run trains on (`Dataset.identity`); not known of checkpoints of format 2.
+    data: str | None = None
     # Of the position as JSON, and of every other file by its name.
     position_sha256: str
     sha256: dict[str, str]
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time, while training goes on.
+    """Writes the checkpoints of a run in the background, one at a time, while training continues.
 
-    Every process of the world calls the same methods in the same order.
+    Every rank calls the same methods in the same order.
     """
 
-    def __init__(
-        self,
-        run: Path,
-        parallel: Parallel,
-        tokenizer: Tokenizer,
-        updater: Updater,
-        keep: int,
-        say: Callable[[str], None],
-    ) -> None:
-        self._run, self._parallel, self._tokenizer, self._updater = run, parallel, tokenizer, updater
-        self._keep, self._say = keep, say
+    def __init__(self, run: Path, state: TrainState, tokenizer: Tokenizer, keep: int, data: str | None = None) -> None:
+        self._run, self._state, self._tokenizer = run, state, tokenizer
+        self._keep, self._data = keep, data
         self._writing: tuple[int, Future[Any]] | None = None
+        self._failure: OutputError | None = None  # of the newest checkpoint
+
+    def wait_for_save(self) -> bool:
+        """Wait for the checkpoint that is being written; log an error and return False where it failed."""
+        try:
+            self._wait()
+        except OutputError as error:
+            self._failure = error
+            log.error(f"a checkpoint could not be written; earlier ones are kept and the run continues: {error}")
+            return False
+        return True
 
     def save(self, position: Position) -> None:
-        """Copy the state of this moment and begin to write `checkpoints/step-00000500`, whole or not at all.
+        """Copy the state and start writing `checkpoints/step-00000500`, which appears atomically.
 
-        The one before it is finished first; where it failed for want of space or rights, the run is told and goes on.
+        Waits for the checkpoint before it; where that one failed, an error is logged and the run continues.
         """
-        try:
-            self.finish()
-        except OutputError as error:
-            self._say(f"a checkpoint could not be written, the ones before it are kept and the run goes on: {error}")
-        folder = _folder(self._run, position.step)
-        if self._parallel.world.first:
-            shutil.rmtree(aside_of(folder), ignore_errors=True)  # a process that was killed may have left it
+        self.wait_for_save()
+        self._failure = None
+        folder = checkpoint_folder(self._run, position.step)
+        if self._state.parallel.world.is_main:
+            with suppress(OSError):  # a process that was killed may have left it
+                remove(partial_folder(folder))
         writer = Writer(folder, partial(self._complete, folder, position))
-        state = _contents(self._parallel, self._updater)
-        future = async_save(state, storage_writer=writer, process_group=self._parallel.world.patient)
+        state = _tensors(self._state)
+        future = async_save(state, storage_writer=writer, process_group=self._state.parallel.world.control_group)
         assert isinstance(future, Future)
         self._writing = (position.step, future)
 
     def finish(self) -> None:
-        """Wait until the checkpoint that is being written is whole; OutputError where it could not be."""
+        """Wait until the checkpoint that is being written is whole; OutputError where the newest could not be."""
+        self._wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def _wait(self) -> None:
         if self._writing is None:
             return
         (step, future), self._writing = self._writing, None
         try:
             future.result()
         except CheckpointException as error:
-            if self._parallel.world.first:
-                shutil.rmtree(aside_of(_folder(self._run, step)), ignore_errors=True)
+            if self._state.parallel.world.is_main:
+                shutil.rmtree(partial_folder(checkpoint_folder(self._run, step)), ignore_errors=True)
             reasons = [failure[0] for failure in error.failures.values()]
             raise next((reason for reason in reasons if isinstance(reason, OutputError)), reasons[0]) from error
+        except OSError as error:  # of torch's own, before anything is written
+            raise OutputError(f"{checkpoint_folder(self._run, step)}: {reason_of(error)}") from error
 
     def _complete(self, folder: Path, position: Position, digests: dict[str, str]) -> None:
         """Add what is not a tensor, give the folder its name, and remove what need not be kept."""
-        aside = aside_of(folder)
-        save_settings(self._parallel.model, self._tokenizer, aside)
-        if not (aside / "model.safetensors").exists():
-            place = {name: file.name for file, name, *_ in headers(aside) if kind_of(name) == "model"}
-            write_json(aside / INDEX, {"metadata": {}, "weight_map": place})
-        digests |= {file.name: sha256(file) for file in sorted(aside.iterdir()) if file.name not in digests}
-        state = _State(position=position, position_sha256=_digest(position), sha256=digests)
-        (aside / "state.json").write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        put_in_place(aside, folder)
+        temporary = partial_folder(folder)
+        with as_output_error(folder):
+            save_settings(self._state.parallel.model, self._tokenizer, temporary)
+            if not (temporary / "model.safetensors").exists():
+                files = {name: file.name for file, name, *_ in headers(temporary) if kind_of(name) == "model"}
+                write_json(temporary / INDEX, {"metadata": {}, "weight_map": files})
+            digests |= {file.name: sha256(file) for file in sorted(temporary.iterdir()) if file.name not in digests}
+            position = Position.model_validate(position.model_dump())  # so that every field counts as set
+            state = _State(position=position, data=self._data, position_sha256=_digest(position), sha256=digests)
+            (temporary / "state.json").write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            atomic_replace(temporary, folder, replace=True)
         prune_checkpoints(self._run, self._keep, position)
 
 
-def load_checkpoint(folder: Path, parallel: Parallel, updater: Updater) -> Position:
-    """Put model and optimizers where the checkpoint left them; CheckpointError if a file is missing or damaged."""
-    world = parallel.world
-    position = world.agree(verify_checkpoint(folder) if world.first else Position())
+def load_checkpoint(folder: Path, state: TrainState, data: str | None = None) -> None:
+    """Load weights, optimizer state and position of a checkpoint into `state`.
+
+    CheckpointError if a file is missing or damaged, or if the run trained on other data than `data` until then.
+    """
+    world = state.parallel.world
+    position = world.broadcast(verify_checkpoint(folder, data) if world.is_main else Position())
     try:
-        names = {split_piece_name(stored)[0] for _, stored, *_ in headers(folder)}
-        updater.expect(name for name in sorted(names) if kind_of(name) == "optimizer")
-        state = _contents(parallel, updater)
-        load(state, storage_reader=Reader(folder), process_group=world.patient)
+        names = {split_slice_name(stored)[0] for _, stored, *_ in headers(folder)}
+        state.optimizers.allocate_state(name for name in sorted(names) if kind_of(name) == "optimizer")
+        load(_tensors(state), storage_reader=Reader(folder), process_group=world.control_group)
     except (SafetensorError, OSError, KeyError, CheckpointException) as error:
         raise CheckpointError(f"{folder}: does not fit this run ({error})") from None
-    return position
+    state.position = position
 
 
-def _contents(parallel: Parallel, updater: Updater) -> dict[str, Tensor]:
-    """Name every tensor of a run: weights as Hugging Face does, what optimizers remember as `parameter/quantity`."""
-    model = parallel.model
-    names = dict(foreign_names(model.config.num_hidden_layers, model.config.tie_word_embeddings))
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    """Name every tensor of a run: weights as Hugging Face does, optimizer state as `parameter/quantity`."""
+    model = state.parallel.model
+    names = dict(tensor_name_pairs(model.config.num_hidden_layers, model.config.tie_word_embeddings))
     weights = {names[ours]: parameter.detach() for ours, parameter in model.named_parameters()}
-    return weights | updater.state()
+    return weights | state.optimizers.state_dict()
 
 
-def verify_checkpoint(folder: Path) -> Position:
-    """Check every file of a checkpoint against its sha256 and return where the run stands."""
+def verify_checkpoint(folder: Path, data: str | None = None, weights_only: bool = False) -> Position:
+    """Check the files of a checkpoint against their sha256 and return its position; optimizer state is optional.
+
+    CheckpointError names what is missing or damaged; OtherDataError where the run trained on other data than `data`.
+    """
     try:
         state = _State.model_validate_json((folder / "state.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -158,28 +160,61 @@ def verify_checkpoint(folder: Path) -> Position:
     if _digest(state.position) != state.position_sha256:
         raise CheckpointError(f"{folder / 'state.json'}: damaged, its position does not fit its sha256")
     for name, expected in state.sha256.items():
+        if weights_only and name.startswith("optimizer"):
+            continue
         file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: is missing from the checkpoint")
-        if sha256(file) != expected:
+        try:
+            found = sha256(file)
+        except FileNotFoundError:
+            raise CheckpointError(f"{file}: is missing from the checkpoint") from None
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+        if found != expected:
             raise CheckpointError(f"{file}: damaged, its sha256 is not the one in state.json")
     for file in sorted(folder.glob("*.safetensors")):
         if file.name not in state.sha256:
             raise CheckpointError(f"{file}: is not of this checkpoint, state.json does not name it")
+    if data is not None and state.data is not None and state.data != data:
+        raise OtherDataError(
+            f"{folder}: the run was trained on other data, or with another tokenizer, than data.train leads to now; "
+            "bring those back, or name another folder for a new run"
+        )
     return state.position
 
 
+class OtherDataError(CheckpointError):
+    """The prepared data of a run were replaced; no older checkpoint would help."""
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """List a run's checkpoints, newest first."""
-    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    """List a run's checkpoints, newest first; folders of other names, such as copies, do not count."""
+    found = [
+        (int(name[1]), folder) for folder in _entries(run / "checkpoints") if (name := _NAME.fullmatch(folder.name))
+    ]
+    return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that is whole, and what is wrong with each newer one."""
+_NAME = re.compile(r"step-(\d{8,18})", re.ASCII)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def newest_checkpoint(run: Path, data: str | None = None, weights_only: bool = False) -> tuple[Path | None, list[str]]:
+    """Return the newest good checkpoint, and what is wrong with each newer one; `weights_only` ignores optimizer state.
+
+    OtherDataError where the run trained on other data than `data`.
+    """
     damage: list[str] = []
     for folder in checkpoints(run):
         try:
-            verify_checkpoint(folder)
+            verify_checkpoint(folder, data, weights_only)
+        except OtherDataError:
+            raise
         except CheckpointError as error:
             damage.append(str(error))
         else:
@@ -192,15 +227,17 @@ def prune_checkpoints(run: Path, keep: int, position: Position) -> None:
 
     Those beyond it are damaged, or the run would stand there; counting them could cost the good ones.
     """
-    past = [folder for folder in checkpoints(run) if folder <= _folder(run, position.step)]
+    past = [folder for folder in checkpoints(run) if int(folder.name.removeprefix("step-")) <= position.step]
     for folder in past[keep:]:
-        if position.best_step is None or folder != _folder(run, position.best_step):
+        if position.best_step is None or folder != checkpoint_folder(run, position.best_step):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _folder(run: Path, step: int) -> Path:
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is kept."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
 def _digest(position: Position) -> str:
-    return hashlib.sha256(position.model_dump_json().encode()).hexdigest()
+    # Of what the file says alone, so that fields that a later version adds change nothing.
+    return hashlib.sha256(position.model_dump_json(exclude_unset=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The loss as a readout: cross-entropy summed over the trained targets, without ever holding all logits."""
+"""Chunked cross-entropy as an output head: summed over the targets, without ever holding all logits."""
 
 from collections.abc import Callable
 from functools import cache
@@ -8,28 +8,31 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gemmule.model.gemma3 import Readout
+from gemmule.compiler import compile_function
+from gemmule.model.gemma3 import OutputHead
 
 IGNORED = -100
 # Logits held at once: 2^24 in fp32 are 64 MiB. GPUs, which like larger pieces, hold four times as many.
 LOGITS_AT_ONCE = 2**24
 # On a CPU chunks that its caches hold are faster, unless they have fewer rows than pay for their share of a gradient.
 CACHED_LOGITS, WORTHWHILE_ROWS = 2**22, 512
-# Words that are multiplied at once: libraries copy what they multiply into an order of their own.
-WORDS_AT_ONCE = 2**15
-# Elements of a gradient that a CPU adds at once.
-ADDED_AT_ONCE = 2**20
+# Vocabulary entries per matmul: libraries copy its operands into a layout of their own.
+VOCABULARY_CHUNK = 2**15
+# Elements of a gradient that a CPU accumulates at once.
+ACCUMULATED_AT_ONCE = 2**20
 
 
-def summed_loss(targets: Tensor, compiled: bool = False) -> Readout:
-    """Return a readout that sums -log p(target) in nats over targets (B,T) other than IGNORED, as a scalar.
+def summed_loss(targets: Tensor, compiled: bool = False) -> OutputHead:
+    """Return an output head that sums -log p(target) in nats over targets (B,T) other than IGNORED, as a scalar.
 
-    Divide by the number of trained targets of the whole optimizer step, not of this call.
+    Divide by the number of targets of the whole optimizer step, not of this call. Under no_grad and
+    inference_mode no gradient is computed or held.
     """
 
     def read(hidden: Tensor, vocabulary: Tensor) -> Tensor:
-        losses = _compiled(_losses_and_slopes) if compiled else _losses_and_slopes
-        arguments = (hidden.flatten(0, 1), vocabulary, targets.flatten(), losses)
+        losses = losses_and_gradients(compiled)
+        # Asked here, for inside of an autograd function gradients are always off.
+        arguments = (hidden.flatten(0, 1), vocabulary, targets.flatten(), losses, torch.is_grad_enabled())
         loss: Tensor = _SummedLoss.apply(*arguments)  # type: ignore[no-untyped-call]
         return loss
 
@@ -41,56 +44,65 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, vocabulary: Tensor, targets: Tensor, losses: Callable[..., tuple[Tensor, Tensor]]
+        ctx: Any, hidden: Tensor, vocabulary: Tensor, targets: Tensor, losses: "_Losses", gradients: bool
     ) -> Tensor:
         """Sum the loss of hidden (M,D) against targets (M), and make the gradients of hidden and vocabulary (V,D)."""
         kind, rows = hidden.device.type, rows_at_once(len(vocabulary), hidden.device)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        total = torch.zeros((), device=hidden.device)
-        to_hidden = to_vocabulary = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            to_hidden, to_vocabulary = torch.zeros_like(hidden), torch.zeros_like(vocabulary, dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        to_hidden = torch.zeros_like(hidden) if gradients and ctx.needs_input_grad[0] else None
+        wanted = gradients and ctx.needs_input_grad[1]
+        to_vocabulary = torch.zeros_like(vocabulary, dtype=torch.float32) if wanted else None
+        with_gradient = to_hidden is not None or to_vocabulary is not None
         with torch.autocast(kind, enabled=False):
-            words = vocabulary.to(dtype)
-            parts = [slice(part, part + WORDS_AT_ONCE) for part in range(0, len(words), WORDS_AT_ONCE)]
+            entries = vocabulary.to(dtype)
+            parts = [slice(part, part + VOCABULARY_CHUNK) for part in range(0, len(entries), VOCABULARY_CHUNK)]
             for first in range(0, len(hidden), rows):
                 chunk = slice(first, first + rows)
                 states = hidden[chunk].to(dtype)
-                loss, slope = losses(_joined([states @ words[part].T for part in parts]), targets[chunk])
+                loss, grad_logits = losses(
+                    _concatenate([states @ entries[part].T for part in parts]), targets[chunk], with_gradient
+                )
                 total += loss
-                if to_hidden is not None and to_vocabulary is not None:
-                    for part in parts:
-                        to_hidden[chunk] += slope[:, part] @ words[part]
-                        _grow(to_vocabulary[part], slope[:, part].T, states)
+                if grad_logits is None:
+                    continue
+                for part in parts:
+                    if to_hidden is not None:
+                        to_hidden[chunk] += grad_logits[:, part] @ entries[part]
+                    if to_vocabulary is not None:
+                        _accumulate_matmul(to_vocabulary[part], grad_logits[:, part].T, states)
         ctx.gradients = to_hidden, to_vocabulary
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, wanted: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, wanted: Tensor) -> tuple[Tensor | None, ...]:
         """Scale what forward made, and hand it over: what is kept here would be copied."""
-        (to_hidden, to_vocabulary), ctx.gradients = ctx.gradients, None
-        return to_hidden.mul_(wanted), to_vocabulary.mul_(wanted), None, None
+        made, ctx.gradients = ctx.gradients, None
+        return *(None if gradient is None else gradient.mul_(wanted) for gradient in made), None, None, None
 
 
-def _joined(products: list[Tensor]) -> Tensor:
-    """Put the logits of a chunk together; a function, so that nobody holds the parts beside the whole."""
-    return torch.cat(products, dim=1) if len(products) > 1 else products[0]
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    """Concatenate the logits of a chunk; a function, so that the parts are freed before the loss is computed."""
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
-def _grow(total: Tensor, one: Tensor, other: Tensor) -> None:
-    """Add a product to what is fp32, in place."""
-    if total.is_cuda and one.dtype != total.dtype:  # within the product, which there adds up in fp32 anyway
+def _accumulate_matmul(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """Add a matmul to an fp32 tensor, in place."""
+    if total.is_cuda and one.dtype != total.dtype:  # within the matmul, which accumulates in fp32 there anyway
         torch.addmm(total, one, other, out_dtype=total.dtype, out=total)
         return
     more = one @ other
     # On a CPU in pieces that its caches hold: there torch first copies what is of another dtype.
-    rows = max(1, ADDED_AT_ONCE // total.shape[1]) if total.is_cpu else len(total)
+    rows = max(1, ACCUMULATED_AT_ONCE // total.shape[1]) if total.is_cpu else len(total)
     torch._foreach_add_(torch.split(total, rows), torch.split(more, rows))
 
 
-def _losses_and_slopes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum the losses of logits (rows,V), and return the gradient by the logits: softmax minus one-hot, 0 if ignored."""
+def _losses_and_slopes(logits: Tensor, targets: Tensor, with_gradient: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Sum the losses of logits (rows,V), and return the gradient by the logits: softmax minus one-hot, 0 if ignored.
+
+    The gradient is None unless it is asked for by `with_gradient`.
+    """
     known = targets != IGNORED
     targets = targets.where(known, 0)[:, None]
     wide = logits.float()
@@ -99,13 +111,19 @@ def _losses_and_slopes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     raised = wide.sub_(top).exp_()  # in place of the logits, and once: it is the dearest operation
     total = raised.sum(dim=-1, keepdim=True)
     loss = (total.log() + top - aimed)[:, 0].where(known, 0.0).sum()
+    if not with_gradient:
+        return loss, None
     hit = torch.arange(logits.shape[1], device=logits.device) == targets.where(known[:, None], IGNORED)
     return loss, raised.mul_(known[:, None] / total).sub_(hit.to(logits.dtype)).to(logits.dtype)
 
 
+_Losses = Callable[..., tuple[Tensor, Tensor | None]]
+
+
 @cache
-def _compiled(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(function, dynamic=False)
+def losses_and_gradients(compiled: bool) -> _Losses:
+    """Return the function of (logits (rows,V), targets (rows,)) that makes their summed loss and its gradient."""
+    return compile_function(_losses_and_slopes, dynamic=False) if compiled else _losses_and_slopes
 
 
 def rows_at_once(vocabulary: int, device: torch.device) -> int:

@@ -1,21 +1,20 @@
-"""What to do when memory runs out: the largest tensors of a step, and the settings that make them smaller."""
+"""Out of memory: the largest tensors of a step, and the settings that make them smaller."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from gemmule.errors import DeviceError
-from gemmule.model.config import Gemma3Config
-from gemmule.train.loop import TrainSettings
 from gemmule.train.loss import rows_at_once
 from gemmule.train.parallel import ParallelSettings
+from gemmule.train.recipe import Recipe, TrainSettings
 
 
 class Large(NamedTuple):
-    """A kind of tensor of which a training step holds some."""
+    """Tensors of one shape that a training step holds at the same time."""
 
     what: str
     shape: tuple[int, ...]
@@ -32,15 +31,10 @@ class Large(NamedTuple):
         return f"{self.what} {times}{self.shape} = {self.bytes / 2**20:,.0f} MiB"
 
 
-def largest_tensors(
-    config: Gemma3Config,
-    settings: TrainSettings,
-    parallel: ParallelSettings,
-    precision: Literal["bf16", "fp32"],
-    device: torch.device,
-) -> list[Large]:
-    """List what fills the memory of a step of one process, largest first."""
-    width = 2 if precision == "bf16" else 4  # bytes of an activation
+def largest_tensors(recipe: Recipe, device: torch.device) -> list[Large]:
+    """List the largest tensors of a step of one rank, largest first."""
+    config, settings, parallel = recipe.model, recipe.train, recipe.parallel
+    width = 4 if settings.precision == "fp32" else 2  # bytes of an activation
     rows, context = settings.micro_batch_size or settings.batch_size, settings.context
     kept = 1 if parallel.activation_checkpointing == "full" else config.num_hidden_layers
     logits = min(rows * context, rows_at_once(config.vocab_size, device))
@@ -53,30 +47,24 @@ def largest_tensors(
         Large("activations of the MLPs", (rows, context, config.intermediate_size), 4 * kept, width),
         # What the norms, the rotary angles and the sums around them keep, in fp32.
         Large("activations of width hidden_size", (rows, context, config.hidden_size), 8 * kept, 4),
-        Large("tables of what each token sees", (rows, context, context), 2, 1),
+        Large("attention masks", (rows, context, context), 2, 1),
     ]
     return sorted(found, key=lambda large: -large.bytes)
 
 
 @contextmanager
-def out_of_memory_explained(
-    config: Gemma3Config,
-    settings: TrainSettings,
-    parallel: ParallelSettings,
-    precision: Literal["bf16", "fp32"],
-    device: torch.device,
-) -> Iterator[None]:
-    """Turn what torch raises when memory runs out into a DeviceError: the largest tensors, and what helps."""
+def out_of_memory_explained(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """Turn torch's out-of-memory errors into a DeviceError that names the largest tensors and settings that help."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        largest = "; ".join(map(str, largest_tensors(config, settings, parallel, precision, device)[:3]))
+        largest = "; ".join(map(str, largest_tensors(recipe, device)[:3]))
         raise DeviceError(
             f"out of memory ({str(error).splitlines()[0] if str(error) else 'none left'}). The largest tensors of a "
-            f"step: {largest}. What helps, and can be changed for a run that goes on by --resume: "
-            f"{'; '.join(_remedies(settings, parallel))}"
+            f"step: {largest}. What helps, and can be changed with --resume: "
+            f"{'; '.join(_remedies(recipe.train, recipe.parallel))}"
         ) from error
 
 

@@ -1,70 +1,77 @@
-"""What a run writes down while it learns: one JSON object a line; its clock, and what its loss has been lately."""
+"""Metrics of a run: append-only JSON Lines files, the training clock and the overfitting warning."""
 
-import errno
 import json
-import math
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
-from gemmule.errors import OutputError
-from gemmule.files import explained
-from gemmule.recipe import Settings
+from gemmule.files import as_output_error, reason_of
+
+log = logging.getLogger(__name__)
 
 
 class JsonLines:
-    """An append-only file of JSON objects that a resumed run continues exactly where its checkpoint left it.
+    """An append-only JSON Lines file that a resumed run continues exactly where its checkpoint left it.
 
-    While the disk is full, lines wait in memory: a run is worth more than its log.
+    While it cannot be written (a full disk, a quota, an I/O error), lines are buffered in memory and the run continues;
+    a warning is logged once.
     """
 
     def __init__(self, path: Path, keep_bytes: int = 0) -> None:
-        """Open `path` and drop everything after the first `keep_bytes` bytes, and a line that is not whole."""
-        self._path = path
-        self._waiting = b""
-        with explained(path):
+        """Open `path` and truncate it after the first `keep_bytes` bytes, and before a line that is not complete."""
+        self._path, self._failed = path, False
+        self._buffer = b""
+        with as_output_error(path):
             path.touch()
-            self._written = path.read_bytes()[:keep_bytes].rfind(b"\n") + 1
+            kept = path.read_bytes()[:keep_bytes]
+            self._written = kept.rfind(b"\n") + 1
             self._file: IO[bytes] = path.open("r+b", buffering=0)
-            if path.stat().st_size > self._written:  # os.devnull has no end to cut
+            if path.stat().st_size > self._written:  # os.devnull cannot be truncated
                 self._file.truncate(self._written)
+        if len(kept) < keep_bytes and path.is_file():
+            log.warning(f"{path}: is shorter than it was when the checkpoint was written; lines before it are missing")
 
     @property
     def size(self) -> int:
         """Bytes of all lines so far."""
-        return self._written + len(self._waiting)
+        return self._written + len(self._buffer)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one object and hand it to the system, so that a killed run loses at most this line."""
-        self._waiting += json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        """Append one object and hand it to the operating system, so that a killed run loses at most this line."""
+        self._buffer += json.dumps(record, ensure_ascii=False).encode() + b"\n"
         try:
-            self._send()
+            self._flush()
         except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise OutputError(f"{self._path}: cannot be written: {error.strerror or error}") from error
+            if not self._failed:
+                log.warning(f"{self._path}: {reason_of(error)}; lines are buffered in memory, and the run continues")
+            self._failed = True
+        else:
+            self._failed = False
 
-    def _send(self) -> None:
-        while self._waiting:
-            sent = os.pwrite(self._file.fileno(), self._waiting, self._written)
-            self._written, self._waiting = self._written + sent, self._waiting[sent:]
+    def sync(self) -> None:
+        """Flush to disk, before a checkpoint counts on the lines."""
+        with suppress(OSError):
+            os.fsync(self._file.fileno())
+
+    def _flush(self) -> None:
+        while self._buffer:
+            written = os.pwrite(self._file.fileno(), self._buffer, self._written)
+            self._written, self._buffer = self._written + written, self._buffer[written:]
+
+    def close(self) -> None:
+        """Write what is buffered and close the file; OutputError where lines are lost."""
+        with self._file, as_output_error(self._path):  # what could not be written is tried once more
+            self._flush()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._file, explained(self._path):  # what could not be written is tried once more
-            self._send()
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read what JsonLines wrote; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines if line]
+        self.close()
 
 
 class Stopwatch:
@@ -104,20 +111,30 @@ class Stopwatch:
             self._stopped = None
 
 
-class Level(Settings):
-    """What the loss has been lately: mean and variance over some fifty steps, each step counting less with its age."""
+class OverfittingWatch:
+    """Notices that validation gets worse while training gets better: the model memorizes instead of learning."""
 
-    steps: int = 0
-    mean: float = 0.0
-    variance: float = 0.0
+    def __init__(self) -> None:
+        self._best: Mapping[str, Any] | None = None
+        self._worse = 0
 
-    def after(self, loss: float) -> "Level":
-        """Return the level when one more loss is known."""
-        share = max(0.02, 1 / (self.steps + 1))
-        off = loss - self.mean
-        mean = self.mean + share * off
-        return Level(steps=self.steps + 1, mean=mean, variance=(1 - share) * (self.variance + share * off * off))
+    def note(self, line: Mapping[str, Any]) -> str | None:
+        """Take a line of metrics; return a sentence at the third validation in a row that is worse than the best."""
+        if "val_loss" not in line or "loss" not in line:
+            return None
+        if self._best is None or line["val_loss"] < self._best["val_loss"]:
+            self._best, self._worse = line, 0
+            return None
+        self._worse += line["val_loss"] > 1.005 * self._best["val_loss"] and line["loss"] < self._best["loss"]
+        if self._worse != _WORSE:
+            return None
+        return (
+            f"overfitting: the validation loss is {line['val_loss']:.3f} after {self._best['val_loss']:.3f} at step "
+            f"{self._best['step']:,}; meanwhile the training loss fell from {self._best['loss']:.3f} to "
+            f"{line['loss']:.3f}; "
+            'more text, dropout (model.dropout) or fewer steps help, and train.final_model = "best" keeps the best'
+        )
 
-    def is_spike(self, loss: float) -> bool:
-        """Whether a loss lies far above what it has been: by six standard deviations, and by a twentieth at least."""
-        return self.steps >= 50 and loss - self.mean > max(6 * math.sqrt(self.variance), 0.05 * self.mean)
+
+# Validations in a row that make a trend.
+_WORSE = 3

@@ -23,8 +23,8 @@ def orthogonal(matrices: Tensor) -> Tensor:
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(_ITERATIONS):
         gram = x @ x.mT if wide else x.mT @ x
-        factor = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
-        x = torch.baddbmm(x, *((factor, x) if wide else (x, factor)), beta=_A)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+        x = torch.baddbmm(x, *((polynomial, x) if wide else (x, polynomial)), beta=_A)
     return x
 
 

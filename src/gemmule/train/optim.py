@@ -1,7 +1,6 @@
-"""Optimizers: which rule moves which parameter."""
+"""Optimizers: AdamW and Muon, and which parameters each of them updates."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Literal
 
 import torch
@@ -9,30 +8,37 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from gemmule.recipe import Settings
-from gemmule.runtime import whole
+from gemmule.distributed import full_tensor
+from gemmule.fields import NotNegative, Positive, Text
+from gemmule.settings import Problem, Settings
 from gemmule.train.muon import Muon, orthogonal
-from gemmule.train.parallel import apart
+from gemmule.train.parallel import on_whole_matrices
 
-Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSettings(Settings):
     """The optimizer and its constants; AdamW's defaults are the seed document's."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: Rate = 2.5e-4
-    # Under muon: the rate of what AdamW trains beside it, the embedding and the norms.
-    adamw_learning_rate: Rate = 2.5e-4
-    beta_1: Decay = 0.9
-    beta_2: Decay = 0.95
-    epsilon: Rate = 1e-8
-    momentum: Decay = 0.95  # muon's
-    # Drawn from matrices only: decay would pull norms towards gain 1 and rare words towards silence.
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    # The longest gradient, in the norm over all parameters, that is used as it is; longer ones are shortened to it.
-    clip: Annotated[float, Field(gt=0)] = 1.0
+    name: Text = Field("adamw", description="adamw, or muon: Muon for the blocks' matrices and AdamW for the rest")
+    learning_rate: Positive = Field(2.5e-4, description="peak learning rate; under muon that of the blocks' matrices")
+    adamw_learning_rate: Positive = Field(
+        2.5e-4, description="under muon: peak learning rate of embedding, head and norms, which AdamW trains"
+    )
+    beta_1: Decay = Field(0.9, description="AdamW's decay of the mean of gradients")
+    beta_2: Decay = Field(0.95, description="AdamW's decay of the mean of squared gradients")
+    epsilon: Positive = Field(1e-8, description="added to AdamW's denominator")
+    momentum: Decay = Field(0.95, description="Muon's momentum")
+    # Decay would pull norms towards gain 1, and embeddings of rare tokens towards 0.
+    weight_decay: NotNegative = Field(
+        0.1, description="decoupled weight decay of the blocks' matrices; embedding, head and norms have none"
+    )
+    clip: Positive = Field(1.0, description="largest norm over all gradients; longer ones are scaled down to it")
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield optimizers that do not exist."""
+        if self.name not in OPTIMIZERS:
+            yield Problem("name", self.name, f"no such optimizer; there are {', '.join(OPTIMIZERS)}")
 
 
 Named = Iterable[tuple[str, nn.Parameter]]
@@ -60,11 +66,12 @@ def muon(parameters: Named, settings: OptimizerSettings, precision: Arithmetic) 
     """Muon for the blocks' matrices, AdamW for the rest (Jordan et al. 2024; update size as in arXiv 2502.16982)."""
     matrices, others = _split(parameters)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    mover = Muon(
-        matrices, settings.learning_rate, settings.weight_decay, settings.momentum, dtype, make=apart(orthogonal)
+    function = on_whole_matrices(orthogonal)
+    for_matrices = Muon(
+        matrices, settings.learning_rate, settings.weight_decay, settings.momentum, dtype, make=function
     )
     groups = [{"params": others, "weight_decay": 0.0}]
-    return [mover, _adamw(groups, settings.adamw_learning_rate, settings)]
+    return [for_matrices, _adamw(groups, settings.adamw_learning_rate, settings)]
 
 
 def _adamw(groups: list[dict[str, object]], rate: float, settings: OptimizerSettings) -> AdamW:
@@ -77,64 +84,65 @@ OPTIMIZERS: dict[str, Callable[[Named, OptimizerSettings, Arithmetic], list[Opti
 }
 
 
-class Updater:
-    """The optimizers of a run as one: each parameter has exactly one owner, rates follow a factor of their peak."""
+class Optimizers:
+    """The optimizers of a run as one: each parameter has exactly one owner, learning rates scale together."""
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings, precision: Arithmetic = "fp32") -> None:
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        self._clip = settings.clip
+        self._max_norm = settings.clip
         self._optimizers = OPTIMIZERS[settings.name](list(model.named_parameters()), settings, precision)
         self._groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        self._peaks = [group["lr"] for group in self._groups]
+        self._peak_rates = [group["lr"] for group in self._groups]
         owned = [parameter for group in self._groups for parameter in group["params"]]
         assert sorted(map(id, owned)) == sorted(map(id, self._names)), "each parameter needs exactly one owner"
 
-    def norm(self) -> Tensor:
-        """Return the norm over all gradients, on the device, not waited for."""
+    def grad_norm(self) -> Tensor:
+        """Return the norm over all gradients of all ranks, on the device and without waiting for it."""
         return nn.utils.get_total_norm([parameter.grad for parameter in self._names if parameter.grad is not None])
 
-    def update(self, factor: float, measured: Tensor | None = None) -> float:
-        """Clip the gradients, move every parameter at `factor` of its peak rate, clear the gradients.
+    def clip_grad_norm(self, grad_norm: Tensor) -> None:
+        """Scale the gradients down to `optimizer.clip` where their norm, as `grad_norm()` returned it, is larger."""
+        if full_tensor(grad_norm).item() > self._max_norm:  # else a pass over all gradients would multiply them by 1
+            nn.utils.clip_grads_with_norm_(list(self._names), self._max_norm, grad_norm)
 
-        Returns the gradient's norm before clipping, `measured` where that was done; where that is not finite, nothing
-        is moved.
-        """
-        measured = self.norm() if measured is None else measured
-        norm = whole(measured).item()
-        if math.isfinite(norm):
-            if norm > self._clip:  # else a pass over all gradients would multiply them by 1
-                nn.utils.clip_grads_with_norm_(list(self._names), self._clip, measured)
-            for group, peak in zip(self._groups, self._peaks, strict=True):
-                group["lr"] = peak * factor
-            for optimizer in self._optimizers:
-                optimizer.step()
+    def set_learning_rate(self, scale: float) -> None:
+        """Set each group's learning rate to a share of its peak."""
+        for group, peak in zip(self._groups, self._peak_rates, strict=True):
+            group["lr"] = peak * scale
+
+    def step(self) -> None:
+        """Update every parameter."""
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Clear the gradients."""
         for optimizer in self._optimizers:
             optimizer.zero_grad()
-        return norm
 
     @property
     def learning_rate(self) -> float:
-        """The first group's rate of the last update."""
+        """The first group's learning rate."""
         return float(self._groups[0]["lr"])
 
-    def state(self) -> dict[str, Tensor]:
-        """Return everything the optimizers remember, as tensors named `parameter/quantity`."""
-        remembered: dict[str, Tensor] = {}
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state of all optimizers as tensors named `parameter/quantity`."""
+        state: dict[str, Tensor] = {}
         for optimizer in self._optimizers:
             for parameter, quantities in optimizer.state.items():
                 assert isinstance(parameter, nn.Parameter)
                 for quantity, value in quantities.items():
-                    remembered[f"{self._names[parameter]}/{quantity}"] = value
-        return remembered
+                    state[f"{self._names[parameter]}/{quantity}"] = value
+        return state
 
-    def expect(self, names: Iterable[str]) -> None:
-        """Make room for what `state` returned under these names, so that it can be read into place."""
+    def allocate_state(self, names: Iterable[str]) -> None:
+        """Allocate the tensors that `state_dict` returned under these names, so that a checkpoint is read into them."""
         parameters = {name: parameter for parameter, name in self._names.items()}
         owners = {p: o for o in self._optimizers for group in o.param_groups for p in group["params"]}
         for key in names:
             name, _, quantity = key.rpartition("/")
             parameter = parameters[name]
-            # Moments are like their parameter; steps are counted where the optimizer would count them.
-            counter = quantity == "step"
-            place = torch.zeros((), device=parameter.device) if counter else torch.zeros_like(parameter.detach())
-            owners[parameter].state[parameter][quantity] = place
+            # Moments have the shape of their parameter; a step count is a scalar on its device.
+            scalar = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            value = scalar if quantity == "step" else torch.zeros_like(parameter.detach())
+            owners[parameter].state[parameter][quantity] = value

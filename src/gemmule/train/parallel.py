@@ -1,4 +1,4 @@
-"""How a model is spread over processes and fitted into memory, from outside: the model never hears of it."""
+"""Data parallelism (DDP, FSDP, HSDP) and activation checkpointing, applied to the model from outside."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,103 +14,106 @@ from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from gemmule.compiler import compile_block
+from gemmule.distributed import World, full_tensor
 from gemmule.model.gemma3 import Gemma3
-from gemmule.model.initialise import unfilled
-from gemmule.recipe import Settings
-from gemmule.runtime import ALONE, World, whole
-from gemmule.train.recorder import Recorder
-
-# On a CPU gelu's tanh is made of exp, which takes half the time; near 0 it is off by 1e-7 and not by 1e-7 of itself.
-COMPILER = {"cpp.use_decompose_tanh": True}
+from gemmule.model.init import meta_model
+from gemmule.runtime import Runtime
+from gemmule.settings import Settings
+from gemmule.train.cuda_graph import CudaGraphStep
 
 
 class ParallelSettings(Settings):
-    """How the processes of a run share the work; a run of one process is a world of one."""
+    """How the processes of a run share the work, and which activations are recomputed."""
 
     strategy: Literal["ddp", "fsdp", "hsdp"] = Field(
         "ddp",
-        description="ddp: each process has the whole model; fsdp: each has a share of all weights, gradients, moments; "
-        "hsdp: fsdp within a machine, copies between machines",
+        description="data parallelism: ddp, each process has the whole model; fsdp, weights, gradients and optimizer "
+        "state are sharded over all processes; hsdp, sharded within a machine and replicated between machines",
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
-        description="what is computed again on the way back instead of kept: nothing; all but the products of matrices "
-        "and attention; each whole block",
+        description="activations that the backward pass recomputes instead of keeping them: none; selective, all but "
+        "those of matmuls and attention; full, each block's",
     )
 
 
 class Parallel(NamedTuple):
-    """A model in place on every process of a world."""
+    """A model on this rank's device, wrapped for data parallelism."""
 
-    world: World
-    # Each parameter is a tensor, or under fsdp and hsdp this process's rows of one.
+    runtime: Runtime
+    # Each parameter is a tensor, or under fsdp and hsdp this rank's shard of one (a DTensor).
     model: Gemma3
-    # The model's own forward; its backward leaves the mean of all processes' gradients.
+    # The forward of the model or its wrapper; backward leaves the mean over ranks in the gradients.
     forward: Callable[..., Tensor]
-    # A block in which a micro-batch runs forward and backward: gradients travel only after the last one.
+    # The context of a micro-batch: gradients are all-reduced only after the last one of a step.
     micro_batch: Callable[[bool], AbstractContextManager[None]]
-    # Where steps of one micro-batch can be recorded and replayed.
-    recorder: Recorder | None = None
+    # Captures and replays forward and backward, where steps of one micro-batch allow that.
+    cuda_graph: CudaGraphStep | None = None
+
+    @property
+    def world(self) -> World:
+        """The ranks of the run."""
+        return self.runtime.world
 
 
-def parallelise(
+def parallelize(
     model: Gemma3,
     settings: ParallelSettings,
     compile_blocks: bool,
-    precision: Literal["bf16", "fp32"],
-    device: torch.device,
-    world: World,
-    fill: Callable[[Gemma3, Callable[[Tensor, Tensor], None]], None],
+    runtime: Runtime,
+    init: Callable[[Gemma3, Callable[[Tensor, Tensor], None]], None],
 ) -> Parallel:
-    """Put a model that has no weights yet (on the meta device) in its place; the one place that decides the order.
+    """Place a model that is on the meta device; this function alone decides the order of the wrappers.
 
-    `fill(model, put)` gives the weights by `put(parameter, all of its values)`. Recomputing comes first, so that it is
-    compiled; compiled blocks are sharded, so that what is gathered and freed stays outside of their graphs; memory is
-    taken when each process knows its share; ddp, which copies the first process's weights, comes last.
+    `init(model, copy)` writes the weights by `copy(parameter, full values)`. Activation checkpointing comes first, so
+    that the compiler sees it; compiled blocks are sharded, so that all-gathers stay outside of their graphs; storage is
+    allocated when each rank knows its shard; ddp, which broadcasts rank 0's weights, comes last.
     """
-    recompute(model, settings.activation_checkpointing)
+    checkpoint_activations(model, settings.activation_checkpointing)
     if compile_blocks:
         for block in model.blocks:
-            block.compile(options=COMPILER)
+            compile_block(block)
     if settings.strategy != "ddp":
-        shard(model, _mesh(settings.strategy, device, world), precision)
-    model.to_empty(device=device)
-    fill(model, _put)
+        shard(model, _mesh(settings.strategy, runtime), runtime.precision)
+    model.to_empty(device=runtime.device)
+    init(model, _copy_full)
     if isinstance(model, FSDPModule):
-        return Parallel(world, model, model, partial(_fsdp_micro_batch, model))
-    if world.size == 1:
-        recorded = compile_blocks and device.type == "cuda"  # what is not compiled may wait for the device on its way
-        return alone(model, world)._replace(recorder=Recorder(model) if recorded else None)
-    copies = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return Parallel(world, model, copies, lambda last: nullcontext() if last else copies.no_sync())
+        return Parallel(runtime, model, model, partial(_fsdp_micro_batch, model))
+    if runtime.world.size == 1:
+        graphed = compile_blocks and runtime.device.type == "cuda"  # eager blocks may synchronize with the device
+        return unwrapped(model, runtime)._replace(cuda_graph=CudaGraphStep(model) if graphed else None)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return Parallel(runtime, model, ddp, lambda last: nullcontext() if last else ddp.no_sync())
 
 
-def alone(model: Gemma3, world: World = ALONE) -> Parallel:
-    """Let one process have the whole model."""
-    return Parallel(world, model, model, lambda _last: nullcontext())
+def unwrapped(model: Gemma3, runtime: Runtime | None = None) -> Parallel:
+    """Return a model that one process trains alone; by default in fp32 on the device of its weights."""
+    runtime = runtime or Runtime(model.embedding.weight.device)
+    return Parallel(runtime, model, model, lambda _last: nullcontext())
 
 
-def recompute(model: Gemma3, how: Literal["none", "selective", "full"]) -> None:
-    """Let each block forget what it can compute again on the way back."""
+def checkpoint_activations(model: Gemma3, how: Literal["none", "selective", "full"]) -> None:
+    """Recompute activations of each block in the backward pass instead of keeping them (activation checkpointing)."""
     if how == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if how == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _save_matmuls)
     for block in model.blocks:
-        block.forward = _again(block.forward, options)
+        block.forward = _checkpointed(block.forward, options)
 
 
-def _again(forward: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
-    def recomputed(*arguments: object) -> Tensor:  # a function of ours, for the compiler looks into no other
+def _checkpointed(forward: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
+    def recomputed(*arguments: object) -> Tensor:  # a function of this module, because the compiler skips torch's own
         output: Tensor = checkpoint(forward, *arguments, **options)
         return output
 
     return recomputed
 
 
-# The products, which are most of the work and little of the memory.
-_PRODUCTS = (
+# Matmuls and attention: most of the FLOPs and little of the memory.
+_MATMULS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
@@ -122,31 +125,32 @@ _PRODUCTS = (
 )
 
 
-def _keep_products(_context: object, operation: object, *_: object, **__: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+def _save_matmuls(_context: object, operation: object, *_: object, **__: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _MATMULS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def shard(model: Gemma3, mesh: DeviceMesh, precision: Literal["bf16", "fp32"]) -> None:
-    """Divide every parameter by rows; a block is gathered when its turn comes, the embedding stays gathered in a step.
+    """Shard every parameter by rows (FSDP2); blocks are gathered one after another, the embedding once per step.
 
-    Under bf16 what is gathered is bf16, while each process's share of weights and gradients, and all sums, are fp32.
+    Under bf16, gathered parameters are bf16; the shards of weights and gradients, and all reductions, are fp32.
     """
-    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)  # angles need fp32
+    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)  # rotary angles need fp32
     policy = half if precision == "bf16" else MixedPrecisionPolicy()
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def _mesh(strategy: Literal["fsdp", "hsdp"], device: torch.device, world: World) -> DeviceMesh:
+def _mesh(strategy: Literal["fsdp", "hsdp"], runtime: Runtime) -> DeviceMesh:
+    world, kind = runtime.world, runtime.device.type
     if strategy == "fsdp":
-        return init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
+        return init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
     machines = world.size // world.local_size
-    return init_device_mesh(device.type, (machines, world.local_size), mesh_dim_names=("copies", "shard"))
+    return init_device_mesh(kind, (machines, world.local_size), mesh_dim_names=("replicate", "shard"))
 
 
-def _put(parameter: Tensor, values: Tensor) -> None:
-    """Give a parameter its values, of which this process keeps its share."""
+def _copy_full(parameter: Tensor, values: Tensor) -> None:
+    """Write a parameter's full values, of which this rank keeps its shard."""
     if isinstance(parameter, DTensor):
         values = values.to(parameter.device)
         values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -158,36 +162,36 @@ def _fsdp_micro_batch(model: FSDPModule, last: bool) -> AbstractContextManager[N
     return nullcontext()
 
 
-def apart(make: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return `make`, which needs whole matrices (number, rows, columns), for a stack of which each process has rows.
+def on_whole_matrices(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Let a function of whole matrices (number, rows, columns) take a stack that is sharded by rows.
 
-    Rows are exchanged for whole matrices, each process makes its share of them, and they are exchanged back.
+    The stack is redistributed so that each rank has some whole matrices, and back (two all-to-alls).
     """
 
-    def made(stack: Tensor) -> Tensor:
+    def redistributed(stack: Tensor) -> Tensor:
         if not isinstance(stack, DTensor):
-            return make(stack)
+            return function(stack)
         mesh, by_rows = stack.device_mesh, stack.placements
-        by_matrix: list[Placement] = [Shard(0) if isinstance(place, Shard) else place for place in by_rows]
-        mine = make(stack.redistribute(placements=by_matrix).to_local())
-        all_made = DTensor.from_local(mine, mesh, by_matrix, shape=stack.shape, stride=stack.stride(), run_check=False)
-        return all_made.redistribute(placements=by_rows)
+        by_matrix: list[Placement] = [Shard(0) if isinstance(dim, Shard) else dim for dim in by_rows]
+        local = function(stack.redistribute(placements=by_matrix).to_local())
+        result = DTensor.from_local(local, mesh, by_matrix, shape=stack.shape, stride=stack.stride(), run_check=False)
+        return result.redistribute(placements=by_rows)
 
-    return made
+    return redistributed
 
 
-def gather(parallel: Parallel, kernel: str) -> Gemma3 | None:
-    """Return the whole model on the first process, for reading alone, and None on the others.
+def gather_model(parallel: Parallel, kernel: str) -> Gemma3 | None:
+    """Return the full model on rank 0, for reading only, and None on the others; every rank must call it.
 
-    Where weights are sharded it is a copy, in the main memory of the machine.
+    Where weights are sharded it is a copy in the machine's main memory.
     """
-    model = parallel.model
+    model, is_main = parallel.model, parallel.world.is_main
     if not isinstance(model, FSDPModule):
-        return model if parallel.world.first else None
-    copy = unfilled(model.config, kernel)
+        return model if is_main else None
+    copy = meta_model(model.config, kernel)
     for name, parameter in model.named_parameters():
-        values = whole(parameter.detach())  # every process takes part
-        if parallel.world.first:
+        values = full_tensor(parameter.detach())
+        if is_main:
             owner, _, last = name.rpartition(".")
             setattr(copy.get_submodule(owner), last, torch.nn.Parameter(values.cpu()))
-    return copy if parallel.world.first else None
+    return copy if is_main else None

@@ -1,26 +1,31 @@
 """Learning rate over time: pure functions of progress, so that a step's rate needs no state."""
 
 import math
-from collections.abc import Callable
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated
 
 from pydantic import Field
 
-from gemmule.recipe import Settings
-
-Share = Annotated[float, Field(ge=0, le=1)]
+from gemmule.fields import Share, Text
+from gemmule.settings import Problem, Settings
 
 
 class ScheduleSettings(Settings):
     """How the learning rate rises, stays and falls, as shares of the peak and of the run."""
 
-    name: Literal["cosine", "wsd", "constant"] = "cosine"
-    # The share of the run in which the rate rises linearly from nothing to the peak.
-    warmup_share: Share = 0.02
-    # The rate of the last step, as a share of the peak (cosine and wsd).
-    final: Share = 0.1
-    # The share of the steps after the warm-up that wsd (warm-up, stable, decay) spends falling linearly to `final`.
-    decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    name: Text = Field("cosine", description="shape of the decay: cosine, wsd (warmup, stable, decay) or constant")
+    warmup_share: Share = Field(
+        0.02, description="share of the steps in which the learning rate rises linearly from 0 to its peak"
+    )
+    final: Share = Field(0.1, description="learning rate of the last step as a share of the peak, under cosine and wsd")
+    decay_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.2, description="share of the steps after the warmup in which wsd falls linearly to `final`"
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield schedules that do not exist."""
+        if self.name not in SCHEDULES:
+            yield Problem("name", self.name, f"no such schedule; there are {', '.join(SCHEDULES)}")
 
 
 def cosine(done: float, settings: ScheduleSettings) -> float:
@@ -42,7 +47,7 @@ def constant(done: float, settings: ScheduleSettings) -> float:  # noqa: ARG001 
 SCHEDULES: dict[str, Callable[[float, ScheduleSettings], float]] = {"cosine": cosine, "wsd": wsd, "constant": constant}
 
 
-def learning_rate_factor(step: int, steps: int, settings: ScheduleSettings) -> float:
+def lr_scale(step: int, steps: int, settings: ScheduleSettings) -> float:
     """Return the share of the peak rate at step 0 <= step < steps; step 0 learns already, the last is at `final`."""
     warmup = round(settings.warmup_share * steps)
     if step < warmup:

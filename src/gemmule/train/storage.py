@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from gemmule.files import aside_of, explained, sha256, sync
-from gemmule.formats.safetensors_reader import piece_name, split_piece_name
+from gemmule.files import as_output_error, create_temporary_folder, partial_folder, sha256, sync
+from gemmule.formats.safetensors_reader import slice_name, split_slice_name
 
 KINDS = ("model", "optimizer")
 
@@ -60,12 +60,12 @@ class Writer(_Plain, StorageWriter):
     """
 
     def __init__(self, folder: Path, finish: Callable[[dict[str, str]], None]) -> None:
-        self._folder, self._aside, self._finish = folder, aside_of(folder), finish
+        self._folder, self._aside, self._finish = folder, partial_folder(folder), finish
 
     def set_up_storage_writer(self, *_: Any, **__: Any) -> None:
         """Make the folder; every process may, so that none depends on when it sees another's."""
-        with explained(self._folder):
-            self._aside.mkdir(parents=True, exist_ok=True)
+        with as_output_error(self._folder):
+            create_temporary_folder(self._aside)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Tell each process its place among those that write."""
@@ -86,10 +86,10 @@ class Writer(_Plain, StorageWriter):
                 assert isinstance(values, Tensor)
                 chunk = item.tensor_data.chunk
                 first = chunk.offsets[0] if chunk.offsets else 0
-                name = piece_name(item.index.fqn, first, chunk.sizes, item.tensor_data.size)
+                name = slice_name(item.index.fqn, first, chunk.sizes, item.tensor_data.size)
                 tensors[name] = values.detach().cpu().contiguous()
             file = self._aside / f"{kind}{plan.storage_data}.safetensors"
-            with explained(self._folder):
+            with as_output_error(self._folder):
                 save_file(tensors, file, metadata={"format": "pt"})
                 file.chmod(self._aside.stat().st_mode & 0o666)  # the library lets nobody but the owner read it
                 sync(file)
@@ -115,7 +115,7 @@ class Reader(_Plain, StorageReader):
         """Learn from the headers which tensors there are and where their pieces lie."""
         found: dict[str, STORAGE_TYPES] = {}
         for file, stored, dtype, shape in headers(self._folder):
-            name, first = split_piece_name(stored)
+            name, first = split_slice_name(stored)
             offsets = torch.Size([first, *[0] * (len(shape) - 1)] if shape else [])
             kept = found.setdefault(name, TensorStorageMetadata(TensorProperties(dtype), torch.Size(shape), []))
             assert isinstance(kept, TensorStorageMetadata)

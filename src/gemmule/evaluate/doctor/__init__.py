@@ -1,81 +1,61 @@
-"""What is wrong with this model? Checks that find a fault by what it does, without another model to compare with.
+"""What is wrong with this model? Checks of a model's files and weights, and of how well they predict text.
 
-`anatomy` and `rotary` measure the parts, `behaviour` the whole, `words` the tokenizer. What no check can see: weights
-that are consistently wrong (a permutation, a norm stored as 1 + w, another config than the one it was trained with).
-Those only show in the loss of a text.
+The files: `tokenizer`. The weights alone: `weights`. How text is predicted, as configured and under plausible mistakes
+of the config and the conversion: `search`, with `text` and `variants`.
 """
 
 from collections.abc import Callable
 
 import torch
 
-from gemmule.evaluate.doctor.anatomy import attention, embedding, head, mlp, norms, qk_norm, window, wiring
-from gemmule.evaluate.doctor.behaviour import (
-    activations,
-    batch_independence,
-    cache,
-    causality,
-    gradients,
-    loss,
-    padding,
-    weights,
-)
-from gemmule.evaluate.doctor.patient import Answer, CannotTell, Finding, Patient
-from gemmule.evaluate.doctor.rotary import rotary
-from gemmule.evaluate.doctor.words import chat, read_declared, special_tokens, vocabulary
+from gemmule.evaluate.doctor.model import Answer, Finding, ModelUnderTest
+from gemmule.evaluate.doctor.search import Progress, judge, loss_answer, variant_answer
+from gemmule.evaluate.doctor.tokenizer import chat, read_declared, special_tokens, vocabulary
+from gemmule.evaluate.doctor.weights import activations, weights
 
-__all__ = ["CHECKS", "Finding", "Patient", "examine", "read_declared"]
+__all__ = ["CHECKS", "VARIANT_CHECKS", "Finding", "ModelUnderTest", "examine", "read_declared"]
 
-CHECKS: dict[str, Callable[[Patient], Answer]] = {
+_CHECKS: dict[str, Callable[[ModelUnderTest], Answer]] = {
     "weights": weights,
     "vocabulary": vocabulary,
     "special_tokens": special_tokens,
     "chat": chat,
-    "causality": causality,
-    "batch_independence": batch_independence,
-    "cache": cache,
-    "window": window,
-    "rotary": rotary,
-    "embedding": embedding,
-    "norms": norms,
-    "qk_norm": qk_norm,
-    "attention": attention,
-    "mlp": mlp,
-    "wiring": wiring,
-    "head": head,
-    "gradients": gradients,
-    "padding": padding,
     "activations": activations,
-    "loss": loss,
 }
+# Keys of config.json, and what conversions get wrong: each is tried otherwise on a text.
+VARIANT_CHECKS = (
+    "rope_theta",
+    "rope_scaling_factor",
+    "rope_local_base_freq",
+    "sliding_window",
+    "layer_types",
+    "gate_up",
+    "norms",
+    "embedding_scale",
+    "bos",
+)
+CHECKS = (*_CHECKS, "loss", *VARIANT_CHECKS)
 
 
-def examine(patient: Patient, progress: Callable[[str, int, int | None], None] = lambda *_: None) -> list[Finding]:
-    """Return what each check finds: well, ill, or unknown where the model is built too differently to be looked into.
+def examine(test: ModelUnderTest, progress: Progress = lambda *_: None) -> list[Finding]:
+    """Return the finding of each check: passed, failed, or skipped where it is not testable.
 
-    The model must be in fp32; in bf16, rounding hides what the checks look at.
+    The model must be in fp32, as bf16 rounds away the differences that are measured; it is left as it was.
     """
-    if patient.model.embedding.weight.dtype != torch.float32:
-        raise ValueError("the doctor measures differences that bf16 rounds away; give it model.float()")
-    was_training = patient.model.training
-    patient.model.eval()
-    findings = []
+    if test.model.embedding.weight.dtype != torch.float32:
+        raise ValueError("bf16 rounds away the differences that the doctor measures; give it model.float()")
+    was_training = test.model.training
+    test.model.eval()
     try:
-        for number, (name, check) in enumerate(CHECKS.items()):
-            progress("examining", number, len(CHECKS))
-            findings.append(Finding(name, *_ask(check, patient)))
+        findings = []
+        for number, (name, check) in enumerate(_CHECKS.items()):
+            progress(f"checking {name}", number, len(_CHECKS))
+            findings.append(Finding(name, *check(test)))
+        if any(finding.verdict == "failed" for finding in findings if finding.name in ("weights", "vocabulary")):
+            skipped = "not testable with such weights or vocabulary"
+            return findings + [Finding(name, "skipped", skipped) for name in ("loss", *VARIANT_CHECKS)]
+        judged = judge(test, progress)
     finally:
-        patient.model.train(was_training)
-    return findings
-
-
-def _ask(check: Callable[[Patient], Answer], patient: Patient) -> Answer:
-    try:
-        return check(patient)
-    except CannotTell as reason:
-        return "unknown", str(reason)
-    except torch.OutOfMemoryError:
-        raise  # of the machine, not of the model
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        first, *_ = str(error).splitlines() or [""]
-        return "ill", f"the model breaks down: {type(error).__name__}: {first}"
+        test.model.train(was_training)
+    findings.append(Finding("loss", *loss_answer(judged)))
+    return findings + [Finding(name, *variant_answer(name, judged[0])) for name in VARIANT_CHECKS]

@@ -1,0 +1,52 @@
+"""Measurement of one backend, in its own process: python runner.py PROGRAM JOB.
+
+PROGRAM is a file with `setup(job)`; JOB is JSON. Imports the standard library alone, so that any interpreter can run
+it. The measurement is a line of JSON on standard output; the process waits until its standard input ends, so that its
+memory can be read.
+"""
+
+import json
+import runpy
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+# One repetition; returns a figure by which the work can be checked (the loss, the number of tokens).
+Step = Callable[[], float]
+# (the repetition, or None where the setup is what is measured; facts about it)
+Workload = tuple[Optional[Step], dict[str, Any]]  # noqa: UP045 - the peer's Python may be older than ours
+
+
+def measure(setup: Callable[[dict[str, Any]], Workload], job: dict[str, Any]) -> None:
+    """Set up, warm up, time each repetition, and print the measurement."""
+    step, facts = setup(job)
+    measurement = dict(facts)
+    if step is not None:
+        measurement["results"] = [step() for _ in range(job["warmup"])]
+        measurement["seconds"] = list(_times(step, job))
+    sys.stdout.write(json.dumps({"measurement": measurement}) + "\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+
+
+def _times(step: Step, job: dict[str, Any]) -> list[float]:
+    """Time a fixed number of repetitions, or repeat for some seconds, at least three times."""
+    times: list[float] = []
+    while len(times) < (job["steps"] or 3) or (not job["steps"] and sum(times) < job["seconds"]):
+        began = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def main() -> None:
+    """Run the program of the command line."""
+    if Path(sys.path[0]) == Path(__file__).parent:  # it is not with PYTHONSAFEPATH
+        sys.path.pop(0)  # a program of a peer must not import this package's modules
+    measure(runpy.run_path(sys.argv[1])["setup"], json.loads(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()

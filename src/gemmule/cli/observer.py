@@ -1,0 +1,61 @@
+"""What `gemmule train` shows and draws of a run: progress, samples, curves, TensorBoard events, the plan's accuracy."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gemmule.cli.screen import Screen
+from gemmule.errors import OutputError
+from gemmule.plan.prediction_log import PredictionLog
+from gemmule.report.curves import draw_curves
+from gemmule.report.tensorboard import open_tensorboard
+from gemmule.run_folder import RunFolder
+from gemmule.train.observer import Observer
+from gemmule.train.resolve import ResolvedRecipe
+
+log = logging.getLogger(__name__)
+
+
+class ScreenObserver(Observer):
+    """Shows a run on the screen; what it fails to write costs a warning, never the run."""
+
+    def __init__(self, screen: Screen, run: RunFolder, prediction_log: PredictionLog) -> None:
+        self._screen, self._run, self._prediction_log = screen, run, prediction_log
+        self._log_to_tensorboard = open_tensorboard(run.tensorboard, log.info)
+        self._warned: set[str] = set()
+
+    def on_progress(self, task: str, done: int, total: int | None) -> None:
+        """Show a progress bar."""
+        self._screen.progress(task, done, total)
+
+    def on_train_begin(self, recipe: ResolvedRecipe) -> None:
+        """Plan the run, to be compared with what it measures."""
+        self._screen.progress("planning", 0, None)
+        self._prediction_log.predict(recipe)
+
+    def on_metrics(self, metrics: dict[str, Any], steps: int) -> None:
+        """Show a line of metrics, send it to TensorBoard, and draw the curves after a validation."""
+        self._screen.training(metrics, steps)
+        self._prediction_log.observe(metrics)
+        self._attempt(lambda: self._log_to_tensorboard(metrics))
+        if "val_loss" in metrics:
+            self._attempt(lambda: draw_curves(self._run, log.info))
+
+    def on_samples(self, step: int, texts: Sequence[str]) -> None:  # noqa: ARG002 - the screen shows the step already
+        """Show the samples."""
+        for text in texts:
+            self._screen.say("  | " + text.strip().replace("\n", "\n  | "))
+
+    def conclude(self) -> None:
+        """Write plan.json, and say how far the plan was off."""
+        if sentence := self._attempt(self._prediction_log.write):
+            log.info(sentence)
+
+    def _attempt(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except (OSError, OutputError) as error:
+            if str(error) not in self._warned:
+                log.warning(f"{error}; the run continues")
+            self._warned.add(str(error))
+            return None

@@ -1,0 +1,50 @@
+"""Settings for reading the text that a command scores: those of the model's run by default."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gemmule.data import DataSettings
+
+
+def text_settings(
+    model: Path, data: str | None, separator: str | None, column: str | None
+) -> "tuple[DataSettings, Path | None]":
+    """Return the data settings of a text, and the run folder that the model belongs to, if any.
+
+    What is not given is taken from the run; without `data` so is all. RecipeError where there is neither.
+    """
+    from gemmule.data import DataSettings
+    from gemmule.errors import RecipeError
+    from gemmule.settings import Settings, check_recipe, read_recipe
+
+    class Run(Settings, extra="ignore"):
+        """The part of a recipe that is read."""
+
+        data: DataSettings
+
+    run = run_of(model)
+    own = read_recipe(run / "recipe.toml", Run).data if run else None
+    if data is None:
+        if own is None:
+            raise RecipeError(
+                f"--data: name the text to score; {model} is not a run with validation documents of its own"
+            )
+        return own, run
+    base = {} if own is None else own.model_dump(exclude_unset=True)
+    given = {name: value for name, value in (("separator", separator), ("column", column)) if value is not None}
+    table = base | given | {"train": data, "validation": None, "weights": None}
+    return check_recipe(table, DataSettings, "of the options"), run
+
+
+def run_of(model: Path) -> Path | None:
+    """Return the run folder that a model path is, or lies in."""
+    from gemmule.errors import ModelError
+    from gemmule.reading import path_kind
+
+    folders = [model]
+    if model.name == "model":
+        folders.append(model.parent)
+    if model.name.startswith("step-"):
+        folders.append(model.parent.parent)
+    return next((folder for folder in folders if path_kind(folder / "recipe.toml", ModelError)), None)

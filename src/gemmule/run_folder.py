@@ -1,0 +1,84 @@
+"""The run folder: the one place that knows the names of the files of a run."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RECIPE_FILE = "recipe.toml"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and logs of a run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe, resolved once the run has begun."""
+        return self.path / RECIPE_FILE
+
+    def recipe_until(self, step: int) -> Path:
+        """The recipe of the steps before `step`, where a resumed run changed it."""
+        return self.path / f"recipe-until-{step:08d}.toml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """One JSON object per continued sample prompt."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def curves(self) -> Path:
+        """The picture of training and validation loss."""
+        return self.path / "loss.png"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard events."""
+        return self.path / "tensorboard"
+
+    @property
+    def plan(self) -> Path:
+        """What was predicted and measured of time and memory."""
+        return self.path / "plan.json"
+
+    @property
+    def data(self) -> Path:
+        """The prepared dataset, where the recipe names none."""
+        return self.path / "data"
+
+    @property
+    def model(self) -> Path:
+        """The final model folder."""
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of all checkpoints."""
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint of a step."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return all lines of metrics.jsonl."""
+        return read_json_lines(self.metrics)
+
+    def read_samples(self) -> list[dict[str, Any]]:
+        """Return all lines of samples.jsonl."""
+        return read_json_lines(self.samples)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON Lines file; a last line cut short by a kill is left out, and a missing file has no lines."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines if line.strip(b"\0")]  # zeros are what a power cut may leave

@@ -1,0 +1,121 @@
+"""Opening a run folder for a run: the lock, which settings a resumed run may change, leftovers of killed processes."""
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gemmule.errors import OutputError
+from gemmule.files import as_output_error, atomic_write, directory_lock, remove
+from gemmule.reading import require_utf8
+from gemmule.run_folder import RunFolder
+from gemmule.settings import read_recipe, write_recipe
+from gemmule.train.recipe import AUTO, Recipe, gives_vocabulary
+
+log = logging.getLogger(__name__)
+
+# Settings of [train] that change no weight: how it is computed, and what is logged and kept.
+FREE = (
+    "micro_batch_size", "device", "attention", "compile", "log_every", "validate_every", "validation_tokens",
+    "sample_prompts", "sample_tokens", "checkpoint_every", "keep_checkpoints", "final_model", "max_skipped_steps",
+)  # fmt: skip
+# Settings that the run has measured, and keeps where the recipe says "auto".
+_MEASURED = ("attention", "precision")
+# Settings that decide what the weights mean and which rows a step trains on: another value is another run.
+_FIXED = re.compile(r"data\..*|tokenizer\..*|model\..*|optimizer\.name|train\.(batch_size|context|seed|damp_branches)")
+# Names of temporary files. Those of an interrupted preparation are used again.
+_LEFTOVER = re.compile(r"\.(?!data\.)[\w.-]+\.(partial|old)$")
+
+
+@contextmanager
+def claim_run(recipe: Recipe, out: Path, resume: bool, allow_changes: bool = False) -> Iterator[Recipe]:
+    """Lock the run folder `out` and yield the recipe to follow: its own where a run is resumed.
+
+    OutputError where another process has locked it, or where it holds something else.
+    """
+    require_utf8(out, lambda message: OutputError(f"--out {message}"))
+    if out.exists() and not out.is_dir():
+        raise _not_a_run(out)
+    with as_output_error(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with directory_lock(out):
+        yield _recipe_to_follow(recipe, RunFolder(out), resume, allow_changes)
+
+
+def _recipe_to_follow(recipe: Recipe, run: RunFolder, resume: bool, allow_changes: bool) -> Recipe:
+    names = {file.name for file in run.path.iterdir() if not file.name.endswith(".partial")}
+    if names and run.recipe.name not in names:
+        raise _not_a_run(run.path)
+    if names <= {run.recipe.name}:  # empty, or left by a run that failed before it had read its data
+        with atomic_write(run.recipe) as temporary:
+            write_recipe(recipe, temporary, "The recipe of this run, as given.", given_only=True)
+        return recipe
+    if not resume:
+        advice = f"resume it with --resume, name another folder, or remove it (rm -r {run.path})"
+        raise OutputError(f"--out {run.path}: holds a run already; {advice}")
+    known = read_recipe(run.recipe, Recipe)
+    differing = differences(recipe, known)
+    if differing:
+        changes, fixed = "; ".join(differing.values()), any(map(_FIXED.fullmatch, differing))
+        if fixed or not allow_changes:
+            advice = "name another folder" if fixed else "name another folder, or add --allow-changes"
+            raise OutputError(f"--out {run.path}: holds a run of another recipe ({changes}); {advice}")
+        log.info(f"resuming with changed settings: {changes}")
+        known = _with_changes(known, recipe)
+    free = {key: getattr(recipe.train, key) for key in FREE}
+    free |= {key: getattr(known.train, key) for key in _MEASURED if getattr(recipe.train, key) == AUTO}
+    return known.replace(train=known.train.replace(**free), parallel=recipe.parallel)
+
+
+def _with_changes(known: Recipe, given: Recipe) -> Recipe:
+    """Take over what --allow-changes allows: the optimizer's and schedule's constants, precision and steps."""
+    changes: dict[str, object] = {"precision": given.train.precision}
+    if given.train.minutes is None:
+        changes["steps"] = given.train.steps
+    train = known.train.replace(**changes)
+    return known.replace(optimizer=given.optimizer, schedule=given.schedule, train=train)
+
+
+def _not_a_run(out: Path) -> OutputError:
+    return OutputError(f"--out {out}: holds other files and no run; name a new or empty folder")
+
+
+def differences(given: Recipe, stored: Recipe) -> dict[str, str]:
+    """Describe each setting that differs, apart from those that resolving sets or that may always change."""
+    ignored = {f"train.{key}" for key in FREE} | {f"parallel.{key}" for key in type(given.parallel).model_fields}
+    if not gives_vocabulary(given.model):
+        ignored.add("model.vocab_size")
+    if not gives_vocabulary(given.tokenizer):
+        ignored.add("tokenizer.vocab_size")
+    if given.train.precision == AUTO:
+        ignored.add("train.precision")
+    if given.train.minutes is not None:
+        ignored |= {"train.minutes", "train.steps"}
+    new, old = (
+        {f"{section}.{key}": value for section, table in r.model_dump().items() for key, value in table.items()}
+        for r in (given, stored)
+    )
+    changed = (key for key in new if new[key] != old[key] and key not in ignored)
+    return {key: f"{key} is {new[key]!r}, was {old[key]!r}" for key in changed}
+
+
+def remove_leftovers(run: RunFolder) -> None:
+    """Remove temporary files of killed processes; a folder that was being replaced gets its name back."""
+    for folder in (run.path, run.checkpoints):
+        for path in list(folder.iterdir()) if folder.is_dir() else ():
+            if not _LEFTOVER.fullmatch(path.name):
+                continue
+            target = path.with_name(path.name.removeprefix(".").removesuffix(".old"))
+            with suppress(OSError):  # it takes space, and does no other harm
+                if path.suffix == ".old" and path.is_dir() and not target.exists():
+                    path.rename(target)
+                else:
+                    remove(path)
+
+
+def keep_recipe(run: RunFolder, step: int) -> None:
+    """Keep the recipe of the steps before `step`, beside the one that a resumed run follows from there."""
+    with as_output_error(run.path):
+        shutil.copy(run.recipe, run.recipe_until(step))

@@ -1,0 +1,183 @@
+"""Resolving a recipe: everything it leaves open is decided once, before the first step, the same on every rank."""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+from gemmule.data import Dataset
+from gemmule.data.batches import MixedRows, PackedRows
+from gemmule.errors import RecipeError
+from gemmule.model.init import init_weights, meta_model
+from gemmule.runtime import Runtime, choose_precision, derive_seed
+from gemmule.settings import Problem
+from gemmule.tokenizer import Tokenizer
+from gemmule.train.autotune import Trial, tune
+from gemmule.train.loop import forward_backward
+from gemmule.train.optim import Optimizers
+from gemmule.train.parallel import parallelize
+from gemmule.train.recipe import AUTO, Recipe, gives_vocabulary
+from gemmule.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class ResolvedRecipe(Recipe):
+    """A recipe that leaves nothing open: vocabulary, steps, precision, compilation and attention kernel are set."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield settings that are still open."""
+        yield from super().problems()
+        open_settings = {
+            "train.precision": self.train.precision == AUTO,
+            "train.attention": self.train.attention == AUTO,
+            "train.minutes": self.train.minutes is not None,
+            "model.vocab_size": not gives_vocabulary(self.model),
+        }
+        for key, is_open in open_settings.items():
+            if is_open:
+                section, _, name = key.partition(".")
+                yield Problem(key, getattr(getattr(self, section), name), "is not resolved")
+
+
+def resolve(
+    recipe: Recipe,
+    dataset: Dataset,
+    runtime: Runtime,
+    on_progress: Callable[[str, int, int | None], None],
+) -> tuple[ResolvedRecipe, Runtime]:
+    """Settle what a recipe leaves open; also return the runtime in the precision that was chosen.
+
+    The vocabulary follows the tokenizer. Precision, compilation and attention kernel are measured on the main rank, the
+    time of a step (for `train.minutes`) on all of them. RecipeError for settings that do not fit the dataset.
+    """
+    recipe = resolve_vocabulary(recipe, dataset.tokenizer)
+    check_prompts(recipe, dataset.tokenizer)
+    rows = training_rows(dataset, recipe)  # first, because a corpus may be too short
+    if runtime.world.is_main:
+        on_progress("comparing number formats and attention kernels", 0, None)
+        recipe = resolve_computation(recipe, runtime)
+    recipe = runtime.world.broadcast(recipe)
+    runtime = runtime._replace(precision=choose_precision(recipe.train.precision, runtime.device))
+    log.info(describe(recipe, runtime))
+    if recipe.train.minutes is not None:
+        recipe = resolve_steps(recipe, rows, runtime, on_progress)
+    return ResolvedRecipe.model_validate(recipe.model_dump(exclude_unset=True)), runtime
+
+
+def check_ranks(recipe: Recipe, runtime: Runtime) -> None:
+    """Raise RecipeError where ranks cannot have equal shares of a step, or machines equally many ranks."""
+    world, batch_size = runtime.world, recipe.train.batch_size
+    if batch_size % world.size:
+        nearest = max(world.size, batch_size // world.size * world.size)
+        advice = f"must be a multiple of the {world.size} processes, such as {nearest}"
+        raise RecipeError(str(Problem("train.batch_size", batch_size, advice)))
+    if world.size % world.local_size:
+        raise RecipeError(
+            f"{world.size} processes on machines of {world.local_size}: start equally many on each machine"
+        )
+
+
+def resolve_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
+    """Follow the tokenizer where vocabulary sizes are open; RecipeError where the recipe sets others."""
+    ids, section, model = tokenizer.vocab_size, recipe.tokenizer, recipe.model
+    if section.path is None and gives_vocabulary(section) and section.vocab_size != ids:
+        raise RecipeError(
+            f"tokenizer.vocab_size = {section.vocab_size}: the dataset {recipe.data.train[0]} was prepared with {ids}; "
+            "leave it out to follow that"
+        )
+    entries = model.vocab_size if gives_vocabulary(model) else ids
+    if entries < ids:
+        raise RecipeError(f"model.vocab_size = {entries}: the tokenizer has {ids} ids; use {ids}, or leave it out")
+    section = section if section.path else section.replace(vocab_size=ids)
+    return recipe.replace(model=model.replace(vocab_size=entries), tokenizer=section)
+
+
+def check_prompts(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Raise RecipeError for a sample prompt that the model could not continue, before the first step."""
+    longest = recipe.model.max_position_embeddings
+    for prompt in recipe.train.sample_prompts:
+        count = len(tokenizer.encode(prompt))
+        if not count:
+            advice = "is empty, and this tokenizer adds no bos token; give it a word"
+        elif count >= longest:
+            advice = f"has {count} tokens; model.max_position_embeddings is {longest}, so use a shorter one"
+        else:
+            continue
+        raise RecipeError(str(Problem("train.sample_prompts", prompt, advice)))
+
+
+def resolve_computation(recipe: Recipe, runtime: Runtime) -> Recipe:
+    """Settle precision, compilation and attention kernel by trials on this machine."""
+    per_rank = recipe.train.batch_size // runtime.world.size
+    rows = min(recipe.train.micro_batch_size or per_rank, per_rank)
+    trial = Trial(recipe.model, rows, recipe.train.context, recipe.data.mask_documents, runtime.device)
+    return recipe.replace(train=tune(trial, recipe.train))
+
+
+def resolve_steps(
+    recipe: Recipe,
+    rows: PackedRows | MixedRows,
+    runtime: Runtime,
+    on_progress: Callable[[str, int, int | None], None],
+) -> Recipe:
+    """Turn `train.minutes` into steps by timing a few steps of a model that is then discarded."""
+    settings, world = recipe.train, runtime.world
+    minutes = settings.minutes
+    assert minutes is not None
+    on_progress("compiling" if settings.compile else "measuring the time per step", 0, None)
+    state = build(recipe, runtime)
+    state.parallel.model.train()
+    batch = rows.rows(0, settings.batch_size // world.size)
+    times: list[float] = []
+    # The first three steps also compile and warm up caches.
+    while world.broadcast(len(times) < 8 or (sum(times[3:]) < 4 and len(times) < 30)):
+        began = time.perf_counter()
+        forward_backward(state.parallel, batch, batch.num_targets * world.size, 0, settings)
+        state.optimizers.clip_grad_norm(state.optimizers.grad_norm())
+        state.optimizers.set_learning_rate(1e-3)
+        state.optimizers.step()
+        state.optimizers.zero_grad()
+        times.append(time.perf_counter() - began)
+    # The lower quartile: other work on the machine makes steps slower, never faster.
+    seconds = world.broadcast(statistics.quantiles(times[3:], n=4)[0])
+    steps = max(1, min(settings.steps, int(60 * minutes / seconds)))
+    unit = "minute" if minutes == 1 else "minutes"
+    log.info(f"one step takes {seconds:.3f} s on this machine: {steps:,} steps fit into {minutes:g} {unit}")
+    return recipe.replace(train=settings.replace(steps=steps, minutes=None))
+
+
+def build(recipe: Recipe, runtime: Runtime) -> TrainState:
+    """Build an initialized model on every rank, and its optimizers."""
+    seed, damp = derive_seed(recipe.train.seed, "weights"), recipe.train.damp_branches
+    parallel = parallelize(
+        meta_model(recipe.model, recipe.train.attention),
+        recipe.parallel,
+        recipe.train.compile,
+        runtime,
+        lambda model, copy: init_weights(model, seed, damp, copy),
+    )
+    return TrainState(parallel, Optimizers(parallel.model, recipe.optimizer, runtime.precision))
+
+
+def training_rows(dataset: Dataset, recipe: Recipe) -> PackedRows | MixedRows:
+    """Return the packed training rows: of all documents, or mixed from sources by `data.weights`."""
+    context, seed, masked = recipe.train.context, recipe.train.seed, recipe.data.mask_documents
+    corpora = dataset.mixture(recipe.data.weights)
+    packed = [PackedRows(corpus, context, seed, masked, dataset.tokenizer.bos_id) for corpus, _ in corpora]
+    return MixedRows(packed, [weight for _, weight in corpora]) if recipe.data.weights else packed[0]
+
+
+def describe(recipe: Recipe, runtime: Runtime) -> str:
+    """Describe in two lines what is trained, and where."""
+    config, settings = recipe.model, recipe.train
+    parameters = sum(p.numel() for p in meta_model(config).parameters())
+    embedding = config.vocab_size * config.hidden_size
+    ranks = runtime.world.size
+    return (
+        f"Gemma 3 with {parameters:,} parameters ({embedding:,} in the embedding): {config.num_hidden_layers} layers, "
+        f"hidden size {config.hidden_size}, MLP {config.intermediate_size}, {config.num_attention_heads} query and "
+        f"{config.num_key_value_heads} key/value heads of {config.head_dim}; sliding window {config.sliding_window}\n"
+        f"on {runtime.device} in {runtime.precision}, {settings.batch_size} x {settings.context} tokens per step"
+        + (f", {ranks} processes by {recipe.parallel.strategy}" if ranks > 1 else "")
+    )

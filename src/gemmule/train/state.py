@@ -1,0 +1,66 @@
+"""The state of a run: what a checkpoint holds, and what a resumed run starts from."""
+
+import math
+from dataclasses import dataclass, field
+
+from gemmule.settings import Settings
+from gemmule.train.optim import Optimizers
+from gemmule.train.parallel import Parallel
+
+
+class LossEMA(Settings):
+    """Exponential moving average of the loss and of its variance over some fifty steps: the spike detector."""
+
+    steps: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    def updated(self, loss: float) -> "LossEMA":
+        """Return the average with one more loss."""
+        weight = max(0.02, 1 / (self.steps + 1))
+        deviation = loss - self.mean
+        mean = self.mean + weight * deviation
+        variance = (1 - weight) * (self.variance + weight * deviation * deviation)
+        return LossEMA(steps=self.steps + 1, mean=mean, variance=variance)
+
+    def detects_spike(self, loss: float) -> bool:
+        """Whether a loss exceeds the mean by six standard deviations, and by 5 % of the mean at least."""
+        return self.steps >= 50 and loss - self.mean > max(6 * math.sqrt(self.variance), 0.05 * self.mean)
+
+
+class Position(Settings):
+    """Where a run stands after `step` optimizer steps."""
+
+    step: int = 0
+    # Targets trained on so far.
+    tokens: int = 0
+    # Steps skipped because their loss or gradient was not finite.
+    skipped: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    seconds: float = 0.0
+    level: LossEMA = LossEMA()
+    # Bytes of metrics.jsonl and samples.jsonl that belong to the steps so far.
+    metrics_bytes: int = 0
+    samples_bytes: int = 0
+    # Metrics of this step whose validation and samples are still to come; a resumed run makes them first.
+    pending: dict[str, int | float] | None = None
+
+    def after_step(self, loss: float, num_targets: int) -> "Position":
+        """Return the position after one more update of the weights."""
+        return self.replace(
+            step=self.step + 1, tokens=self.tokens + num_targets, level=self.level.updated(loss), pending=None
+        )
+
+    def after_skipped(self) -> "Position":
+        """Return the position after a step that was skipped."""
+        return self.replace(step=self.step + 1, skipped=self.skipped + 1, pending=None)
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint holds: weights, optimizer state and the position in the run."""
+
+    parallel: Parallel
+    optimizers: Optimizers
+    position: Position = field(default_factory=Position)

@@ -1,0 +1,80 @@
+"""Child processes import nothing from the current directory, which may be a folder somebody else filled."""
+
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemmule.evaluate.certificate import CertificateError, _ask
+from gemmule.formats.k_quants import quantize
+from gemmule.processes import prepare_process, python_module_command
+from harness import resume
+from harness.backends import Library, PeerError, check_library, gemmule_backend
+
+PLANTED = "open('RAN', 'w').close()\n"
+SOURCE = Path(__file__).parents[1] / "src" / "gemmule"
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with files named like modules that child processes import."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gemmule").mkdir()
+    for name in ("gemmule/__init__", "gguf", "llama_cpp", "json", "multiprocessing", "numpy", "peer", "transformers"):
+        (tmp_path / f"{name}.py").write_text(PLANTED)
+    return tmp_path
+
+
+def test_a_module_command_runs_the_installed_module(hostile: Path) -> None:
+    command = python_module_command("gemmule", "--version")
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ended.stdout.startswith("gemmule 0.")
+    assert not (hostile / "RAN").exists()
+
+
+def test_the_certificate_asks_the_installed_runtime(hostile: Path) -> None:
+    with pytest.raises(CertificateError, match="KeyError"):
+        _ask("no runtime", hostile / "model", [1], [])
+    assert not (hostile / "RAN").exists()
+
+
+def test_other_children_are_started_in_the_same_way(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def start(command: list[str], **_: object) -> "subprocess.CompletedProcess[str]":
+        started.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr("gemmule.formats.k_quants.find_spec", lambda _: True)
+    quantize(Path("whole.gguf"), Path("small.gguf"), "q4_k_m")
+    resume._training(Path("recipe.toml"), Path("run"))
+    started.append(gemmule_backend("gemmule", "train", {}).command)
+    assert [command[:3] for command in started] == [[sys.executable, "-P", "-m"]] * 3
+
+
+def test_only_one_place_makes_such_commands() -> None:
+    users = {path.name for path in SOURCE.rglob("*.py") if 'sys.executable, "-' in path.read_text(encoding="utf-8")}
+    assert users == {"processes.py"}
+
+
+def test_a_peers_interpreter_is_asked_for_its_own_library(hostile: Path) -> None:
+    with pytest.raises(PeerError, match="has no peer"):
+        check_library(Library("peer", None, "a comparison"), sys.executable)
+    assert not (hostile / "RAN").exists()
+
+
+def test_multiprocessing_starts_no_file_of_the_current_directory(
+    hostile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setattr("atexit.register", lambda _: None)
+    prepare_process()
+    process = multiprocessing.get_context("spawn").Process(target=len, args=("",))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert not (hostile / "RAN").exists()
