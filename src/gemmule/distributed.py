@@ -42,8 +42,11 @@ class World:
     local_size: int
     # Device of the tensors in collectives of a step.
     device: torch.device
-    # A gloo group with a long timeout, for waiting and for checkpoints written in the background.
+    # A gloo group with a long timeout, for waiting and for objects.
     control_group: dist.ProcessGroup | None
+    # Another one, for checkpoints. They are written in a background thread, and collectives of two threads in one
+    # group may begin in different orders on the ranks and wait for each other for ever.
+    checkpoint_group: dist.ProcessGroup | None
     # How often torchrun has restarted the processes of this machine.
     restarts: int = 0
 
@@ -74,7 +77,7 @@ class World:
         self.broadcast(None)
 
 
-SINGLE_PROCESS = World(0, 1, 1, torch.device("cpu"), None)
+SINGLE_PROCESS = World(0, 1, 1, torch.device("cpu"), None, None)
 
 
 class Launch(NamedTuple):
@@ -221,10 +224,11 @@ def _store_of_live_ranks(store: Store, rank: int, size: int) -> Store:
 
 
 def _world(device: torch.device, launched: Launch | None) -> World:
-    control_group = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
+    control_group, checkpoint_group = (dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT) for _ in range(2))
     collective_device = device if device.type == "cuda" else torch.device("cpu")
     local_size, restarts = (launched.local_size, launched.restarts) if launched else (dist.get_world_size(), 0)
-    return World(dist.get_rank(), dist.get_world_size(), local_size, collective_device, control_group, restarts)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return World(rank, size, local_size, collective_device, control_group, checkpoint_group, restarts)
 
 
 def _lost_contact(error: BaseException) -> TrainingError | None:

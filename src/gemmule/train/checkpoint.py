@@ -82,7 +82,7 @@ class Saver:
                 remove(partial_folder(folder))
         writer = Writer(folder, partial(self._complete, folder, position))
         state = _tensors(self._state)
-        future = async_save(state, storage_writer=writer, process_group=self._state.parallel.world.control_group)
+        future = async_save(state, storage_writer=writer, process_group=self._state.parallel.world.checkpoint_group)
         assert isinstance(future, Future)
         self._writing = (position.step, future)
 
@@ -132,7 +132,7 @@ def load_checkpoint(folder: Path, state: TrainState, data: str | None = None) ->
     try:
         names = {split_slice_name(stored)[0] for _, stored, *_ in headers(folder)}
         state.optimizers.allocate_state(name for name in sorted(names) if kind_of(name) == "optimizer")
-        load(_tensors(state), storage_reader=Reader(folder), process_group=world.control_group)
+        load(_tensors(state), storage_reader=Reader(folder), process_group=world.checkpoint_group)
     except (SafetensorError, OSError, KeyError, CheckpointException) as error:
         raise CheckpointError(f"{folder}: does not fit this run ({error})") from None
     state.position = position
