@@ -25,15 +25,16 @@ prepare_process()  # as the command does
 
 import torch
 
-from gemmule.data import open_dataset
+from gemmule.data.dataset import open_dataset
 from gemmule.data.prepare import prepare_dataset
 from gemmule.distributed import process_group
 from gemmule.runtime import Runtime, choose_precision
 from gemmule.settings import read_recipe
 from gemmule.train.checkpoint import Saver
 from gemmule.train.loop import forward_backward
-from gemmule.train.recipe import Recipe, TrainSettings
+from gemmule.train.recipe import Recipe
 from gemmule.train.resolve import build, training_rows
+from gemmule.train.settings import TrainSettings
 from gemmule.train.state import Position
 from harness.trials import machine
 

@@ -166,7 +166,7 @@ def start(
 ) -> ForkServerProcess:
     """Start a command in a process of its own, which comes from a server that has loaded torch already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gemmule.train.run", "torch.utils.tensorboard.writer", "matplotlib.figure"])
+    context.set_forkserver_preload(["gemmule.train.run", "gemmule.tracking.tensorboard", "matplotlib.figure"])
     words, variables = [str(word) for word in arguments], {k: str(v) for k, v in (environment or {}).items()}
     process = context.Process(target=_run, args=(words, log, death, threads, variables))
     process.start()

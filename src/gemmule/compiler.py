@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from gemmule.files import cache_folder
+from gemmule.code_cache import cache_folder
 
 T = TypeVar("T")
 

@@ -22,8 +22,6 @@ from gemmule.errors import OutputError
 # Errors of file systems without flock or fsync.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
-WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
-
 _REASONS = {
     errno.ENOSPC: "no space left on the device; free some and try again",
     errno.EDQUOT: "cannot be written: the disk quota is exceeded; free some space and try again",
@@ -205,25 +203,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def cache_folder() -> Path | None:
-    """Return the user's private cache folder for compiled code; None where it cannot be made."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        if not base.is_absolute():  # such a value is to be ignored, says the XDG specification
-            base = Path.home() / ".cache"
-        folder = base / "gemmule"
-        base.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-            return None
-        if status.st_mode & WRITABLE_BY_OTHERS:
-            folder.chmod(0o700)
-    except (OSError, RuntimeError):  # no home, a disk that is read-only or full
-        return None
-    return folder
 
 
 @contextmanager

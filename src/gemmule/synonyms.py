@@ -162,8 +162,9 @@ SYNONYMS = (
         "gpus num_gpus n_gpu devices num_devices world_size nproc nproc_per_node nnodes num_nodes",
         hint="torchrun starts the processes; see docs/launch.md",
     ),
+    Synonym("report_to tensorboard logger trackers", ("tracking.to",)),
     Synonym(
-        "wandb wandb_log wandb_project wandb_run_name use_wandb tracking report_to mlflow comet tensorboard logger",
+        "wandb wandb_log wandb_project wandb_run_name use_wandb mlflow comet",
         hint="each run writes metrics.jsonl and TensorBoard events into its folder; other trackers are not supported",
     ),
     Synonym(

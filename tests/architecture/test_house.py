@@ -18,8 +18,9 @@ from gemmule.model.attention import KERNELS
 from gemmule.model.config import SIZES, Gemma3Config
 from gemmule.settings import Settings, check_recipe
 from gemmule.train.optim import OPTIMIZERS, OptimizerSettings
-from gemmule.train.recipe import Recipe, TrainSettings
+from gemmule.train.recipe import Recipe
 from gemmule.train.schedule import SCHEDULES, ScheduleSettings
+from gemmule.train.settings import TrainSettings
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src" / "gemmule").rglob("*.py"))

@@ -1,7 +1,7 @@
 import json
 from pathlib import Path
 
-from gemmule.data import open_dataset
+from gemmule.data.dataset import open_dataset
 from runs import gemmule, write_text
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import runs
-from gemmule.data import open_dataset
+from gemmule.data.dataset import open_dataset
 from gemmule.inference.engine import complete
 from gemmule.inference.sampling import STORYTELLING
 from gemmule.run_folder import read_json_lines

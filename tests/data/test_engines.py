@@ -129,7 +129,7 @@ def test_the_engines_are_these() -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from gemmule.data import DataSettings
+from gemmule.data.settings import DataSettings
 from gemmule.data import sources
 from gemmule.data.prepare import prepare_dataset
 from gemmule.tokenizer import TokenizerSettings

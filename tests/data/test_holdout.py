@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemmule.data import Dataset, DataSettings, sources
+from gemmule.data import sources
+from gemmule.data.dataset import Dataset
 from gemmule.data.labels import divide_document
 from gemmule.data.prepare import prepare_dataset
+from gemmule.data.settings import DataSettings
 from gemmule.errors import SourceError
 from gemmule.tokenizer import Tokenizer, TokenizerSettings
 

@@ -7,7 +7,7 @@ import pytest
 PREPARE = """
 import sys
 from pathlib import Path
-from gemmule.data import DataSettings
+from gemmule.data.settings import DataSettings
 from gemmule.data.prepare import prepare_dataset
 from gemmule.processes import peak_memory
 from gemmule.tokenizer import TokenizerSettings

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from gemmule.data import Dataset, DataSettings, open_dataset
-from gemmule.data.dataset import prepared_folder
+from gemmule.data.dataset import Dataset, open_dataset, prepared_folder
 from gemmule.data.prepare import prepare_dataset
+from gemmule.data.settings import DataSettings
 from gemmule.data.shards import verify_shard
 from gemmule.data.sources import read_source
 from gemmule.errors import DatasetError, OutputError, SourceError, TokenizerError

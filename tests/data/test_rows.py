@@ -120,7 +120,7 @@ def test_a_line_too_long_to_hold_is_refused(tmp_path: Path, monkeypatch: pytest.
 
 MEMORY = """
 import sys
-from gemmule.data import DataSettings
+from gemmule.data.settings import DataSettings
 from gemmule.data.sources import read_source
 from gemmule.errors import SourceError
 from gemmule.processes import peak_memory

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 from source_files import ROWS, SETTINGS, json_lines, write, write_parquet
 
-from gemmule.data import open_dataset, spool
+from gemmule.data import spool
+from gemmule.data.dataset import open_dataset
 from gemmule.data.sources import read_source
 from gemmule.errors import OutputError, SourceError
 

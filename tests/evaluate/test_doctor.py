@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemmule.data import DataSettings
+from gemmule.data.settings import DataSettings
 from gemmule.errors import ModelError
 from gemmule.evaluate.doctor import CHECKS, VARIANT_CHECKS, ModelUnderTest, examine, read_declared
 from gemmule.evaluate.doctor.search import Gain, paired_gain

@@ -10,7 +10,7 @@ import tokenizers
 import torch
 from torch.nn import functional
 
-from gemmule.data import DataSettings
+from gemmule.data.settings import DataSettings
 from gemmule.errors import RecipeError, SourceError
 from gemmule.evaluate import text as text_module
 from gemmule.evaluate.text import score_text
@@ -231,7 +231,7 @@ import sys
 sys.path[:0] = sys.argv[3:]
 import torch
 from pathlib import Path
-from gemmule.data import DataSettings
+from gemmule.data.settings import DataSettings
 from gemmule.evaluate.text import score_text
 from gemmule.processes import peak_memory
 from gemmule.tokenizer import Tokenizer

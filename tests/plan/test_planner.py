@@ -161,7 +161,7 @@ def test_data_is_counted_as_far_as_it_is_known(tmp_path: Path) -> None:
 
 
 def test_a_prepared_folder_tells_its_tokens(tiny_run: Path) -> None:
-    from gemmule.data import open_dataset
+    from gemmule.data.dataset import open_dataset
 
     corpus = open_dataset(tiny_run / "data")
     text = dataset_size(recipe(data={"train": str(tiny_run / "data")}))

@@ -9,7 +9,7 @@ from gemmule.errors import DeviceError, RecipeError
 from gemmule.model.attention import KERNELS
 from gemmule.train import autotune
 from gemmule.train.autotune import Trial, disagreement, settle_precision, time_kernels, time_precisions, tune
-from gemmule.train.recipe import TrainSettings
+from gemmule.train.settings import TrainSettings
 from tiny import tiny_config
 
 CPU = torch.device("cpu")

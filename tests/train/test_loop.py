@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gemmule.data import DataSettings
 from gemmule.data.batches import IGNORED, Batch, PackedRows
 from gemmule.data.corpus import Corpus
 from gemmule.errors import RecipeError, TrainingError
@@ -24,8 +23,8 @@ from gemmule.train.loop import Callbacks, forward_backward, train
 from gemmule.train.loss import summed_loss
 from gemmule.train.optim import Optimizers, OptimizerSettings
 from gemmule.train.parallel import unwrapped
-from gemmule.train.recipe import Recipe, TrainSettings
 from gemmule.train.schedule import ScheduleSettings, lr_scale
+from gemmule.train.settings import TrainSettings
 from gemmule.train.state import Position, TrainState
 from gemmule.train.validation import Score
 from tiny import lively_model, some_tokens, tiny_config
@@ -239,8 +238,7 @@ class Log:
         )
 
 
-def recipe_of(settings: TrainSettings) -> Recipe:
-    return Recipe(data=DataSettings(train=("unused.txt",)), train=settings)
+SCHEDULE = ScheduleSettings()
 
 
 class Run:
@@ -256,7 +254,7 @@ class Run:
 
     def go(self, log: Log, start: Position = Position()) -> Position:  # noqa: B008 - frozen
         self.state.position = start
-        return train(self.state, self.rows, recipe_of(self.settings), log.callbacks)
+        return train(self.state, self.rows, self.settings, SCHEDULE, log.callbacks)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
@@ -295,7 +293,7 @@ def test_what_may_fail_comes_after_the_save_and_is_made_up_for(
     callbacks = log.callbacks._replace(**{failing: fail})
     settings = run.settings.replace(validate_every=10)
     with pytest.raises(OSError, match="out of luck"):
-        train(run.state, run.rows, recipe_of(settings), callbacks)
+        train(run.state, run.rows, settings, SCHEDULE, callbacks)
     assert log.saved[-1].step == 10
     end = run.go(again, log.saved[-1])
     assert again.calls == ["validate", "record 10", "sample 10"]

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemmule.data import DataSettings
+from gemmule.data.settings import DataSettings
 from gemmule.errors import DeviceError
 from gemmule.train.checkpoint import checkpoints
 from gemmule.train.memory import largest_tensors, out_of_memory_explained
 from gemmule.train.parallel import ParallelSettings
-from gemmule.train.recipe import Recipe, TrainSettings
+from gemmule.train.recipe import Recipe
+from gemmule.train.settings import TrainSettings
 from runs import overrides
 from tiny import tiny_config
 

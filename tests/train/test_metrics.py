@@ -1,5 +1,4 @@
 import errno
-import itertools
 import os
 import random
 from pathlib import Path
@@ -10,8 +9,7 @@ from hypothesis import strategies as st
 
 from gemmule.errors import OutputError
 from gemmule.run_folder import read_json_lines
-from gemmule.train import metrics
-from gemmule.train.metrics import JsonLines, Stopwatch
+from gemmule.train.metrics import JsonLines
 from gemmule.train.state import LossEMA
 
 
@@ -108,50 +106,6 @@ def test_lines_that_never_found_room_are_not_lost_silently(tmp_path: Path, monke
 def test_a_place_that_cannot_be_written_is_explained(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=rf"nowhere/m\.jsonl: cannot be written: {os.strerror(errno.ENOENT)}"):
         JsonLines(tmp_path / "nowhere" / "m.jsonl")
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> itertools.count:  # type: ignore[type-arg]
-    """Each look at the clock finds it a second later."""
-    ticks = itertools.count(1000.0)
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(ticks))
-    return ticks
-
-
-def test_stopwatch_counts_on_from_where_the_run_stopped(clock: object) -> None:
-    watch = Stopwatch(50.0)
-    assert watch.seconds == 51
-    assert watch.seconds == 52
-
-
-def test_stopwatch_stands_still_in_a_pause(clock: object) -> None:
-    watch = Stopwatch()
-    with watch.paused():  # entered a second after the start
-        assert watch.seconds == 1
-        for _ in range(10):
-            metrics.time.perf_counter()
-        assert watch.seconds == 1
-    assert watch.seconds == 2
-
-
-def test_a_pause_ends_with_an_error_too(clock: object) -> None:
-    watch = Stopwatch()
-    with pytest.raises(ZeroDivisionError), watch.paused():
-        raise ZeroDivisionError
-    assert watch.seconds == 2
-
-
-def test_rate_is_of_the_tokens_since_the_last_time_without_pauses(clock: object) -> None:
-    watch = Stopwatch()
-    watch.add(300)
-    watch.add(300)
-    assert watch.rate() == 600  # one second
-    with watch.paused():
-        for _ in range(10):
-            metrics.time.perf_counter()
-    watch.add(100)
-    assert watch.rate() == 50  # two looks at the clock: one to pause, one now
-    assert watch.rate() == 0
 
 
 def test_a_level_forgets_what_is_long_ago() -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from gemmule.data import open_dataset
+from gemmule.data.dataset import open_dataset
 from gemmule.data.prepare import prepare_dataset
 from gemmule.errors import CheckpointError, OutputError, RecipeError
 from gemmule.model.gemma3 import Gemma3

@@ -10,7 +10,7 @@ from gemmule.cli.text_settings import run_of, text_settings
 from gemmule.reading import local_path
 
 if TYPE_CHECKING:
-    from gemmule.data import DataSettings
+    from gemmule.data.settings import DataSettings
 
 
 def doctor(
@@ -66,8 +66,7 @@ def _text(
     model: Path, data: str | None, separator: str | None, column: str | None
 ) -> "tuple[DataSettings | None, Path | None]":
     """Return how the given text is read; without one, the prepared dataset of the run that the model is of."""
-    from gemmule.data import prepared_folder
-    from gemmule.data.dataset import DATASET_FILE
+    from gemmule.data.dataset import DATASET_FILE, prepared_folder
     from gemmule.errors import RecipeError
 
     if data is not None:

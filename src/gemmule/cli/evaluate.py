@@ -51,7 +51,7 @@ def evaluate(
         gemmule evaluate runs/tinystories-cpu --data valid.txt --json
     """
     import gemmule
-    from gemmule.data import prepared_folder
+    from gemmule.data.dataset import prepared_folder
     from gemmule.errors import GemmuleError, RecipeError
     from gemmule.evaluate.text import score_dataset, score_text
 

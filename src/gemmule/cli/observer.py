@@ -1,4 +1,4 @@
-"""What `gemmule train` shows and draws of a run: progress, samples, curves, TensorBoard events, the plan's accuracy."""
+"""What `gemmule train` shows and draws of a run: progress, samples, curves, the plan's accuracy."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -8,7 +8,6 @@ from gemmule.cli.screen import Screen
 from gemmule.errors import OutputError
 from gemmule.plan.prediction_log import PredictionLog
 from gemmule.report.curves import draw_curves
-from gemmule.report.tensorboard import open_tensorboard
 from gemmule.run_folder import RunFolder
 from gemmule.train.observer import Observer
 from gemmule.train.resolve import ResolvedRecipe
@@ -21,7 +20,6 @@ class ScreenObserver(Observer):
 
     def __init__(self, screen: Screen, run: RunFolder, prediction_log: PredictionLog) -> None:
         self._screen, self._run, self._prediction_log = screen, run, prediction_log
-        self._log_to_tensorboard = open_tensorboard(run.tensorboard, log.info)
         self._warned: set[str] = set()
 
     def on_progress(self, task: str, done: int, total: int | None) -> None:
@@ -34,10 +32,9 @@ class ScreenObserver(Observer):
         self._prediction_log.predict(recipe)
 
     def on_metrics(self, metrics: dict[str, Any], steps: int) -> None:
-        """Show a line of metrics, send it to TensorBoard, and draw the curves after a validation."""
+        """Show a line of metrics, and draw the curves after a validation."""
         self._screen.training(metrics, steps)
         self._prediction_log.observe(metrics)
-        self._attempt(lambda: self._log_to_tensorboard(metrics))
         if "val_loss" in metrics:
             self._attempt(lambda: draw_curves(self._run, log.info))
 

@@ -10,7 +10,7 @@ import typer
 from gemmule.cli.screen import Screen, note, print_json
 
 if TYPE_CHECKING:
-    from gemmule.data import Dataset
+    from gemmule.data.dataset import Dataset
 
 
 def prepare(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gemmule.data import DataSettings
+    from gemmule.data.settings import DataSettings
 
 
 def text_settings(
@@ -14,7 +14,7 @@ def text_settings(
 
     What is not given is taken from the run; without `data` so is all. RecipeError where there is neither.
     """
-    from gemmule.data import DataSettings
+    from gemmule.data.settings import DataSettings
     from gemmule.errors import RecipeError
     from gemmule.settings import Settings, check_recipe, read_recipe
 

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from gemmule.compiler import uncompiled
-from gemmule.data import Corpus, DataSettings, open_dataset
 from gemmule.data.batches import Batch, WholeDocuments
 from gemmule.data.clean import clean_document
+from gemmule.data.corpus import Corpus
+from gemmule.data.dataset import open_dataset
 from gemmule.data.encode import EncodedText, encode_texts
 from gemmule.data.intermediate import StoredText
 from gemmule.data.report import counted, describe_tally
+from gemmule.data.settings import DataSettings
 from gemmule.data.shards import Tokens
 from gemmule.data.sources import read_sources
 from gemmule.errors import DatasetError, RecipeError, SourceError

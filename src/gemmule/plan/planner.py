@@ -37,7 +37,8 @@ from gemmule.processes import peak_memory as process_peak_memory
 from gemmule.runtime import choose_precision
 from gemmule.tokenizer import Tokenizer
 from gemmule.train.autotune import Trial, settle_precision
-from gemmule.train.recipe import AUTO, Recipe
+from gemmule.train.recipe import Recipe
+from gemmule.train.settings import AUTO
 
 # Seconds of compilation before the first step, as in the project's own runs.
 COMPILE_SECONDS = 30.0

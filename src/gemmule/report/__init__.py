@@ -1,1 +1,1 @@
-"""Reports from metrics: loss curves and TensorBoard events."""
+"""Reports from metrics: loss curves."""

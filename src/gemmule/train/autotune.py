@@ -22,7 +22,7 @@ from gemmule.model.gemma3 import Block, rotary_tables
 from gemmule.runtime import autocast, choose_precision
 from gemmule.settings import Problem
 from gemmule.train.loss import IGNORED, losses_and_gradients, rows_at_once, summed_loss
-from gemmule.train.recipe import AUTO, TrainSettings
+from gemmule.train.settings import AUTO, TrainSettings
 
 log = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ from gemmule.distributed import full_tensor
 from gemmule.runtime import seed_everything
 from gemmule.train.initial_checks import check_causal, check_first_step
 from gemmule.train.loss import summed_loss
-from gemmule.train.metrics import Stopwatch
 from gemmule.train.nonfinite import check_finite_weights, rows_of_step, skip_or_abort_nonfinite_step
 from gemmule.train.parallel import Parallel
-from gemmule.train.recipe import Recipe, TrainSettings
-from gemmule.train.schedule import lr_scale
+from gemmule.train.schedule import ScheduleSettings, lr_scale
+from gemmule.train.settings import TrainSettings
 from gemmule.train.state import Position, TrainState
+from gemmule.train.stopwatch import Stopwatch
 from gemmule.train.validation import Score
 
 log = logging.getLogger(__name__)
@@ -38,9 +38,15 @@ class Callbacks(NamedTuple):
     stop_requested: Callable[[], bool]
 
 
-def train(state: TrainState, rows: PackedRows | MixedRows, recipe: Recipe, callbacks: Callbacks) -> Position:
+def train(
+    state: TrainState,
+    rows: PackedRows | MixedRows,
+    settings: TrainSettings,
+    schedule: ScheduleSettings,
+    callbacks: Callbacks,
+) -> Position:
     """Train from the state's position to the last step, or to the end of a step in which a rank is asked to stop."""
-    settings, parallel, optimizers = recipe.train, state.parallel, state.optimizers
+    parallel, optimizers = state.parallel, state.optimizers
     world, clock = parallel.world, Stopwatch(state.position.seconds)
     if state.position.pending is not None:
         with clock.paused():
@@ -48,7 +54,7 @@ def train(state: TrainState, rows: PackedRows | MixedRows, recipe: Recipe, callb
     parallel.model.train()
     batches = RankBatches(rows, settings.batch_size, world.rank, world.size, state.position.step)
     for step in range(state.position.step, settings.steps):
-        optimizers.set_learning_rate(lr_scale(step, settings.steps, recipe.schedule))
+        optimizers.set_learning_rate(lr_scale(step, settings.steps, schedule))
         batch, first_row = batches.next()
         num_targets = int(world.all_reduce_sum(batch.num_targets)[0])
         if step == 0:

@@ -10,7 +10,8 @@ import torch
 from gemmule.errors import DeviceError
 from gemmule.train.loss import rows_at_once
 from gemmule.train.parallel import ParallelSettings
-from gemmule.train.recipe import Recipe, TrainSettings
+from gemmule.train.recipe import Recipe
+from gemmule.train.settings import TrainSettings
 
 
 class Large(NamedTuple):

@@ -1,11 +1,10 @@
-"""Metrics of a run: append-only JSON Lines files, the training clock and the overfitting warning."""
+"""Metrics of a run: append-only JSON Lines files and the overfitting warning."""
 
 import json
 import logging
 import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -72,43 +71,6 @@ class JsonLines:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class Stopwatch:
-    """Time spent training, without the pauses for validation, samples and checkpoints."""
-
-    def __init__(self, seconds: float = 0.0) -> None:
-        """Start running with some `seconds` on the clock."""
-        self._started = time.perf_counter() - seconds
-        self._stopped: float | None = None
-        self._tokens = 0
-        self._mark = seconds
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training so far."""
-        return (self._stopped or time.perf_counter()) - self._started
-
-    def add(self, tokens: int) -> None:
-        """Count the tokens of a finished step."""
-        self._tokens += tokens
-
-    def rate(self) -> float:
-        """Return tokens per second since the last call."""
-        now = self.seconds
-        rate = self._tokens / max(now - self._mark, 1e-9)
-        self._tokens, self._mark = 0, now
-        return rate
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time of the block out: the clock stands still in it."""
-        self._stopped = began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._started += time.perf_counter() - began
-            self._stopped = None
 
 
 class OverfittingWatch:

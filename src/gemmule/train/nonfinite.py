@@ -7,7 +7,7 @@ from collections.abc import Callable
 from gemmule.errors import TrainingError
 from gemmule.model.finite import is_finite
 from gemmule.train.parallel import Parallel
-from gemmule.train.recipe import TrainSettings
+from gemmule.train.settings import TrainSettings
 from gemmule.train.state import Position, TrainState
 
 log = logging.getLogger(__name__)

@@ -12,11 +12,13 @@ from gemmule.files import as_output_error, atomic_write, directory_lock, remove
 from gemmule.reading import require_utf8
 from gemmule.run_folder import RunFolder
 from gemmule.settings import read_recipe, write_recipe
-from gemmule.train.recipe import AUTO, Recipe, gives_vocabulary
+from gemmule.train.recipe import Recipe, gives_vocabulary
+from gemmule.train.settings import AUTO
 
 log = logging.getLogger(__name__)
 
-# Settings of [train] that change no weight: how it is computed, and what is logged and kept.
+# Sections, and settings of [train], that change no weight: how it is computed, and what is logged and kept.
+_FREE_SECTIONS = ("parallel", "tracking")
 FREE = (
     "micro_batch_size", "device", "attention", "compile", "log_every", "validate_every", "validation_tokens",
     "sample_prompts", "sample_tokens", "checkpoint_every", "keep_checkpoints", "final_model", "max_skipped_steps",
@@ -66,7 +68,8 @@ def _recipe_to_follow(recipe: Recipe, run: RunFolder, resume: bool, allow_change
         known = _with_changes(known, recipe)
     free = {key: getattr(recipe.train, key) for key in FREE}
     free |= {key: getattr(known.train, key) for key in _MEASURED if getattr(recipe.train, key) == AUTO}
-    return known.replace(train=known.train.replace(**free), parallel=recipe.parallel)
+    sections = {name: getattr(recipe, name) for name in _FREE_SECTIONS}
+    return known.replace(train=known.train.replace(**free), **sections)
 
 
 def _with_changes(known: Recipe, given: Recipe) -> Recipe:
@@ -84,7 +87,7 @@ def _not_a_run(out: Path) -> OutputError:
 
 def differences(given: Recipe, stored: Recipe) -> dict[str, str]:
     """Describe each setting that differs, apart from those that resolving sets or that may always change."""
-    ignored = {f"train.{key}" for key in FREE} | {f"parallel.{key}" for key in type(given.parallel).model_fields}
+    ignored = {f"train.{key}" for key in FREE}
     if not gives_vocabulary(given.model):
         ignored.add("model.vocab_size")
     if not gives_vocabulary(given.tokenizer):
@@ -94,7 +97,11 @@ def differences(given: Recipe, stored: Recipe) -> dict[str, str]:
     if given.train.minutes is not None:
         ignored |= {"train.minutes", "train.steps"}
     new, old = (
-        {f"{section}.{key}": value for section, table in r.model_dump().items() for key, value in table.items()}
+        {
+            f"{section}.{key}": value
+            for section, table in r.model_dump(exclude=set(_FREE_SECTIONS)).items()
+            for key, value in table.items()
+        }
         for r in (given, stored)
     )
     changed = (key for key in new if new[key] != old[key] and key not in ignored)

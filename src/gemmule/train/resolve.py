@@ -5,8 +5,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
-from gemmule.data import Dataset
 from gemmule.data.batches import MixedRows, PackedRows
+from gemmule.data.dataset import Dataset
 from gemmule.errors import RecipeError
 from gemmule.model.init import init_weights, meta_model
 from gemmule.runtime import Runtime, choose_precision, derive_seed
@@ -16,7 +16,8 @@ from gemmule.train.autotune import Trial, tune
 from gemmule.train.loop import forward_backward
 from gemmule.train.optim import Optimizers
 from gemmule.train.parallel import parallelize
-from gemmule.train.recipe import AUTO, Recipe, gives_vocabulary
+from gemmule.train.recipe import Recipe, gives_vocabulary
+from gemmule.train.settings import AUTO
 from gemmule.train.state import TrainState
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from gemmule.compiler import damaged_library
-from gemmule.data import Dataset, open_dataset, prepared_folder
 from gemmule.data.batches import WholeDocuments
-from gemmule.data.dataset import DATASET_FILE
+from gemmule.data.dataset import DATASET_FILE, Dataset, open_dataset, prepared_folder
 from gemmule.data.report import describe_epochs
 from gemmule.distributed import World, process_group
 from gemmule.errors import CheckpointError, GemmuleError, OutputError, RecipeError, TrainingError
@@ -23,6 +22,7 @@ from gemmule.run_folder import RunFolder
 from gemmule.runtime import Runtime, choose_device, derive_seed, interruptible
 from gemmule.settings import Problem, read_recipe, write_recipe
 from gemmule.tokenizer import Tokenizer
+from gemmule.tracking import Tracking, TrackingSettings
 from gemmule.train.checkpoint import Saver, load_checkpoint, newest_checkpoint, prune_checkpoints
 from gemmule.train.loop import Callbacks, train
 from gemmule.train.memory import out_of_memory_explained
@@ -187,8 +187,9 @@ def _train(
         try:
             if recipe.train.compile:
                 observer.on_progress("compiling", 0, None)
-            train(state, training_rows(dataset, recipe), recipe, callbacks)
+            train(state, training_rows(dataset, recipe), recipe.train, recipe.schedule, callbacks)
         finally:
+            logs.finish_tracking()
             for end in (saver.finish, logs.metrics.close, logs.samples.close):
                 try:
                     end()
@@ -199,7 +200,7 @@ def _train(
 
 
 class RunLogs:
-    """metrics.jsonl and samples.jsonl of a run, and its observer."""
+    """metrics.jsonl and samples.jsonl of a run, its trackers and its observer."""
 
     def __init__(
         self,
@@ -212,11 +213,12 @@ class RunLogs:
         tokenizer: Tokenizer,
     ) -> None:
         """Open the logs where the state's position left them; on other ranks than the main one they go nowhere."""
-        self._recipe, self._state, self._observer = recipe, state, observer
+        self._recipe, self._run, self._state, self._observer = recipe, run, state, observer
         self._floor, self._sample, self._tokenizer = floor, sample, tokenizer
         is_main, position, nowhere = state.parallel.world.is_main, state.position, Path(os.devnull)
         self.metrics = JsonLines(run.metrics if is_main else nowhere, position.metrics_bytes)
         self.samples = JsonLines(run.samples if is_main else nowhere, position.samples_bytes)
+        self._tracking = Tracking(recipe.tracking if is_main else TrackingSettings(to=()), run, position.step)
         self._overfitting = OverfittingWatch()
         for line in run.read_metrics() if is_main else ():
             self._overfitting.note(line)
@@ -226,6 +228,7 @@ class RunLogs:
         if "val_loss" in line and self._floor is not None:
             line["val_floor"] = self._floor
         self.metrics.write(line)
+        self._tracking.log_metrics(line)
         self._observer.on_metrics(line, self._recipe.train.steps)
         if warning := self._overfitting.note(line):
             log.warning(warning)
@@ -242,10 +245,17 @@ class RunLogs:
                 log.warning(f"no samples after step {step}: {error}")
                 texts = []
             model.train()
-            for prompt, text in zip(prompts, texts, strict=bool(texts)):
+            for index, (prompt, text) in enumerate(zip(prompts, texts, strict=bool(texts))):
                 self.samples.write({"step": step, "prompt": prompt, "text": text})
+                self._tracking.log_text(f"sample/{index}", text, step)
             self._observer.on_samples(step, texts)
         self._state.parallel.world.barrier()  # collectives of a step have a short timeout
+
+    def finish_tracking(self) -> None:
+        """Give the trackers the loss curves, where they were drawn, and close them."""
+        if self._run.curves.is_file():
+            self._tracking.log_image("loss", self._run.curves, self._state.position.step)
+        self._tracking.finish()
 
     def sync(self) -> tuple[int, int]:
         """Flush both logs to disk and return their sizes in bytes."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from gemmule.data import DataSettings
+from gemmule.data.settings import DataSettings
 from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
 from gemmule.tokenizer import Tokenizer

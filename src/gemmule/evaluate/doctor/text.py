@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gemmule.data import open_dataset, prepared_folder
+from gemmule.data.dataset import open_dataset, prepared_folder
 from gemmule.evaluate.doctor.model import ModelUnderTest
 from gemmule.evaluate.doctor.variants import Reading, applied
 from gemmule.evaluate.text import clean_texts

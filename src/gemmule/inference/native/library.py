@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from gemmule.files import WRITABLE_BY_OTHERS, cache_folder, sha256, sync
+from gemmule.code_cache import WRITABLE_BY_OTHERS, cache_folder
+from gemmule.files import sha256, sync
 
 SOURCE = Path(__file__).with_name("step.c")
 # Sums may be taken in any order, which is what lets a compiler use vectors; infinities and rounding stay as they are.
