@@ -261,7 +261,7 @@ def against_others(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     (folder / "hf").mkdir()
     save_folder(model, tokenizer, folder / "hf", torch.bfloat16)
     for dtype in ("bf16", "q8_0"):
-        save_gguf(model, tokenizer, folder / f"{dtype}.gguf", dtype, lambda _: None)
+        save_gguf(model, tokenizer, folder / f"{dtype}.gguf", dtype)
     numbers = sum(weight.numel() for weight in model.parameters() if weight.ndim > 1)
     # Bytes per token: of an embedding that is not tied to the output head, one row.
     numbers -= model.embedding.weight.numel() if model.head is not None else 0

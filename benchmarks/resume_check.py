@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the verdict as a JSON object last")
     options = parser.parse_args(arguments)
     try:
-        recipe = read_recipe(options.recipe, Recipe, options.overrides, say=_log)
+        recipe = read_recipe(options.recipe, Recipe, options.overrides, warn=_log)
         short = resume.shortened(recipe, options.steps, options.kills)
         with tempfile.TemporaryDirectory(prefix="gemmule-resume-") as folder:
             verdict = resume.resume_check(short, Path(folder), options.kills, options.seed, _log)

@@ -111,8 +111,8 @@ def test_damaged_library_is_found_in_the_message_of_the_loader(cache: Path) -> N
     assert damaged_library(ValueError(f"{file}: file too short")) is None
 
 
-def test_damaged_library_is_built_again_once(cache: Path) -> None:
-    file, said = cache / "ab" / "c0.so", list[str]()
+def test_damaged_library_is_built_again_once(messages: list[str], cache: Path) -> None:
+    file = cache / "ab" / "c0.so"
     file.touch()
 
     def load() -> str:
@@ -120,8 +120,8 @@ def test_damaged_library_is_built_again_once(cache: Path) -> None:
             raise ImportError(f"{file}: file too short")
         return "loaded"
 
-    assert rebuilding(load, said.append) == "loaded"
-    assert said == [f"{file}: truncated compiled library, which is rebuilt"]
+    assert rebuilding(load) == "loaded"
+    assert messages == [f"{file}: truncated compiled library, which is rebuilt"]
 
     def fail() -> None:
         raise ImportError(f"{file}: file too short")

@@ -205,7 +205,7 @@ def test_other_text_is_not_validated_on_that_of_the_recipe(
     own_text: Path, changes: list[str], validation: object, told: int
 ) -> None:
     said: list[str] = []
-    assert read_recipe(own_text, Recipe, changes, say=said.append).data.validation == validation
+    assert read_recipe(own_text, Recipe, changes, warn=said.append).data.validation == validation
     assert len(said) == told
     assert all("data.holdout" in sentence and "--set data.validation=SOURCE" in sentence for sentence in said)
 

@@ -148,8 +148,8 @@ def _recipe(path: Path | None, overrides: list[str]) -> "Recipe":
     from harness.train import DEFAULT
 
     if path is not None:
-        return read_recipe(path, Recipe, overrides, say=_note)
-    return check_recipe(DEFAULT, Recipe, "of the benchmark", overrides, say=_note)
+        return read_recipe(path, Recipe, overrides, warn=_note)
+    return check_recipe(DEFAULT, Recipe, "of the benchmark", overrides, warn=_note)
 
 
 def _note(sentence: str) -> None:

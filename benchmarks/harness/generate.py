@@ -56,7 +56,7 @@ def compare_generating(
             from gemmule.formats.gguf import save_gguf
 
             changed["gguf"] = str(folder / f"{peer.gguf}.gguf")
-            save_gguf(network, tokenizer, Path(changed["gguf"]), peer.gguf, lambda _: None)
+            save_gguf(network, tokenizer, Path(changed["gguf"]), peer.gguf)
         backends.append(peer_backend(name, peer.program, changed))
     limits = peer_backend("the machine's limits", "limits", job)
     measurements = run_trials([*backends, limits], budget.trials, progress)

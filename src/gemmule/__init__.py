@@ -7,7 +7,6 @@ for event in gemmule.generate(model, tokenizer, "Once upon a time", max_new_toke
 """
 
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +34,11 @@ def load(model: str | Path, device: str = "cpu") -> tuple["Gemma3", "Tokenizer"]
 def load_with_path(
     model: str | Path,
     device: str = "cpu",
-    say: Callable[[str], None] = lambda _: None,
     dtype: "torch.dtype | None" = None,
 ) -> tuple["Gemma3", "Tokenizer", Path]:
     """Open a MODEL as `load` does, and return also the folder or file that it was opened from.
 
-    `say` receives messages on what is downloaded and ignored; `dtype` is the one of the weights, by default as stored.
+    What is downloaded and ignored is logged. `dtype` is the one of the weights, by default as stored.
     """
     from gemmule.errors import ModelError, UserError
     from gemmule.formats.opening import find_model, open_model
@@ -48,11 +46,11 @@ def load_with_path(
     from gemmule.runtime import choose_device
 
     target, run = choose_device(device), local_path(model)
-    path_kind(run, lambda told: ModelError(f"MODEL {told}"))
+    path_kind(run, lambda message: ModelError(f"MODEL {message}"))
     is_run = path_kind(run / "recipe.toml", ModelError) and not path_kind(run / "config.json", ModelError)
     if not is_run:
-        found = find_model(model, say)
-        network, tokenizer = open_model(found, say, dtype)
+        found = find_model(model)
+        network, tokenizer = open_model(found, dtype)
         return network.to(target), tokenizer, found
     from gemmule.train.checkpoint import checkpoints, newest_checkpoint  # slow to load, so only where it is needed
 
@@ -61,14 +59,14 @@ def load_with_path(
         newest, damage = newest_checkpoint(run, weights_only=True)
         try:
             if newest is None:
-                told = "".join(f"; {each}" for each in damage)
-                raise ModelError(f"MODEL {run}: a run without a good checkpoint yet{told}")
-            network, tokenizer = open_model(newest, say, dtype)
+                damaged = "".join(f"; {each}" for each in damage)
+                raise ModelError(f"MODEL {run}: a run without a good checkpoint yet{damaged}")
+            network, tokenizer = open_model(newest, dtype)
             return network.to(target), tokenizer, newest
         except (UserError, OSError) as error:
             if checkpoints(run) == present:
-                told = f"MODEL {run}: cannot be read: {error}"
-                raise (error if isinstance(error, UserError) else ModelError(told)) from None
+                message = f"MODEL {run}: cannot be read: {error}"
+                raise (error if isinstance(error, UserError) else ModelError(message)) from None
             # The run is being trained: it has written another checkpoint, and removed this one.
 
 

@@ -4,6 +4,7 @@ Inductor compiles C++ with GCC. The functions of torch that call GCC are patched
 miscompiles Inductor's kernels, and against libraries that an interrupt leaves truncated.
 """
 
+import logging
 import os
 import re
 import shlex
@@ -20,6 +21,8 @@ import torch
 from torch import nn
 
 from gemmule.code_cache import cache_folder
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -71,7 +74,7 @@ def uncompiled() -> AbstractContextManager[None]:
     return stance
 
 
-def rebuilding(run: Callable[[], T], say: Callable[[str], None] = lambda _: None) -> T:
+def rebuilding(run: Callable[[], T]) -> T:
     """Run a compiled function; truncated libraries in the compiler's cache are removed and rebuilt.
 
     Other programs share that cache, and may have been interrupted while they linked a library.
@@ -84,7 +87,7 @@ def rebuilding(run: Callable[[], T], say: Callable[[str], None] = lambda _: None
             damaged = damaged_library(error)
             if damaged is None or damaged in removed:
                 raise
-            say(f"{damaged}: truncated compiled library, which is rebuilt")
+            log.warning(f"{damaged}: truncated compiled library, which is rebuilt")
             damaged.unlink(missing_ok=True)
             removed.add(damaged)
             torch.compiler.reset()  # the failure is remembered otherwise

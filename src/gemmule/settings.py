@@ -74,11 +74,11 @@ def read_recipe(
     schema: type[S],
     overrides: Sequence[str] = (),
     changes: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = _warn,
+    warn: Callable[[str], None] = _warn,
 ) -> S:
     """Read the TOML file `path`, apply overrides, and return checked settings.
 
-    Overrides are written `a.b=c` and applied after `changes`, a nested mapping; `say` reports adapted settings. Raises
+    Overrides are written `a.b=c` and applied after `changes`, a nested mapping; `warn` reports adapted settings. Raises
     one RecipeError that lists every unknown key, wrong type and invalid combination.
     """
     try:
@@ -98,7 +98,7 @@ def read_recipe(
         raise RecipeError(f"recipe {path}: nested too deeply") from None
     except ValueError as error:  # also a number of thousands of digits
         raise RecipeError(f"recipe {path}: not valid TOML: {error}") from None
-    return check_recipe(table, schema, str(path), overrides, changes, say)
+    return check_recipe(table, schema, str(path), overrides, changes, warn)
 
 
 def check_recipe(
@@ -107,7 +107,7 @@ def check_recipe(
     origin: str,
     overrides: Sequence[str] = (),
     changes: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = _warn,
+    warn: Callable[[str], None] = _warn,
 ) -> S:
     """Validate a nested mapping with overrides as settings; RecipeError lists all problems.
 
@@ -119,7 +119,7 @@ def check_recipe(
         found += _override(changed, override, schema)
     changed = _plain(changed, origin)
     for sentence in _adapt(table, changed, schema):
-        say(sentence)
+        warn(sentence)
     _merge(table, changed)
     found += [*_without_undecodable(table), *_unset(table, schema)]
     while True:

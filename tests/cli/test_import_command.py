@@ -62,7 +62,7 @@ def test_a_run_folder_is_imported_from_its_newest_checkpoint(tiny_run: Path, tmp
 def test_a_gguf_file_is_taken(tiny_run: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="gguf, which writes the file, is not installed")
     model, tokenizer = package.load(tiny_run / "model")
-    save_gguf(model, tokenizer, tmp_path / "theirs.gguf", "f32", lambda _: None)
+    save_gguf(model, tokenizer, tmp_path / "theirs.gguf", "f32")
     ended = gemmule("import", tmp_path / "theirs.gguf", "--out", tmp_path / "mine")
     assert ended.code == 0
     assert ended.err.startswith("the weights take 0.3 MB in fp32; --dtype bf16 halves that\n")
@@ -77,7 +77,7 @@ def test_a_gguf_file_is_taken(tiny_run: Path, tmp_path: Path) -> None:
 
 def test_a_name_on_the_hub_is_taken(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(opening, "fetch", lambda _name, _say: source)
+    monkeypatch.setattr(opening, "fetch", lambda _name: source)
     assert gemmule("import", "google/gemma-3-270m", "--out", tmp_path / "mine").code == 0
     assert gemmule("generate", "google/gemma-3-270m", "--max-new-tokens", 3).code == 0
     assert gemmule("evaluate", "google/gemma-3-270m", "--data", "storybook:1").code == 0

@@ -83,5 +83,5 @@ def test_a_full_bar_goes_away_and_work_of_unknown_length_shows_the_time(monkeypa
 def test_what_is_said_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     screen, text = shown(monkeypatch, terminal=False)
     long = "[bold]a story[/bold] " * 20
-    screen.say(long)
+    screen.print(long)
     assert text.getvalue() == long + "\n"

@@ -122,7 +122,7 @@ def test_a_text_in_portions_costs_what_it_does_in_one(
 
 
 def test_text_is_cleaned_as_for_training_and_what_is_dropped_is_said(
-    model: Gemma3, tiny_tokenizer: Tokenizer, tmp_path: Path
+    messages: list[str], model: Gemma3, tiny_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     clean = [f"Mia said it\u2019s so, {number} times.\nAnd so it was." for number in range(200)]
     (tmp_path / "clean.txt").write_text("<|endoftext|>".join(clean), encoding="utf-8")
@@ -130,13 +130,12 @@ def test_text_is_cleaned_as_for_training_and_what_is_dropped_is_said(
     dirty[7] = clean[7].encode().decode("cp1252").encode()  # read wrongly, once
     dirty[9:9] = [b" \r\n ", b"\xff"]
     (tmp_path / "dirty.txt").write_bytes(b"\r\n<|endoftext|>\r\n".join(dirty))
-    said: list[str] = []
     expected, found = (
-        score_text(model, tiny_tokenizer, DataSettings(train=str(tmp_path / name)), say=said.append)
+        score_text(model, tiny_tokenizer, DataSettings(train=str(tmp_path / name)))
         for name in ("clean.txt", "dirty.txt")
     )
     assert found == expected | {"dropped": 2}
-    assert said == ["of 202 documents, dropped: 1 not UTF-8, 1 empty; 1 repaired: cp1252 mojibake"]
+    assert messages == ["of 202 documents, dropped: 1 not UTF-8, 1 empty; 1 repaired: cp1252 mojibake"]
 
 
 def test_filters_apply_as_they_do_in_training(model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings) -> None:
@@ -153,10 +152,11 @@ def test_text_in_another_encoding_is_refused(model: Gemma3, tiny_tokenizer: Toke
         score_text(model, tiny_tokenizer, DataSettings(train=str(tmp_path / "text.txt")))
 
 
-def test_a_separator_that_does_not_occur_is_said(model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings) -> None:
-    said: list[str] = []
-    score_text(model, tiny_tokenizer, text.replace(separator="%"), context=64, say=said.append)
-    assert said == [f"the separator '%' does not occur in {text.train[0]}: it is read as one document"]
+def test_a_separator_that_does_not_occur_is_said(
+    messages: list[str], model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings
+) -> None:
+    score_text(model, tiny_tokenizer, text.replace(separator="%"), context=64)
+    assert messages == [f"the separator '%' does not occur in {text.train[0]}: it is read as one document"]
 
 
 # Bits per byte.
@@ -175,15 +175,14 @@ def lossy(normalizer: tokenizers.normalizers.Normalizer) -> Tokenizer:
 
 @pytest.mark.parametrize("change", [tokenizers.normalizers.Lowercase(), tokenizers.normalizers.NFKC()])
 def test_a_tokenizer_that_changes_text_has_no_bits_per_byte(
-    change: tokenizers.normalizers.Normalizer, model: Gemma3, tmp_path: Path
+    messages: list[str], change: tokenizers.normalizers.Normalizer, model: Gemma3, tmp_path: Path
 ) -> None:
     (tmp_path / "text.txt").write_text("all the same<|endoftext|>A \ufb01ne day<|endoftext|>\ufb01ne", encoding="utf-8")
-    said: list[str] = []
-    figures = score_text(model, lossy(change), DataSettings(train=str(tmp_path / "text.txt")), say=said.append)
+    figures = score_text(model, lossy(change), DataSettings(train=str(tmp_path / "text.txt")))
     assert figures["bits_per_byte"] is None
     assert math.isfinite(figures["loss"])
     changed = 1 if isinstance(change, tokenizers.normalizers.Lowercase) else 2
-    assert said[-1].startswith(f"no bits per byte: the tokenizer changes {changed} of 3 documents")
+    assert messages[-1].startswith(f"no bits per byte: the tokenizer changes {changed} of 3 documents")
     (tmp_path / "text.txt").write_text("all the same<|endoftext|>and this", encoding="utf-8")
     assert score_text(model, lossy(change), DataSettings(train=str(tmp_path / "text.txt")))["bits_per_byte"] > 0
 

@@ -88,7 +88,7 @@ def faults_of(
     cases, faults = 0, []
     for number, (owner, name) in enumerate(calls):
         with Failing(owner, name) as counted:
-            export_model(export_of(tokenizer), to, folder / f"{number}-counted", lambda _: None)
+            export_model(export_of(tokenizer), to, folder / f"{number}-counted")
         for place in range(min(most, counted.count)):
             out = folder / f"{number}-{place}" / "out"
             out.parent.mkdir()
@@ -118,7 +118,7 @@ def what_is_wrong(tokenizer: Tokenizer, to: str, out: Path, failing: Failing) ->
     """Say what an export that met an error did wrong."""
     try:
         with failing:
-            export_model(export_of(tokenizer), to, out, lambda _: None)
+            export_model(export_of(tokenizer), to, out)
     except OutputError as error:
         if not str(error).startswith((f"{out}", f"{out.parent}/.out")):
             return f"names no file: {error}"
@@ -130,7 +130,7 @@ def what_is_wrong(tokenizer: Tokenizer, to: str, out: Path, failing: Failing) ->
     if left := [path.name for path in out.parent.iterdir() if path != out and (path.is_file() or any(path.iterdir()))]:
         return f"left {left}"
     if not out.exists():
-        export_model(export_of(tokenizer), to, out, lambda _: None)  # and the next one is not in its way
+        export_model(export_of(tokenizer), to, out)  # and the next one is not in its way
     open_model(out / "model.gguf" if to == "ollama" else out)
     return None
 
@@ -143,7 +143,7 @@ def test_a_limit_of_file_sizes_is_told(tiny_tokenizer: Tokenizer, tmp_path: Path
     try:
         for to in EXPORTS:
             with pytest.raises(OutputError, match=r"cannot be written: larger than the file system, or .*ulimit -f"):
-                export_model(export_of(tiny_tokenizer), to, tmp_path / "out", lambda _: None)
+                export_model(export_of(tiny_tokenizer), to, tmp_path / "out")
             assert list(tmp_path.iterdir()) == []
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -174,7 +174,7 @@ def test_no_weight_that_is_no_number_is_exported(tiny_tokenizer: Tokenizer, tmp_
             spoiled(tensor, value),
             pytest.raises(ModelError, match=f"{name} holds NaN or infinity"),
         ):
-            export_model(export_of(tiny_tokenizer), to, tmp_path / "out", lambda _: None)
+            export_model(export_of(tiny_tokenizer), to, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -185,9 +185,9 @@ def test_no_weight_becomes_infinite_in_an_export(tiny_tokenizer: Tokenizer, tmp_
         spoiled(weight, min(limit * 1.01, 3.4e38)),
         pytest.raises(ModelError, match=f"--dtype {dtype}: blocks.2.mlp.down"),
     ):
-        export_model(export_of(tiny_tokenizer, dtype), "gguf", tmp_path / "out", lambda _: None)
+        export_model(export_of(tiny_tokenizer, dtype), "gguf", tmp_path / "out")
     with spoiled(weight, -limit * 0.99):
-        export_model(export_of(tiny_tokenizer, dtype), "gguf", tmp_path / "out", lambda _: None)
+        export_model(export_of(tiny_tokenizer, dtype), "gguf", tmp_path / "out")
     assert all(tensor.isfinite().all() for tensor in open_model(tmp_path / "out")[0].state_dict().values())
 
 
@@ -208,7 +208,7 @@ def test_k_quants_leave_no_whole_file(
     tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / ".out.f32").write_text("of an export that was killed")
-    export_model(export_of(tiny_tokenizer, "q4_k_m"), "gguf", tmp_path / "out", lambda _: None)
+    export_model(export_of(tiny_tokenizer, "q4_k_m"), "gguf", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert open_model(tmp_path / "out")[0].config.vocab_size == 380
 
@@ -217,7 +217,7 @@ def test_k_quants_leave_no_whole_file(
 
     monkeypatch.setattr(exports, "quantize", fail)
     with pytest.raises(ModelError, match="could not write it"):
-        export_model(export_of(tiny_tokenizer, "q4_k_m"), "gguf", tmp_path / "other", lambda _: None)
+        export_model(export_of(tiny_tokenizer, "q4_k_m"), "gguf", tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

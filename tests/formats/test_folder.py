@@ -119,12 +119,11 @@ def test_many_missing_tensors_are_counted(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["module.", "base_model.", "module.base_model.model."])
-def test_prefix_that_all_tensors_have_is_taken_off_and_said(folder: Path, prefix: str) -> None:
+def test_prefix_that_all_tensors_have_is_taken_off_and_said(messages: list[str], folder: Path, prefix: str) -> None:
     expected = load_folder(folder)[0].state_dict()
     rename_tensors(folder, lambda name: prefix + name)
-    said: list[str] = []
-    model, _ = load_folder(folder, say=said.append)
-    assert said == [f"removed the prefix {prefix!r} from all tensor names"]
+    model, _ = load_folder(folder)
+    assert messages == [f"removed the prefix {prefix!r} from all tensor names"]
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
 
 

@@ -22,10 +22,6 @@ from tiny import greatest_difference, lively_model, some_tokens, tiny_config
 library = pytest.importorskip("gguf", reason="the gguf library is not installed")
 
 
-def silent(_: str) -> None:
-    """Say nothing."""
-
-
 def fitting_model(tokenizer: Tokenizer, **changes: Any) -> Gemma3:
     """A model whose rows fit blocks of 32, with as many of the vocabulary as there are tokens."""
     shape: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "hidden_size": 32, "intermediate_size": 64}
@@ -33,7 +29,7 @@ def fitting_model(tokenizer: Tokenizer, **changes: Any) -> Gemma3:
 
 
 def written(model: Gemma3, tokenizer: Tokenizer, folder: Path, dtype: Any = "f32") -> Path:
-    save_gguf(model, tokenizer, folder / "model.gguf", dtype, silent)
+    save_gguf(model, tokenizer, folder / "model.gguf", dtype)
     return folder / "model.gguf"
 
 
@@ -86,11 +82,12 @@ def test_weights_are_read_in_the_dtype_that_is_asked_for(tiny_tokenizer: Tokeniz
         assert again.state_dict()[name].dtype == torch.bfloat16
 
 
-def test_rows_that_fit_no_block_stay_in_f32_and_it_is_said(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_rows_that_fit_no_block_stay_in_f32_and_it_is_said(
+    messages: list[str], tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     model = fitting_model(tiny_tokenizer, intermediate_size=40)
-    said: list[str] = []
-    save_gguf(model, tiny_tokenizer, tmp_path / "model.gguf", "q8_0", said.append)
-    (remark,) = said
+    save_gguf(model, tiny_tokenizer, tmp_path / "model.gguf", "q8_0")
+    (remark,) = messages
     assert "kept in f32, because q8_0 needs rows in multiples of 32: blk.0.ffn_down.weight" in remark
     again, _ = load_gguf(tmp_path / "model.gguf")
     assert torch.equal(again.state_dict()["blocks.0.mlp.down.weight"], model.state_dict()["blocks.0.mlp.down.weight"])
@@ -257,7 +254,7 @@ def test_bases_that_ollama_names_are_used(
 
 
 def test_ollamas_multimodal_files_have_googles_scaling_and_give_their_text_part(
-    tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    messages: list[str], tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = fitting_model(tiny_tokenizer, rope_scaling_factor=1.0, max_position_embeddings=131_072)
     path = written(model, tiny_tokenizer, tmp_path)
@@ -269,9 +266,8 @@ def test_ollamas_multimodal_files_have_googles_scaling_and_give_their_text_part(
         self.tensors["v.blk.0.attn_q.weight"] = self.tensors["mm.input"] = self.tensors["output_norm.weight"]
 
     monkeypatch.setattr(GgufHeader, "_read_header", with_vision)
-    said: list[str] = []
-    assert load_gguf(path, say=said.append)[0].config.rope_scaling_factor == 8.0
-    assert said == [
+    assert load_gguf(path)[0].config.rope_scaling_factor == 8.0
+    assert messages == [
         f"{path}: has no RoPE scaling factor; 8 is used, as in Google's multimodal models",
         "skipped the vision encoder, 2 of 95 tensors; Gemmule loads the text model",
     ]

@@ -36,12 +36,13 @@ def refusal(kind: str) -> Exception:
     return error
 
 
-def test_what_a_model_folder_needs_is_fetched_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_a_model_folder_needs_is_fetched_and_nothing_else(
+    messages: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     asked = answer(monkeypatch, str(tmp_path))
-    said: list[str] = []
-    assert fetch(NAME, said.append) == tmp_path
+    assert fetch(NAME) == tmp_path
     assert asked == [(NAME, {"allow_patterns": FILES})]
-    assert said == [f"downloading {NAME} from the Hugging Face Hub (cached files are reused)"]
+    assert messages == [f"downloading {NAME} from the Hugging Face Hub (cached files are reused)"]
     kept = huggingface_hub.utils.filter_repo_objects(
         [
             "README.md", "config.json", "generation_config.json", "model-00001-of-00002.safetensors",

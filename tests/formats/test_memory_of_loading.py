@@ -99,7 +99,7 @@ def test_opening_a_gguf_file_takes_the_result_and_about_a_tensor(
     for name, width in (("small", 64), ("large", 768)):
         largest = write_model(tmp_path / name, tiny_tokenizer, width, torch.float32, 1)
         # The rows beyond the tokenizer's ids are left out; what remains is most of the model.
-        save_gguf(*load_folder(tmp_path / name), tmp_path / f"{name}.gguf", stored, lambda _: None)
+        save_gguf(*load_folder(tmp_path / name), tmp_path / f"{name}.gguf", stored)
     check_memory(tmp_path / "small.gguf", tmp_path / "large.gguf", None, largest)
 
 

@@ -30,7 +30,7 @@ def folder(tiny_tokenizer: Tokenizer, tmp_path: Path) -> Path:
 def gguf(tiny_tokenizer: Tokenizer, tmp_path: Path) -> Path:
     pytest.importorskip("gguf", reason="gguf, which writes the file, is not installed")
     path = tmp_path / "file.gguf"
-    save_gguf(MODEL, tiny_tokenizer, path, "f32", lambda _: None)
+    save_gguf(MODEL, tiny_tokenizer, path, "f32")
     return path
 
 
@@ -46,7 +46,7 @@ def assert_is_the_model(source: str | Path, dtype: torch.dtype = torch.float32) 
 def fetched(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
     asked: list[str] = []
 
-    def fetch(repo_id: str, _say: object) -> Path:
+    def fetch(repo_id: str) -> Path:
         asked.append(repo_id)
         return folder
 

@@ -149,7 +149,12 @@ def present_layout(tensors: Tensors) -> Tensors:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("sharded", [True, False])
 def test_the_text_of_a_multimodal_model_is_taken_and_that_is_said(
-    tiny_tokenizer: Tokenizer, tmp_path: Path, layout: Callable[[Tensors], Tensors], tied: bool, sharded: bool
+    messages: list[str],
+    tiny_tokenizer: Tokenizer,
+    tmp_path: Path,
+    layout: Callable[[Tensors], Tensors],
+    tied: bool,
+    sharded: bool,
 ) -> None:
     model = lively_model(tiny_config(tie_word_embeddings=tied))
     save_folder(model, tiny_tokenizer, tmp_path)
@@ -157,17 +162,15 @@ def test_the_text_of_a_multimodal_model_is_taken_and_that_is_said(
     edit_config(tmp_path, lambda text: {"model_type": "gemma3", "text_config": text, "vision_config": {}})
     if sharded:
         shard(tmp_path)
-    said: list[str] = []
-    again, _ = load_folder(tmp_path, say=said.append)
+    again, _ = load_folder(tmp_path)
     assert again.config == model.config
     assert_same_weights(again, model)
-    assert said == [f"skipped the vision encoder, 2 of {95 + (not tied)} tensors; Gemmule loads the text model"]
+    assert messages == [f"skipped the vision encoder, 2 of {95 + (not tied)} tensors; Gemmule loads the text model"]
 
 
-def test_nothing_is_said_of_a_text_model(folder: Path) -> None:
-    said: list[str] = []
-    load_folder(folder, say=said.append)
-    assert said == []
+def test_nothing_is_said_of_a_text_model(messages: list[str], folder: Path) -> None:
+    load_folder(folder)
+    assert messages == []
 
 
 def test_a_tensor_under_two_names_is_refused(folder: Path) -> None:

@@ -132,7 +132,7 @@ def test_the_text_is_as_likely_as_to_llama_cpp(
         pytest.skip("llama.cpp is not installed: pip install 'gemmule[llama]'")
     from gemmule.formats.gguf import save_gguf
 
-    save_gguf(*google, tmp_path / "f32.gguf", "f32", lambda _: None)
+    save_gguf(*google, tmp_path / "f32.gguf", "f32")
     job = {"runtime": "llama.cpp", "path": str(tmp_path / "f32.gguf"), "ids": ids, "strings": list(GOLDEN)}
     (tmp_path / "job.json").write_text(json.dumps(job | {"out": str(tmp_path / "answer")}), encoding="utf-8")
     command = [sys.executable, "-m", "gemmule.evaluate.foreign", str(tmp_path / "job.json")]

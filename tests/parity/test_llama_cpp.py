@@ -44,7 +44,7 @@ def model_of(tokenizer: Tokenizer, **changes: Any) -> Gemma3:
 
 
 def certificate_of(model: Gemma3, tokenizer: Tokenizer, folder: Path, dtype: str) -> dict[str, Any]:
-    artefact = export_model(Export(model, tokenizer, dtype), "gguf", folder / "model.gguf", lambda _: None)
+    artefact = export_model(Export(model, tokenizer, dtype), "gguf", folder / "model.gguf")
     return certify(artefact, "llama.cpp", dtype, (model, tokenizer), reopen(artefact))
 
 
@@ -90,7 +90,7 @@ def test_the_seeds_shape_is_certified(tiny_tokenizer: Tokenizer, tmp_path: Path)
 
 def test_a_model_that_differs_is_not_certified(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = model_of(tiny_tokenizer)
-    artefact = export_model(Export(model, tiny_tokenizer, "f32"), "gguf", tmp_path / "model.gguf", lambda _: None)
+    artefact = export_model(Export(model, tiny_tokenizer, "f32"), "gguf", tmp_path / "model.gguf")
     other = model_of(tiny_tokenizer, sliding_window=13)
     found = certify(artefact, "llama.cpp", "f32", (other, tiny_tokenizer), (other, tiny_tokenizer))
     assert not found["passed"]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemmule.cli.screen import Screen, print_json
+from gemmule.cli.screen import Screen, logged_to, print_json
 from gemmule.cli.text_settings import run_of, text_settings
 from gemmule.reading import local_path
 
@@ -47,8 +47,8 @@ def doctor(
     from gemmule.evaluate.doctor import ModelUnderTest, examine, read_declared
 
     settings, dataset = _text(local_path(model), data, separator, column)
-    with Screen() as screen:
-        network, tokenizer, found = gemmule.load_with_path(model, device, screen.say)
+    with Screen() as screen, logged_to(screen):
+        network, tokenizer, found = gemmule.load_with_path(model, device)
         test = ModelUnderTest(network.float(), tokenizer, read_declared(found), settings, dataset)
         findings = examine(test, screen.progress)
     failed = [finding.name for finding in findings if finding.verdict == "failed"]

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gemmule.cli.screen import Screen, print_json
+from gemmule.cli.screen import Screen, logged_to, print_json
 from gemmule.cli.text_settings import text_settings
 from gemmule.reading import local_path
 
@@ -59,21 +59,21 @@ def evaluate(
     prepared = prepared_folder(settings) or (run / "data" if run and data is None else None)
     if prepared and (separator or column):
         raise RecipeError(f"--separator, --column: {prepared} is prepared, its text was read already; leave them out")
-    with Screen() as screen:
-        network, tokenizer, _ = gemmule.load_with_path(model, device, screen.say)
+    with Screen() as screen, logged_to(screen):
+        network, tokenizer, _ = gemmule.load_with_path(model, device)
         if network.embedding.weight.device.type == "cpu":
             network = network.float()  # that of a folder in bf16, too
-        options: tuple[Any, ...] = (documents, context, batch_size, screen.progress, screen.say)
+        options: tuple[Any, ...] = (documents, context, batch_size, screen.progress)
         if prepared is None:
             result = score_text(network, tokenizer, settings, *options)
         else:
-            screen.say(f"the validation documents of {prepared}:")
+            screen.print(f"the validation documents of {prepared}:")
             result = score_dataset(network, tokenizer, prepared, *options)
     if not math.isfinite(result["loss"]):
         raise GemmuleError(
             f"{model}: the loss is {result['loss']}, not a number; gemmule doctor {model} names the weights"
         )
-    screen.say(_sentence(result))
+    screen.print(_sentence(result))
     if as_json:
         print_json(result)
 

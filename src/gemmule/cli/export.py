@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from gemmule.cli.screen import Screen, print_json
+from gemmule.cli.screen import Screen, logged_to, print_json
 from gemmule.reading import local_path
 
 
@@ -61,29 +61,29 @@ def export(
         check_runtime(runtime)
     present, advice = verify and output_exists(out), "choose a new file or folder"
     check_export(to, out, dtype, exists=present)
-    with Screen() as screen:
-        network, tokenizer, found = gemmule.load_with_path(model, say=screen.say)
+    with Screen() as screen, logged_to(screen):
+        network, tokenizer, found = gemmule.load_with_path(model)
         refuse_nonfinite_weights(network, model)
         exported = Export(network, tokenizer, dtype, read_card(found), _name(model, found))
         if note := license_note(exported.card, model):
-            screen.say(note)
+            screen.print(note)
         if present:
             screen.progress("comparing with the existing export", 0, None)
             if others := differing_files(exported, to, out):
                 raise OutputError(f"--out {out}: already exists, and {others[0]} differs from this export; {advice}")
             artefact = out / "model.gguf" if to == "ollama" else out
         else:
-            artefact = export_model(exported, to, out, screen.say)
-            screen.say(f"wrote {artefact}: {dtype}, {_size(artefact) / 1e6:,.1f} MB")
+            artefact = export_model(exported, to, out)
+            screen.print(f"wrote {artefact}: {dtype}, {_size(artefact) / 1e6:,.1f} MB")
         if to == "ollama":
-            screen.say(f"add it to Ollama:  ollama create {out.name} -f {out / 'Modelfile'}")
+            screen.print(f"add it to Ollama:  ollama create {out.name} -f {out / 'Modelfile'}")
         summary: dict[str, Any] = {"artefact": str(artefact), "format": to, "dtype": dtype, "bytes": _size(artefact)}
         if verify:
             screen.progress("verifying", 0, None)
             certificate = certify(artefact, runtime, dtype, (network, tokenizer), reopen(artefact))
             proof = certificate_path(artefact)
             write_certificate(certificate, proof)
-            screen.say(f"{describe(certificate)}\ncertificate: {proof}")
+            screen.print(f"{describe(certificate)}\ncertificate: {proof}")
             summary |= certificate
             if not certificate["passed"]:
                 raise CertificateError(f"{artefact}: the certificate failed; see {proof}")

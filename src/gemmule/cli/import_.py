@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from gemmule.cli.screen import Screen
+from gemmule.cli.screen import Screen, logged_to
 
 
 def import_(
@@ -43,21 +43,22 @@ def import_(
         raise OutputError(f"--out {out}: already exists and is not empty; choose a new or empty folder")
     wanted = {"f32": torch.float32, "bf16": torch.bfloat16, None: None}[dtype]
     screen = Screen()
-    network, tokenizer, found = gemmule.load_with_path(source, say=screen.say, dtype=wanted)
+    with logged_to(screen):
+        network, tokenizer, found = gemmule.load_with_path(source, dtype=wanted)
     refuse_nonfinite_weights(network, source)
     card = read_card(found)
     if note := license_note(card, source):
-        screen.say(note)
+        screen.print(note)
     size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
     if dtype is None and found.is_file():
-        screen.say(f"the weights take {size / 1e6:,.1f} MB in fp32; --dtype bf16 halves that")
+        screen.print(f"the weights take {size / 1e6:,.1f} MB in fp32; --dtype bf16 halves that")
     with atomic_folder(out, last="config.json") as folder:
         write_card(card, folder)
         save_folder(network, tokenizer, folder)
     count = sum(parameter.numel() for parameter in network.parameters())
     stored = str(network.embedding.weight.dtype).removeprefix("torch.")
     layers = network.config.num_hidden_layers
-    screen.say(
+    screen.print(
         f"{out}: {count:,} parameters in {layers} layers, stored as {stored}, {size / 1e6:,.1f} MB; tokenizer with "
         f"{tokenizer.vocab_size:,} ids; try it:  gemmule generate {out}"
     )

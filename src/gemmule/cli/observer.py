@@ -36,12 +36,12 @@ class ScreenObserver(Observer):
         self._screen.training(metrics, steps)
         self._prediction_log.observe(metrics)
         if "val_loss" in metrics:
-            self._attempt(lambda: draw_curves(self._run, log.info))
+            self._attempt(lambda: draw_curves(self._run))
 
     def on_samples(self, step: int, texts: Sequence[str]) -> None:  # noqa: ARG002 - the screen shows the step already
         """Show the samples."""
         for text in texts:
-            self._screen.say("  | " + text.strip().replace("\n", "\n  | "))
+            self._screen.print("  | " + text.strip().replace("\n", "\n  | "))
 
     def conclude(self) -> None:
         """Write plan.json, and say how far the plan was off."""

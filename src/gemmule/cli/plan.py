@@ -56,7 +56,7 @@ def plan(
         from gemmule.settings import read_recipe
         from gemmule.train.recipe import Recipe
 
-        planner = Planner(read_recipe(recipe, Recipe, overrides or [], say=note), device, gpus, price)
+        planner = Planner(read_recipe(recipe, Recipe, overrides or [], warn=note), device, gpus, price)
         found = planner.plan()
         _show(Console(stderr=as_json, highlight=False, emoji=False), str(recipe), planner, found)
         if as_json:

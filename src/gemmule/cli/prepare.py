@@ -75,12 +75,12 @@ def prepare(
     settings, training = _settings(table, overrides or [], recipe)
     with Screen() as screen:
         dataset = _prepare(settings, out, workers, engine, screen)
-    screen.say(str(dataset.report))
+    screen.print(str(dataset.report))
     if training:
-        screen.say(training(dataset))
+        screen.print(training(dataset))
     if not (out / PLOT_FILE).exists():
-        screen.say(f"no {PLOT_FILE}: plots need matplotlib: pip install 'gemmule[plots]'")
-    screen.say(f'dataset written to {out}; use it in a recipe by  data.train = "{out}"')
+        screen.print(f"no {PLOT_FILE}: plots need matplotlib: pip install 'gemmule[plots]'")
+    screen.print(f'dataset written to {out}; use it in a recipe by  data.train = "{out}"')
     if as_json:
         print_json(dataset.report.model_dump(mode="json"))
 
@@ -95,15 +95,17 @@ def _prepare(settings: Any, out: Path, workers: int | None, engine: str, screen:
     existed = (out / DATASET_FILE).exists()
     try:
         return prepare_dataset(
-            settings.data, settings.tokenizer, out, screen.progress, workers=workers, engine=engine, log=screen.say
+            settings.data, settings.tokenizer, out, screen.progress, workers=workers, engine=engine, log=screen.print
         )
     except BaseException as error:
         if (out / DATASET_FILE).exists() and not existed:
-            screen.say(f"the dataset in {out} is complete")
+            screen.print(f"the dataset in {out} is complete")
         elif partial_folder(out).is_dir() and not partial_folder(out).is_symlink():
             kept = f"finished work is kept in {partial_folder(out)}"
             resumable = isinstance(error, KeyboardInterrupt | OutputError)  # others would fail again the same way
-            screen.say(f"{kept}; to resume:  {shlex.join(_command())}" if resumable else f"{kept} for the next attempt")
+            screen.print(
+                f"{kept}; to resume:  {shlex.join(_command())}" if resumable else f"{kept} for the next attempt"
+            )
         raise
 
 

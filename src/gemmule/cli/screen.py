@@ -45,7 +45,7 @@ class Screen:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line that stays."""
         self.console.print(text, markup=False)
 
@@ -56,7 +56,7 @@ class Screen:
         `total` the time that has passed is shown, and `done` where it counts something.
         """
         if label != self._label and not self._live:
-            self.say(f"{label} ...")
+            self.print(f"{label} ...")
         if label != self._label or self._task is None:
             self._clear()
             self._task = self._progress.add_task(label, total=total, note="")
@@ -78,7 +78,7 @@ class Screen:
         self.progress("training", line["step"], steps, f"{loss}  {speed}")
         tenth = max(1, steps // 10)
         if "val_loss" in line or (not self._live and line["step"] // tenth != (line["step"] - 1) // tenth):
-            self.say(f"{describe_metrics(line, steps)}  {speed}  {_time_left(line, steps)}")
+            self.print(f"{describe_metrics(line, steps)}  {speed}  {_time_left(line, steps)}")
 
 
 @contextmanager
@@ -101,7 +101,7 @@ class _ScreenHandler(logging.Handler):
         self._screen = screen
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._screen.say(record.getMessage())
+        self._screen.print(record.getMessage())
 
 
 def note(sentence: str) -> None:

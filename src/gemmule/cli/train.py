@@ -60,7 +60,7 @@ def train(
     run = RunFolder(out or Path("runs") / recipe.stem)
     launched = launch_environment()
     is_main = launched is None or launched.rank == 0
-    settings = read_recipe(recipe, Recipe, overrides or [], say=note if is_main else lambda _: None)
+    settings = read_recipe(recipe, Recipe, overrides or [], warn=note if is_main else lambda _: None)
 
     def sample(model: Any, tokenizer: Any, prompts: Any, tokens: int, seed: int) -> list[str]:
         return complete(model, tokenizer, prompts, tokens, STORYTELLING, seed)
@@ -78,10 +78,10 @@ def train(
         try:
             outcome = run_recipe(settings, run.path, resume, observer, sample, allow_changes)
         except KeyboardInterrupt:
-            screen.say(f"stopped; resume with:  {again}")
+            screen.print(f"stopped; resume with:  {again}")
             raise
     if outcome.position.step < outcome.recipe.train.steps:
-        screen.say(f"stopped after step {outcome.position.step:,}, which is saved; resume with:  {again}")
+        screen.print(f"stopped after step {outcome.position.step:,}, which is saved; resume with:  {again}")
         raise typer.Exit(INTERRUPTED)
     if outcome.model is None:
         return
@@ -104,9 +104,9 @@ def _conclude(screen: Screen, outcome: "Outcome", model: "Gemma3", run: RunFolde
         prompt, tokenizer = "Once upon a time", outcome.dataset.tokenizer
         judged = judge_stories(model, tokenizer, prompt, count=100, sampling=SAMPLING, seed=1)
         for number, story in enumerate(judged[:3], start=1):
-            screen.say(f"\nStory {number}\n\n{story.text}\n\n  checker: {story.verdict}")
+            screen.print(f"\nStory {number}\n\n{story.text}\n\n  checker: {story.verdict}")
         good, possible = sum(story.verdict.good for story in judged), sum(story.possible for story in judged)
-        screen.say(
+        screen.print(
             f"\nOf {len(judged)} stories told at temperature {SAMPLING.temperature} and min-p {SAMPLING.min_p}, "
             f"{good} are whole and consistent; {possible} the storybook itself could have told."
         )
@@ -115,10 +115,10 @@ def _conclude(screen: Screen, outcome: "Outcome", model: "Gemma3", run: RunFolde
     if position.best_step is not None and position.best_loss is not None and position.best_step < position.step:
         folder = run.checkpoint(position.best_step)
         kept = "the model folder has its weights" if settings.final_model == "best" else f"kept in {folder}"
-        screen.say(f"best validation loss: {position.best_loss:.3f} at step {position.best_step:,}; {kept}")
+        screen.print(f"best validation loss: {position.best_loss:.3f} at step {position.best_step:,}; {kept}")
     curves = f", its curves are in {run.curves}" if run.curves.exists() else ""
-    screen.say(f"the model is in {run.model}{curves}; try it:")
-    screen.say(f"  gemmule generate {run.model}")
+    screen.print(f"the model is in {run.model}{curves}; try it:")
+    screen.print(f"  gemmule generate {run.model}")
     return summary
 
 

@@ -340,8 +340,8 @@ class Preparation:
         )
         plot_report(report, self.staged / PLOT_FILE)
         (self.staged / REPORT_FILE).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        with atomic_write(self.staged / DATASET_FILE) as aside:
-            aside.write_text(manifest.model_dump_json(indent=2, exclude_unset=True) + "\n", encoding="utf-8")
+        with atomic_write(self.staged / DATASET_FILE) as temporary:
+            temporary.write_text(manifest.model_dump_json(indent=2, exclude_unset=True) + "\n", encoding="utf-8")
 
     def _report_lossy(self, shards: Mapping[Split, Sequence[dict[str, Any]]]) -> bool:
         """Return whether tokenization is lossy, and report it."""

@@ -18,8 +18,8 @@ def open_stage(folder: Path, key: str) -> bool:
         return True
     fresh = not folder.exists()
     remove(folder)  # all of it: a manifest left behind would be taken for valid
-    with atomic_write(stored) as aside:
-        aside.write_text(key, encoding="ascii")
+    with atomic_write(stored) as temporary:
+        temporary.write_text(key, encoding="ascii")
     return fresh
 
 
@@ -37,8 +37,8 @@ def commit(manifest: Path, result: Mapping[str, Any], files: Sequence[Path]) -> 
     for file in files:
         sync(file)
         digests[str(file.relative_to(manifest.parent))] = sha256(file)
-    with atomic_write(manifest) as aside:
-        aside.write_text(json.dumps({"result": result, "files": digests}), encoding="utf-8")
+    with atomic_write(manifest) as temporary:
+        temporary.write_text(json.dumps({"result": result, "files": digests}), encoding="utf-8")
 
 
 def committed(manifest: Path) -> dict[str, Any] | None:

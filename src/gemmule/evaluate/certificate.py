@@ -70,10 +70,10 @@ def certify(
         tokenizer.encode(text) == given and exported[1].encode(text) == given
         for text, given in zip(strings, answer["encoded"], strict=True)
     )
-    apart = float(np.sqrt(np.square(ours - theirs).mean()))
+    rms = float(np.sqrt(np.square(ours - theirs).mean()))
     margin = ours.max(1) - np.take_along_axis(ours, theirs.argmax(1)[:, None], 1)[:, 0]
-    agreement = float((margin <= _TIE * apart).mean())
-    share, most = apart / float(ours.std()), MOST_ROUNDING.get(dtype, MOST_ROUNDING_BELOW)
+    agreement = float((margin <= _TIE * rms).mean())
+    share, most = rms / float(ours.std()), MOST_ROUNDING.get(dtype, MOST_ROUNDING_BELOW)
     return {
         "passed": agreement >= LEAST_ARGMAX and share <= most and same == len(strings),
         "artefact": artefact.name,
@@ -84,7 +84,7 @@ def certify(
         "argmax_agreement": float((margin == 0).mean()),
         "argmax_agreement_beyond_rounding": agreement,
         "argmax_agreement_required": LEAST_ARGMAX,
-        "logit_difference_rms": apart,
+        "logit_difference_rms": rms,
         "logit_difference_rms_over_standard_deviation": share,
         "logit_difference_allowed": most,
         "largest_logit_difference": _largest(ours, theirs),
@@ -99,8 +99,8 @@ def certify(
 
 def write_certificate(certificate: dict[str, Any], path: Path) -> None:
     """Write certificate.json."""
-    with atomic_write(path) as aside:
-        aside.write_text(json.dumps(certificate, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(certificate, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def describe(certificate: dict[str, Any]) -> str:
@@ -132,9 +132,9 @@ def _piece(draw: random.Random, words: list[str]) -> str:
 
 def _tokens(model: Gemma3, tokenizer: Tokenizer) -> list[int]:
     """Encode stories up to beyond twice the window, as far as the model and the memory for logits reach."""
-    reach = min(model.config.max_position_embeddings, _MOST_LOGITS // model.config.vocab_size)
+    longest = min(model.config.max_position_embeddings, _MOST_LOGITS // model.config.vocab_size)
     text = "\n".join(story.text for story in stories(40, seed=4))
-    return tokenizer.encode(text)[: min(reach, max(256, 2 * model.config.sliding_window + 32))]
+    return tokenizer.encode(text)[: min(longest, max(256, 2 * model.config.sliding_window + 32))]
 
 
 def _ask(runtime: str, artefact: Path, ids: list[int], strings: list[str]) -> tuple[dict[str, Any], Any]:

@@ -1,5 +1,6 @@
 """How well a model predicts a text, document by document."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -14,6 +15,7 @@ from gemmule.data.batches import Batch, WholeDocuments
 from gemmule.data.clean import clean_document
 from gemmule.data.corpus import Corpus
 from gemmule.data.dataset import open_dataset
+from gemmule.data.documents import Log
 from gemmule.data.encode import EncodedText, encode_texts
 from gemmule.data.intermediate import StoredText
 from gemmule.data.report import counted, describe_tally
@@ -29,12 +31,13 @@ from gemmule.tokenizer import Tokenizer
 from gemmule.train.loss import summed_loss
 from gemmule.train.validation import Score, score
 
+log = logging.getLogger(__name__)
+
 _LONGEST_ROW = 2048  # tokens, where nobody says otherwise: attention takes time with the square
 _TOKENS = 32_768  # of a batch, where nobody says otherwise
 _PORTION = 1 << 18  # tokens of text that are packed into rows together
 _CHUNK = 512  # tokens of a longer row that are read at once, so that memory does not grow with the square
 
-Say = Callable[[str], None]
 Progress = Callable[[str, int, int | None], None]
 
 
@@ -46,7 +49,6 @@ def score_text(
     context: int | None = None,
     batch_size: int | None = None,
     progress: Progress = lambda *_: None,
-    say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """Score the documents of `settings.train` (all, or the first so many), each one on its own.
 
@@ -55,7 +57,7 @@ def score_text(
     there is nothing to predict.
     """
     tally: Counter[str] = Counter()
-    texts = islice(clean_texts(settings, tally, say), documents)
+    texts = islice(clean_texts(settings, tally, log.info), documents)
     total, changed = _Total(), 0
 
     def count(batch: int) -> None:
@@ -69,8 +71,8 @@ def score_text(
     if not total.documents:
         raise SourceError(f"{', '.join(settings.train)}: there is no text to predict ({dropped or 'none there'})")
     if dropped:
-        say(f"of {counted(tally['read'], 'document')}, {dropped}")
-    return {**_figures(total, changed, say), "dropped": tally["read"] - total.documents}
+        log.info(f"of {counted(tally['read'], 'document')}, {dropped}")
+    return {**_figures(total, changed), "dropped": tally["read"] - total.documents}
 
 
 def score_dataset(
@@ -81,7 +83,6 @@ def score_dataset(
     context: int | None = None,
     batch_size: int | None = None,
     progress: Progress = lambda *_: None,
-    say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """Score the validation documents of a prepared dataset (all, or the first so many).
 
@@ -92,9 +93,7 @@ def score_dataset(
         advice = f"name the text that it was made from ({dataset.report.validation.source})"
         raise DatasetError(f"{folder}: was prepared with another tokenizer than the model's; {advice}")
     changed = 0 if dataset.lossless else None
-    return score_corpus(
-        model, tokenizer, dataset.validation, documents, context, batch_size, progress, say, changed=changed
-    )
+    return score_corpus(model, tokenizer, dataset.validation, documents, context, batch_size, progress, changed=changed)
 
 
 def score_corpus(
@@ -105,7 +104,6 @@ def score_corpus(
     context: int | None,
     batch_size: int | None,
     progress: Progress,
-    say: Say,
     *,
     changed: int | None = 0,
 ) -> dict[str, Any]:
@@ -120,7 +118,7 @@ def score_corpus(
     """
     rows = _rows(model, tokenizer, corpus, documents, context, batch_size)
     nats = _score(model, rows, lambda batch: progress("predicting", batch, len(rows.batches)), 0)
-    return _figures(_Total().plus(rows, nats), changed, say)
+    return _figures(_Total().plus(rows, nats), changed)
 
 
 class _Rows(NamedTuple):
@@ -220,10 +218,10 @@ def _score(model: Gemma3, rows: _Rows, progress: Callable[[int], None], before: 
     return measure(model, watched(), None, runtime).nats
 
 
-def _figures(total: _Total, changed: int | None, say: Say) -> dict[str, Any]:
+def _figures(total: _Total, changed: int | None) -> dict[str, Any]:
     if changed != 0:
         count = "documents" if changed is None else f"{changed:,} of {counted(total.documents, 'document')}"
-        say(
+        log.info(
             f"no bits per byte: the tokenizer changes {count}, so that its tokens stand for less than the text "
             "(unknown words, capitals, accents ...)"
         )
@@ -252,8 +250,8 @@ def _score_in_chunks(model: Gemma3, batches: Iterator[Batch], text_bytes: int | 
     return Score(nats, tokens, text_bytes)
 
 
-def clean_texts(settings: DataSettings, tally: Counter[str], say: Say) -> Iterator[StoredText]:
+def clean_texts(settings: DataSettings, tally: Counter[str], log: Log) -> Iterator[StoredText]:
     """Yield the documents of `settings.train`, cleaned as for training; what is dropped is counted in the tally."""
-    for document in read_sources(settings.train, settings, "validation", say):
+    for document in read_sources(settings.train, settings, "validation", log):
         if clean := clean_document(document, settings, tally):
             yield StoredText(clean.text, len(clean.text.encode()))

@@ -1,5 +1,6 @@
 """Export formats: write a model for other programs, and load the export again."""
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,8 @@ from gemmule.reading import path_kind, require_utf8
 from gemmule.tokenizer import Tokenizer
 from gemmule.tokenizer.chat import END, START
 
-Say = Callable[[str], None]
+log = logging.getLogger(__name__)
+
 # dtypes of a Hugging Face folder.
 _FOLDER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _FP16_LARGEST = torch.finfo(torch.float16).max
@@ -66,7 +68,7 @@ def output_exists(out: Path) -> bool:
         return out.is_symlink() if kind is None else kind != "folder" or any(out.iterdir())
 
 
-def export_model(export: Export, to: str, out: Path, say: Say) -> Path:
+def export_model(export: Export, to: str, out: Path) -> Path:
     """Write a model in one of the formats of EXPORTS; returns the file or folder that the other program loads.
 
     Raises as `check_export`, and ModelError for weights outside of the range of the dtype.
@@ -74,14 +76,14 @@ def export_model(export: Export, to: str, out: Path, say: Say) -> Path:
     check_export(to, out, export.dtype)
     refuse_nonfinite_weights(export.model)
     _check_range(export, to)
-    return EXPORTS[to](export, out, say)
+    return EXPORTS[to](export, out)
 
 
 def differing_files(export: Export, to: str, out: Path) -> list[str]:
     """Return the files of an existing export that differ from a new export, certificates excluded."""
     with as_output_error(out), TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as folder:
         fresh = Path(folder) / out.name
-        export_model(export, to, fresh, lambda _: None)
+        export_model(export, to, fresh)
         mine, theirs = dict(_digests(fresh)), dict(_digests(out))
     return sorted({name for name, _ in mine.items() ^ theirs.items() if not name.endswith(CERTIFICATE)})
 
@@ -102,39 +104,39 @@ def certificate_path(artefact: Path) -> Path:
     return artefact / CERTIFICATE if artefact.is_dir() else artefact.with_name(f"{artefact.stem}.{CERTIFICATE}")
 
 
-def _export_folder(export: Export, out: Path, _say: Say) -> Path:
+def _export_folder(export: Export, out: Path) -> Path:
     with atomic_folder(out, last="config.json") as folder:
         write_card(export.card, folder)
         save_folder(export.model, export.tokenizer, folder, _FOLDER_DTYPES[export.dtype])
     return out
 
 
-def _export_gguf(export: Export, out: Path, say: Say) -> Path:
+def _export_gguf(export: Export, out: Path) -> Path:
     model, tokenizer, dtype, card, name = export
     for caveat in runtime_caveats(model.config):
-        say(f"note: {caveat}")
+        log.info(f"note: {caveat}")
     card = card._replace(name=card.name or name or out.stem)
     if dtype in KINDS:
         # A fixed name, so that the next export replaces the file of a killed one.
         unquantized = out.with_name(f".{out.name}.f32")
         with atomic_write(out) as temporary:
             try:
-                save_gguf(model, tokenizer, unquantized, "f32", say, card)
+                save_gguf(model, tokenizer, unquantized, "f32", card)
                 quantize(unquantized, temporary, dtype)
             finally:
                 unquantized.unlink(missing_ok=True)
     else:
-        save_gguf(model, tokenizer, out, dtype, say, card)
+        save_gguf(model, tokenizer, out, dtype, card)
     return out
 
 
-def _export_ollama(export: Export, out: Path, say: Say) -> Path:
+def _export_ollama(export: Export, out: Path) -> Path:
     with atomic_folder(out, last="Modelfile") as folder:
         named = export._replace(name=export.name or out.name)
-        _export_gguf(named, folder / "model.gguf", say)
+        _export_gguf(named, folder / "model.gguf")
         (folder / "Modelfile").write_text(modelfile(export.model, export.tokenizer), encoding="utf-8")
     if export.tokenizer.chat_template is not None and not _has_gemma_turns(export.tokenizer.chat_template):
-        say("note: the chat template is not Gemma's; Ollama uses the most similar one that it knows")
+        log.info("note: the chat template is not Gemma's; Ollama uses the most similar one that it knows")
     return out / "model.gguf"
 
 
@@ -172,7 +174,7 @@ def _check_range(export: Export, to: str) -> None:
         )
 
 
-EXPORTS: dict[str, Callable[[Export, Path, Say], Path]] = {
+EXPORTS: dict[str, Callable[[Export, Path], Path]] = {
     "hf": _export_folder,
     "gguf": _export_gguf,
     "ollama": _export_ollama,

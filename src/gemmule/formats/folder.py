@@ -1,6 +1,5 @@
 """The model folder in Hugging Face's layout: config.json, model.safetensors, tokenizer.json and others."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,13 +40,11 @@ def save_settings(model: Gemma3, tokenizer: Tokenizer, folder: Path, dtype: torc
     tokenizer.save(folder)
 
 
-def load_folder(
-    folder: Path, kernel: str = "sdpa", dtype: torch.dtype | None = None, say: Callable[[str], None] = lambda _: None
-) -> tuple[Gemma3, Tokenizer]:
+def load_folder(folder: Path, kernel: str = "sdpa", dtype: torch.dtype | None = None) -> tuple[Gemma3, Tokenizer]:
     """Load model and tokenizer from a folder of any Gemma 3, every tensor of the text model used exactly once.
 
     Weights keep their stored dtype unless one is given, and are memory-mapped. Of a multimodal model the text model is
-    loaded, which `say` reports. ModelError names missing, unexpected and misshapen tensors.
+    loaded, which is logged. ModelError names missing, unexpected and misshapen tensors.
     """
     origin = folder / "config.json"
     config = read_config(read_json(origin), origin)
@@ -56,5 +53,5 @@ def load_folder(
         stored = f"{index.origin.name} has only {len(index.tensors)} tensors"
         raise ModelError(f"{origin}: num_hidden_layers is {config.num_hidden_layers}, but {stored}")
     model = meta_model(config, kernel)
-    model.load_state_dict(load_tensors(index, model, dtype, say), assign=True)
+    model.load_state_dict(load_tensors(index, model, dtype), assign=True)
     return model.eval(), Tokenizer.load(folder)

@@ -1,12 +1,13 @@
 """Read and write Gemma 3 as a GGUF file, for llama.cpp, Ollama and LM Studio.
 
 Norms are stored as 1 + weight, in fp32. llama.cpp scales queries by 1/sqrt(head_dim), whatever query_pre_attn_scalar
-is, so for another value the ratio is folded into the query norms.
+is, so for another value the query norms are scaled by the ratio.
 """
 
+import logging
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
 from gemmule.model.init import meta_model
 from gemmule.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 # Types that the gguf library quantizes to; llama.cpp writes K-quants (`k_quants.py`).
 DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
@@ -62,12 +65,10 @@ _MULTIMODAL_FACTOR, _MULTIMODAL_CONTEXT = 8.0, 131_072
 _LAYERS_OF_27B = 62
 
 
-def load_gguf(
-    path: Path, kernel: str = "sdpa", dtype: torch.dtype = torch.float32, say: Callable[[str], None] = lambda _: None
-) -> tuple[Gemma3, Tokenizer]:
+def load_gguf(path: Path, kernel: str = "sdpa", dtype: torch.dtype = torch.float32) -> tuple[Gemma3, Tokenizer]:
     """Load model and tokenizer from a GGUF file: weights dequantized, every tensor used exactly once.
 
-    `say` reports the skipped vision encoder of a multimodal model. ModelError or TokenizerError names what is missing,
+    The skipped vision encoder of a multimodal model is logged. ModelError or TokenizerError names what is missing,
     unexpected, misshapen, of another architecture, or unsupported.
     """
     with GgufFile(path) as file:
@@ -75,11 +76,11 @@ def load_gguf(
         vision = [name for name in file.tensors if name.startswith(_VISION_TENSORS)]
         for name in vision:
             del file.tensors[name]
-        model = meta_model(read_config(file, say), kernel)
+        model = meta_model(read_config(file), kernel)
         model.load_state_dict(_read_tensors(file, model, dtype), assign=True)
         if vision:
             total = len(vision) + len(file.tensors)
-            say(f"skipped the vision encoder, {len(vision)} of {total} tensors; Gemmule loads the text model")
+            log.info(f"skipped the vision encoder, {len(vision)} of {total} tensors; Gemmule loads the text model")
     return model.eval(), tokenizer
 
 
@@ -89,7 +90,7 @@ def load_gguf_tokenizer(path: Path) -> Tokenizer:
         return _tokenizer(file)
 
 
-def read_config(file: GgufFile, say: Callable[[str], None] = lambda _: None) -> Gemma3Config:
+def read_config(file: GgufFile) -> Gemma3Config:
     """Read the model config from the metadata of a GGUF file; ModelError names an unsupported key."""
     architecture = file.metadata.get("general.architecture")
     if architecture != "gemma3":
@@ -104,7 +105,7 @@ def read_config(file: GgufFile, say: Callable[[str], None] = lambda _: None) -> 
         raise ModelError(f"{file.path}: lacks token_embd.weight")
     values |= {
         "sliding_window_pattern": _pattern(values["sliding_window_pattern"], values["num_hidden_layers"], file.path),
-        "rope_scaling_factor": _scaling(given, file.path, say),
+        "rope_scaling_factor": _scaling(given, file.path),
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
@@ -130,7 +131,7 @@ def _pattern(value: Any, layers: Any, path: Path) -> Any:
     return every
 
 
-def _scaling(given: Mapping[str, Any], path: Path, say: Callable[[str], None]) -> Any:
+def _scaling(given: Mapping[str, Any], path: Path) -> Any:
     """Return the RoPE scaling factor of global layers.
 
     As in llama.cpp, scaling is linear unless its type says otherwise, and a missing or zero factor means none.
@@ -141,7 +142,9 @@ def _scaling(given: Mapping[str, Any], path: Path, say: Callable[[str], None]) -
         raise ModelError(f"{path}: gemma3.rope.scaling.type is {kind!r:.80}; Gemma 3 has 'none' or 'linear'")
     unstated = "rope.scaling.type" not in given and not factor and given.get("context_length") == _MULTIMODAL_CONTEXT
     if unstated and any(key.startswith(_VISION_KEYS) for key in given):
-        say(f"{path}: has no RoPE scaling factor; {_MULTIMODAL_FACTOR:g} is used, as in Google's multimodal models")
+        log.info(
+            f"{path}: has no RoPE scaling factor; {_MULTIMODAL_FACTOR:g} is used, as in Google's multimodal models"
+        )
         return _MULTIMODAL_FACTOR
     return factor if kind == "linear" and factor else 1.0
 
@@ -220,12 +223,11 @@ def save_gguf(
     tokenizer: Tokenizer,
     path: Path,
     dtype: str,
-    say: Callable[[str], None],
     card: ModelCard = NO_CARD,
 ) -> None:
     """Write a model as one GGUF file; tensors whose rows do not divide into blocks of `dtype` stay in f32.
 
-    `say` reports those tensors. Embedding rows beyond the tokenizer's vocabulary are dropped, as in the official files.
+    Those tensors are logged. Embedding rows beyond the tokenizer's vocabulary are dropped, as in the official files.
     """
     gguf = library()
     vocabulary = write_vocabulary(tokenizer)
@@ -252,7 +254,7 @@ def save_gguf(
             data = gguf.quants.quantize(tensor.contiguous().numpy(), kinds[name])
             writer.write_tensor_data(np.ascontiguousarray(data).view(_FileData))
     if unquantized:
-        say(f"kept in f32, because {dtype} needs rows in multiples of 32: {', '.join(unquantized[:3])} ...")
+        log.info(f"kept in f32, because {dtype} needs rows in multiples of 32: {', '.join(unquantized[:3])} ...")
 
 
 def metadata_of(config: Gemma3Config) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Download models from the Hugging Face Hub into its cache."""
 
 import errno
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 from gemmule.errors import MissingExtra, ModelError, OutputError
+
+log = logging.getLogger(__name__)
 
 # Files that `load_folder` reads; repositories may also hold the weights in other formats.
 FILES = [
@@ -19,7 +21,7 @@ FILES = [
 ]
 
 
-def fetch(repo_id: str, say: Callable[[str], None] = lambda _: None) -> Path:
+def fetch(repo_id: str) -> Path:
     """Download a model `owner/name` unless it is cached, with progress on stderr; returns its folder.
 
     An interrupted download resumes. ModelError for a gated model, an unknown model, and an unreachable Hub.
@@ -29,7 +31,7 @@ def fetch(repo_id: str, say: Callable[[str], None] = lambda _: None) -> Path:
         from huggingface_hub import errors
     except ImportError:
         raise MissingExtra("huggingface_hub", "hub", f"downloading {repo_id}") from None
-    say(f"downloading {repo_id} from the Hugging Face Hub (cached files are reused)")
+    log.info(f"downloading {repo_id} from the Hugging Face Hub (cached files are reused)")
     try:
         return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=FILES))
     except errors.GatedRepoError:

@@ -1,7 +1,6 @@
 """Load a model from a folder, a GGUF file or the Hugging Face Hub."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,19 +15,17 @@ from gemmule.reading import local_path, path_kind
 from gemmule.tokenizer import Tokenizer
 
 
-def open_model(
-    source: str | Path, say: Callable[[str], None] = lambda _: None, dtype: torch.dtype | None = None
-) -> tuple[Gemma3, Tokenizer]:
+def open_model(source: str | Path, dtype: torch.dtype | None = None) -> tuple[Gemma3, Tokenizer]:
     """Load model and tokenizer from a model folder, a GGUF file, or `owner/name` of the Hub.
 
-    Weights keep their dtype unless one is given; `say` reports downloads and skipped tensors. Raises ModelError or
+    Weights keep their dtype unless one is given; downloads and skipped tensors are logged. Raises ModelError or
     TokenizerError.
     """
-    found = find_model(source, say)
+    found = find_model(source)
     if path_kind(found, ModelError) == "folder":
-        model, tokenizer = load_folder(found, dtype=dtype, say=say)
+        model, tokenizer = load_folder(found, dtype=dtype)
     else:
-        model, tokenizer = load_gguf(found, dtype=dtype or torch.float32, say=say)
+        model, tokenizer = load_gguf(found, dtype=dtype or torch.float32)
     rows, ids = model.config.vocab_size, tokenizer.vocab_size
     # Google's 1B has no embedding of <image_soft_token>, which no text is encoded to.
     if ids > rows and any(tokenizer.token_bytes()[rows:]):
@@ -36,7 +33,7 @@ def open_model(
     return model, tokenizer
 
 
-def find_model(source: str | Path, say: Callable[[str], None] = lambda _: None) -> Path:
+def find_model(source: str | Path) -> Path:
     """Return the folder or GGUF file of a MODEL, downloaded from the Hub where no such path exists; else ModelError.
 
     GGUF files are recognized by their magic bytes, because Ollama's have no suffix.
@@ -49,7 +46,7 @@ def find_model(source: str | Path, say: Callable[[str], None] = lambda _: None) 
     if path.suffix.lower() == ".gguf" or (kind == "file" and is_gguf(path)):
         return path
     if _is_repository(path):
-        return fetch(str(source), say)
+        return fetch(str(source))
     advice = "name a model folder or a run folder, a .gguf file, or owner/name of the Hugging Face Hub"
     raise ModelError(f"MODEL {source}: {'no such folder' if kind is None else 'not a folder'}; {advice}")
 

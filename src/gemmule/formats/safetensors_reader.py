@@ -1,7 +1,8 @@
 """Safetensors of a Hugging Face folder: index and load one file or shards, of a text or a multimodal model."""
 
+import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from gemmule.formats.config_json import read_json
 from gemmule.formats.names import tensor_name_pairs
 from gemmule.model.gemma3 import Gemma3
 from gemmule.reading import IS_LFS_POINTER, is_lfs_pointer, path_kind, require_utf8
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -127,9 +130,7 @@ def _concatenate(name: str, parts: list[tuple[int, StoredTensor]], origin: Path)
     return StoredTensor(parts[0][1].file, name, kind[0], [rows, *kind[1]], tuple(part for _, part in parts))
 
 
-def load_tensors(
-    index: TensorIndex, model: Gemma3, dtype: torch.dtype | None = None, say: Callable[[str], None] = lambda _: None
-) -> dict[str, Tensor]:
+def load_tensors(index: TensorIndex, model: Gemma3, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Load the state dict of a model, every stored tensor used exactly once.
 
     The dtype is the given one, else the stored one where all tensors share it and it is not fp16, else fp32. Tensors
@@ -155,10 +156,10 @@ def load_tensors(
     if repeated is not None:
         _check_repeated(repeated, present[EMBEDDING])
     if index.prefix:
-        say(f"removed the prefix {index.prefix!r} from all tensor names")
+        log.info(f"removed the prefix {index.prefix!r} from all tensor names")
     if index.vision:
         total = len(index.vision) + len(index.tensors)
-        say(f"skipped the vision encoder, {len(index.vision)} of {total} tensors; Gemmule loads the text model")
+        log.info(f"skipped the vision encoder, {len(index.vision)} of {total} tensors; Gemmule loads the text model")
     return {wanted[name]: tensor for name, tensor in _read(present, chosen)}
 
 

@@ -195,12 +195,12 @@ def _matmul_rate(operation: Operation, flush: Callable[[], Any]) -> float:
     """Time a matmul, or a part of a large one, with operands of the same memory layout, uncached; FLOP/s."""
     left, right = operation.call[-2:]
     *stack, rows, inner = left.shape
-    sides = [*stack, rows, inner, right.shape[-1]]
-    while 2 * prod(sides) > _MAX_TIMED_FLOPS:
-        sides[sides.index(max(sides))] //= 2
-    *stack, rows, inner, columns = sides
+    shape = [*stack, rows, inner, right.shape[-1]]
+    while 2 * prod(shape) > _MAX_TIMED_FLOPS:
+        shape[shape.index(max(shape))] //= 2
+    *stack, rows, inner, columns = shape
     one, other = _with_layout(left, [*stack, rows, inner]), _with_layout(right, [*stack, inner, columns])
-    return 2 * prod(sides) / _time(lambda: one @ other, flush)
+    return 2 * prod(shape) / _time(lambda: one @ other, flush)
 
 
 def _with_layout(operand: Operand, shape: Sequence[int]) -> Tensor:

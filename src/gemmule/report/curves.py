@@ -1,24 +1,27 @@
 """loss.png: training and validation loss by step, with the entropy floor if known."""
 
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from gemmule.errors import MissingExtra
 from gemmule.files import atomic_write
 from gemmule.run_folder import RunFolder
 
+log = logging.getLogger(__name__)
+
 TRAIN, VALIDATION, FLOOR = "#9db8d9", "#c0392b", "#2e7d32"
 
 
-def draw_curves(run: RunFolder, say: Callable[[str], None]) -> None:
-    """Draw `loss.png` in a run folder from its metrics.jsonl; without matplotlib, say what is missing."""
+def draw_curves(run: RunFolder) -> None:
+    """Draw `loss.png` in a run folder from its metrics.jsonl; without matplotlib, log what is missing."""
     lines = run.read_metrics()
     try:
         figure = loss_figure(lines, run.path.name)
     except MissingExtra as error:
         if sum("val_loss" in line for line in lines) == 1:
-            say(f"no loss.png: {error}")
+            log.info(f"no loss.png: {error}")
         return
     with atomic_write(run.curves) as path:
         figure.savefig(path, format="png", dpi=120)

@@ -167,7 +167,7 @@ def time_kernels(
         mask = packed_mask(name, positions, window, None)
         try:
             timing = partial(_seconds, name, config, mask, dtype, device, compiled)
-            times[name] = rebuilding(timing, log.warning)
+            times[name] = rebuilding(timing)
         except RuntimeError as error:  # the compiler's, or out of a GPU's shared memory
             log.info(f"train.attention: {name} does not run here: {str(error).strip().splitlines()[0]}")
     return times

@@ -54,7 +54,7 @@ class _Plain:
 
 
 class Writer(_Plain, StorageWriter):
-    """Writes each process's part aside of a folder; `finish` then gets the sha256 of every file by its name.
+    """Writes each process's part beside a folder; `finish` then gets the sha256 of every file by its name.
 
     Where that fails for want of space or rights, OutputError names the folder.
     """

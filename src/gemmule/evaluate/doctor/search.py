@@ -202,8 +202,8 @@ def _describe(judged: Judged) -> str:
     sentence = f"{judged.loss:.3f} nats per token of {judged.text.name}"
     if not math.isfinite(judged.loss):
         return sentence
-    apart, word = abs(judged.loss - judged.unigram), "better" if judged.beats_unigram else "worse"
-    return f"{sentence}, {apart:.3f} {word} than a unigram model ({judged.unigram:.3f})"
+    difference, word = abs(judged.loss - judged.unigram), "better" if judged.beats_unigram else "worse"
+    return f"{sentence}, {difference:.3f} {word} than a unigram model ({judged.unigram:.3f})"
 
 
 def variant_answer(name: str, judged: Judged) -> Answer:

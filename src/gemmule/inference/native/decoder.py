@@ -2,7 +2,7 @@
 
 With one position per row, a step is bound by how fast the weights are read, and the hundreds of small operations
 between the matrices would take as long again. The C file reads the model's own tensors where they lie: nothing is
-copied, so the step follows weights that are changed in place. Where they are replaced during generation, it goes on
+copied, so the step follows weights that are changed in place. Where they are replaced during generation, it continues
 with the old ones, which it keeps alive.
 """
 
