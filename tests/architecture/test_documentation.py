@@ -105,6 +105,19 @@ def test_files_it_names_exist(page: Path) -> None:
             assert any((place / path).exists() for place in places), path
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_prose_wraps_at_100_columns(page: Path) -> None:
+    """Tables, code and what has no space to break at may be longer."""
+    fenced = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        fenced ^= line.lstrip().startswith("```")
+        code = fenced or line.startswith("    ") or line.lstrip().startswith("|")
+        unbreakable = re.sub(r"`[^`]*`|!?\[[^\]]*\]\([^)]*\)", lambda found: "x" * len(found[0]), line)
+        words = unbreakable.removeprefix("> ").split()
+        if len(line) > 100 and not code:
+            assert len(words) < 2 or (words[0] in "-" and len(words) == 2), f"{name_of(page)}, line {number}"
+
+
 def test_the_page_of_settings_is_what_the_code_says() -> None:
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     assert page == gemmule("settings", "--markdown").out, "make docs"

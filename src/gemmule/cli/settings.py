@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from inspect import cleandoc
 from itertools import groupby
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,17 +16,18 @@ _PAGE = """\
 
 <!-- Made by `make docs` from the code; a test compares the two. -->
 
-Every setting that a recipe can have, by section. In TOML it stands below its section, on the command line after
-`--set`:
+Every setting that a recipe can have, by section. In TOML it stands below its section, on the
+command line after `--set`:
 
     [train]
     context = 512
 
     gemmule train recipes/story.toml --set train.context=512
 
-`gemmule settings` prints the same, and `gemmule settings train` one section. Settings whose type ends with "or none"
-can be unset: `--set train.minutes=none`, also in TOML as `minutes = "none"`; a file of that name is `./none`. A run
-folder's `recipe.toml` has every setting that was in force. [Preparing text](data.md) says more about `data`.
+`gemmule settings` prints the same, and `gemmule settings train` one section. Settings whose type
+ends with "or none" can be unset: `--set train.minutes=none`, also in TOML as `minutes = "none"`; a
+file of that name is `./none`. A run folder's `recipe.toml` has every setting that was in force.
+[Preparing text](data.md) says more about `data`.
 """
 
 
@@ -64,7 +66,8 @@ def _page(found: Iterable["Setting"], about: Mapping[str, str]) -> Iterator[str]
     """Yield the lines of docs/settings.md; `about` says what each section is."""
     yield _PAGE.rstrip()
     for section, members in groupby(found, lambda setting: setting.key.rpartition(".")[0]):
-        yield f"\n## {section}\n\n{about[section]}\n\n| setting | values | default | meaning |\n|---|---|---|---|"
+        paragraphs = "\n\n".join(fill(text, 100, break_on_hyphens=False) for text in about[section].split("\n\n"))
+        yield f"\n## {section}\n\n{paragraphs}\n\n| setting | values | default | meaning |\n|---|---|---|---|"
         for setting in members:
             default = setting.default if setting.default in ("required", "none") else f"`{setting.default}`"
             cells = (f"`{setting.key}`", setting.kind, default, setting.meaning)
