@@ -12,7 +12,9 @@ IS_LFS_POINTER = "is a Git LFS pointer, not the file itself: run  git lfs pull  
 
 
 def local_path(name: str | Path) -> Path:
-    """Return the local path of a name, with `~` expanded where no shell did."""
+    """Return the local path of a name, with `~` expanded where no shell did; UserError for an empty name."""
+    if not str(name).strip():
+        raise UserError(f"{str(name)!r}: is no name of a file or folder; an unset shell variable leaves such a one")
     try:
         return Path(name).expanduser()
     except RuntimeError:  # no home directory

@@ -1,5 +1,6 @@
 """The recipes that come with Gemmule are right before anybody waits for one."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,18 @@ def test_recipe_begins_with_what_it_is_and_how_to_run_it(path: Path) -> None:
     head = path.read_text(encoding="utf-8").partition("[")[0]
     assert head.startswith("# ")
     assert f"gemmule train recipes/{path.name}" in head or f"make {path.stem}" in head
+
+
+@pytest.mark.parametrize("name", ["README.md", "recipes/story.toml", "recipes/tinystories-90m.toml"])
+def test_the_size_that_a_page_names_is_that_of_a_recipe(name: str) -> None:
+    text = (FOLDER.parent / name).read_text(encoding="utf-8").replace("\n# ", " ").replace("\n", " ")
+    claims = re.findall(r"([\d.,]+?)(M| million|) parameters\b", text)
+    assert claims
+    sizes = [parameters(read_recipe(path, Recipe)) for path in RECIPES]
+    exact = {f"{size:,}" for size in sizes}
+    rounded = {f"{size / 1e6:.{digits}f}" for size in sizes for digits in (0, 1)}
+    for claim, unit in claims:
+        assert claim in (rounded if unit else exact), f"{name}: {claim}{unit} parameters"
 
 
 def test_the_four_runs_are_there() -> None:

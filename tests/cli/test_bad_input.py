@@ -334,6 +334,21 @@ def test_a_disk_that_fills_up_keeps_the_checkpoints_and_the_run_goes_on(
     assert timeless_metrics(run) == timeless_metrics(tiny_run)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("generate",), ("evaluate", "--data", "storybook:1"), ("doctor",), ("export", "--to", "hf", "--out", "x"),
+     ("import", "--out", "x")],
+    ids=lambda arguments: arguments[0],
+)  # fmt: skip
+def test_an_empty_name_is_not_the_current_folder(
+    arguments: tuple[str, ...], tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")  # which is a MODEL
+    command, *options = arguments
+    assert complaint(gemmule(command, "", *options)).startswith("'': is no name of a file or folder")
+
+
 def test_a_run_that_another_process_is_writing(tiny_recipe: Path, tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
