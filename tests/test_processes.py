@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gemmule.cli import main
 from gemmule.evaluate.certificate import CertificateError, _ask
 from gemmule.formats.k_quants import quantize
 from gemmule.processes import prepare_process, python_module_command
@@ -78,3 +79,37 @@ def test_multiprocessing_starts_no_file_of_the_current_directory(
     process.join(60)
     assert process.exitcode == 0
     assert not (hostile / "RAN").exists()
+
+
+LEAVES = """
+import atexit, os, sys, threading, time
+from gemmule.processes import exit_without_finalization
+
+class Global:
+    def __del__(self):
+        sys.stderr.write("finalized\\n")
+
+kept = Global()
+atexit.register(sys.stdout.write, "exit function\\n")
+threading.Thread(target=lambda: (time.sleep(0.3), sys.stdout.write("thread\\n"))).start()
+exit_without_finalization(3)
+"""
+
+
+def test_a_process_can_end_without_the_interpreters_shutdown() -> None:
+    """Threads are joined, exit functions run and output is flushed; the interpreter is not taken apart."""
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "thread\nexit function\n", "")
+
+
+@pytest.mark.parametrize(("size", "codes"), [("1", []), ("2", [0])])
+def test_ranks_of_a_run_end_in_that_way(size: str, codes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gloo thread that dropped its last tensor during the shutdown aborted one in twenty runs of two processes."""
+    ended: list[int] = []
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setattr(sys, "argv", ["gemmule", "--version"])
+    monkeypatch.setattr(main, "prepare_process", lambda: None)
+    monkeypatch.setattr(main, "exit_without_finalization", ended.append)
+    with pytest.raises(SystemExit):
+        main.main()
+    assert ended == codes

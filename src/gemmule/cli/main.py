@@ -22,7 +22,7 @@ from gemmule.cli.prepare import prepare
 from gemmule.cli.settings import settings
 from gemmule.cli.train import train
 from gemmule.errors import GemmuleError
-from gemmule.processes import Terminated, prepare_process, terminated_as_interrupted
+from gemmule.processes import Terminated, exit_without_finalization, prepare_process, terminated_as_interrupted
 from gemmule.reading import local_path
 
 # Their files import what they need when they are called, so that `--help` loads no torch.
@@ -145,7 +145,12 @@ def main() -> None:
     """Run the command line."""
     prepare_streams()
     prepare_process()
-    build_app()()
+    try:
+        build_app()()
+    except SystemExit as end:
+        if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(end.code, int):
+            exit_without_finalization(end.code)
+        raise
 
 
 def prepare_streams() -> None:
