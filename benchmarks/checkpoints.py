@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gemmule.processes import prepare_process
+from gemmule.run_folder import RunFolder
 
 prepare_process()  # as the command does
 
@@ -82,7 +83,7 @@ class Run:
 
     def saver(self) -> Saver:
         """Return what writes its checkpoints, keeping two."""
-        return Saver(self.run, self.state, self.dataset.tokenizer, 2)
+        return Saver(RunFolder(self.run), self.state, self.dataset.tokenizer, 2)
 
 
 def time_of_checkpoints(name: str, changes: tuple[str, ...], steps: int, trials: int) -> dict[str, Any]:

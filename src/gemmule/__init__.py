@@ -43,11 +43,12 @@ def load_with_path(
     from gemmule.errors import ModelError, UserError
     from gemmule.formats.opening import find_model, open_model
     from gemmule.reading import local_path, path_kind
+    from gemmule.run_folder import RECIPE_FILE
     from gemmule.runtime import choose_device
 
     target, run = choose_device(device), local_path(model)
     path_kind(run, lambda message: ModelError(f"MODEL {message}"))
-    is_run = path_kind(run / "recipe.toml", ModelError) and not path_kind(run / "config.json", ModelError)
+    is_run = path_kind(run / RECIPE_FILE, ModelError) and not path_kind(run / "config.json", ModelError)
     if not is_run:
         found = find_model(model)
         network, tokenizer = open_model(found, dtype)

@@ -8,6 +8,7 @@ from gemmule.errors import DeviceError, RecipeError
 from gemmule.plan.dataset_size import dataset_size
 from gemmule.plan.planner import Planner, fewest_gpus, savings
 from gemmule.plan.prediction_log import PredictionLog, summary
+from gemmule.run_folder import RunFolder
 from gemmule.settings import check_recipe
 from gemmule.train.recipe import Recipe
 
@@ -183,7 +184,7 @@ def test_a_run_goes_on_without_a_plan(monkeypatch: pytest.MonkeyPatch, tmp_path:
         raise RuntimeError("no such thing as a plan")
 
     monkeypatch.setattr("gemmule.plan.prediction_log.Planner", fail)
-    log = PredictionLog(recipe(), tmp_path, 1)
+    log = PredictionLog(recipe(), RunFolder(tmp_path), 1)
     log.observe({"tokens_per_second": 1.0})
     assert log.write() is None
     assert not (tmp_path / "plan.json").exists()

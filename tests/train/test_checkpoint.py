@@ -13,6 +13,7 @@ from gemmule.distributed import process_group
 from gemmule.errors import CheckpointError, OutputError
 from gemmule.model.gemma3 import Gemma3
 from gemmule.model.init import init_weights
+from gemmule.run_folder import RunFolder
 from gemmule.tokenizer import Tokenizer
 from gemmule.train.checkpoint import (
     Saver,
@@ -39,7 +40,7 @@ def world() -> Iterator[None]:
 
 def save_checkpoint(run: Path, state: TrainState, tokenizer: Tokenizer, position: Position) -> Path:
     """Write one and wait for it."""
-    saver = Saver(run, state, tokenizer, keep=9)
+    saver = Saver(RunFolder(run), state, tokenizer, keep=9)
     saver.save(position)
     saver.finish()
     return run / "checkpoints" / f"step-{position.step:08d}"

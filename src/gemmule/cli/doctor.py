@@ -76,5 +76,5 @@ def _text(
     run = run_of(model)
     if run is None:
         return None, None
-    dataset = prepared_folder(text_settings(model, None, None, None)[0]) or run / "data"
+    dataset = prepared_folder(text_settings(model, None, None, None)[0]) or run.data
     return None, dataset if (dataset / DATASET_FILE).is_file() else None

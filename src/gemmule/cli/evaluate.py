@@ -56,7 +56,7 @@ def evaluate(
     from gemmule.evaluate.text import score_dataset, score_text
 
     settings, run = text_settings(local_path(model), data, separator, column)
-    prepared = prepared_folder(settings) or (run / "data" if run and data is None else None)
+    prepared = prepared_folder(settings) or (run.data if run and data is None else None)
     if prepared and (separator or column):
         raise RecipeError(f"--separator, --column: {prepared} is prepared, its text was read already; leave them out")
     with Screen() as screen, logged_to(screen):

@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemmule.run_folder import RunFolder
+
 if TYPE_CHECKING:
     from gemmule.data.settings import DataSettings
 
 
 def text_settings(
     model: Path, data: str | None, separator: str | None, column: str | None
-) -> "tuple[DataSettings, Path | None]":
+) -> "tuple[DataSettings, RunFolder | None]":
     """Return the data settings of a text, and the run folder that the model belongs to, if any.
 
     What is not given is taken from the run; without `data` so is all. RecipeError where there is neither.
@@ -24,7 +26,7 @@ def text_settings(
         data: DataSettings
 
     run = run_of(model)
-    own = read_recipe(run / "recipe.toml", Run).data if run else None
+    own = read_recipe(run.recipe, Run).data if run else None
     if data is None:
         if own is None:
             raise RecipeError(
@@ -37,7 +39,7 @@ def text_settings(
     return check_recipe(table, DataSettings, "of the options"), run
 
 
-def run_of(model: Path) -> Path | None:
+def run_of(model: Path) -> RunFolder | None:
     """Return the run folder that a model path is, or lies in."""
     from gemmule.errors import ModelError
     from gemmule.reading import path_kind
@@ -47,4 +49,4 @@ def run_of(model: Path) -> Path | None:
         folders.append(model.parent)
     if model.name.startswith("step-"):
         folders.append(model.parent.parent)
-    return next((folder for folder in folders if path_kind(folder / "recipe.toml", ModelError)), None)
+    return next((run for run in map(RunFolder, folders) if path_kind(run.recipe, ModelError)), None)

@@ -74,7 +74,7 @@ def train(
             from gemmule.cli.observer import ScreenObserver
             from gemmule.plan.prediction_log import PredictionLog
 
-            observer = ScreenObserver(screen, run, PredictionLog(settings, run.path, launched.size if launched else 1))
+            observer = ScreenObserver(screen, run, PredictionLog(settings, run, launched.size if launched else 1))
         try:
             outcome = run_recipe(settings, run.path, resume, observer, sample, allow_changes)
         except KeyboardInterrupt:

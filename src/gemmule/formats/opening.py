@@ -12,6 +12,7 @@ from gemmule.formats.gguf_file import is_gguf
 from gemmule.formats.hub import fetch
 from gemmule.model.gemma3 import Gemma3
 from gemmule.reading import local_path, path_kind
+from gemmule.run_folder import RECIPE_FILE
 from gemmule.tokenizer import Tokenizer
 
 
@@ -57,7 +58,7 @@ def _refuse_folder_of_models(folder: Path) -> None:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         raise ModelError(f"MODEL {folder}: cannot be read: {error.strerror}") from None
-    marks = ("recipe.toml", "config.json")
+    marks = (RECIPE_FILE, "config.json")
     if not set(names).isdisjoint(marks):
         return
     shown = [name for name in names if not name.startswith(".")]  # temporary folders

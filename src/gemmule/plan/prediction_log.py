@@ -2,7 +2,6 @@
 
 import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from gemmule.files import atomic_write
 from gemmule.plan.cost_model import Collective
 from gemmule.plan.planner import COMPUTE_OPTIMAL, Plan, Planner, Times
 from gemmule.processes import peak_memory
+from gemmule.run_folder import RunFolder
 from gemmule.runtime import choose_device
 from gemmule.train.recipe import Recipe
 
@@ -62,12 +62,12 @@ def _exchange(one: Collective, seconds: float) -> dict[str, Any]:
 class PredictionLog:
     """Plans a run before it starts, and logs the error of the plan at its end."""
 
-    def __init__(self, recipe: Recipe, run: Path, gpus: int) -> None:
+    def __init__(self, recipe: Recipe, run: RunFolder, gpus: int) -> None:
         """Measure the memory of this process before the run allocates any."""
         self._run, self._gpus, self._process = run, gpus, peak_memory()
         self._rates: list[float] = []
         # Preparing data in this process may take more memory than training, so the peak is not that of training.
-        self._prepares = prepared_folder(recipe.data) is None and not (run / "data" / DATASET_FILE).is_file()
+        self._prepares = prepared_folder(recipe.data) is None and not (run.data / DATASET_FILE).is_file()
         self._plan: Plan | None = None
 
     def predict(self, recipe: Recipe) -> None:
@@ -97,7 +97,7 @@ class PredictionLog:
             measured["peak_memory"] = torch.cuda.max_memory_reserved() if cuda else peak_memory()
             predicted["peak_memory"] = plan.memory.total - plan.memory.classes.get("GPU context", 0.0)
         errors = {key: predicted[key] / value - 1 for key, value in measured.items()}
-        with atomic_write(self._run / "plan.json") as temporary:
+        with atomic_write(self._run.plan) as temporary:
             content = {"predicted": predicted, "measured": measured, "off": errors, "plan": summary(plan)}
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return "predicted and measured: " + ", ".join(

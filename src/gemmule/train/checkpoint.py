@@ -29,6 +29,7 @@ from gemmule.formats.config_json import write_json
 from gemmule.formats.folder import save_settings
 from gemmule.formats.names import tensor_name_pairs
 from gemmule.formats.safetensors_reader import INDEX, split_slice_name
+from gemmule.run_folder import RunFolder
 from gemmule.settings import Settings
 from gemmule.tokenizer import Tokenizer
 from gemmule.train.state import Position, TrainState
@@ -53,7 +54,9 @@ class Saver:
     Every rank calls the same methods in the same order.
     """
 
-    def __init__(self, run: Path, state: TrainState, tokenizer: Tokenizer, keep: int, data: str | None = None) -> None:
+    def __init__(
+        self, run: RunFolder, state: TrainState, tokenizer: Tokenizer, keep: int, data: str | None = None
+    ) -> None:
         self._run, self._state, self._tokenizer = run, state, tokenizer
         self._keep, self._data = keep, data
         self._writing: tuple[int, Future[Any]] | None = None
@@ -76,7 +79,7 @@ class Saver:
         """
         self.wait_for_save()
         self._failure = None
-        folder = checkpoint_folder(self._run, position.step)
+        folder = self._run.checkpoint(position.step)
         if self._state.parallel.world.is_main:
             with suppress(OSError):  # a process that was killed may have left it
                 remove(partial_folder(folder))
@@ -100,11 +103,11 @@ class Saver:
             future.result()
         except CheckpointException as error:
             if self._state.parallel.world.is_main:
-                shutil.rmtree(partial_folder(checkpoint_folder(self._run, step)), ignore_errors=True)
+                shutil.rmtree(partial_folder(self._run.checkpoint(step)), ignore_errors=True)
             reasons = [failure[0] for failure in error.failures.values()]
             raise next((reason for reason in reasons if isinstance(reason, OutputError)), reasons[0]) from error
         except OSError as error:  # of torch's own, before anything is written
-            raise OutputError(f"{checkpoint_folder(self._run, step)}: {reason_of(error)}") from error
+            raise OutputError(f"{self._run.checkpoint(step)}: {reason_of(error)}") from error
 
     def _complete(self, folder: Path, position: Position, digests: dict[str, str]) -> None:
         """Add what is not a tensor, give the folder its name, and remove what need not be kept."""
@@ -119,7 +122,7 @@ class Saver:
             state = _State(position=position, data=self._data, position_sha256=_digest(position), sha256=digests)
             (temporary / "state.json").write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
             atomic_replace(temporary, folder, replace=True)
-        prune_checkpoints(self._run, self._keep, position)
+        prune_checkpoints(self._run.path, self._keep, position)
 
 
 def load_checkpoint(folder: Path, state: TrainState, data: str | None = None) -> None:
@@ -189,7 +192,9 @@ class OtherDataError(CheckpointError):
 def checkpoints(run: Path) -> list[Path]:
     """List a run's checkpoints, newest first; folders of other names, such as copies, do not count."""
     found = [
-        (int(name[1]), folder) for folder in _entries(run / "checkpoints") if (name := _NAME.fullmatch(folder.name))
+        (int(name[1]), folder)
+        for folder in _entries(RunFolder(run).checkpoints)
+        if (name := _NAME.fullmatch(folder.name))
     ]
     return [folder for _, folder in sorted(found, reverse=True)]
 
@@ -229,13 +234,8 @@ def prune_checkpoints(run: Path, keep: int, position: Position) -> None:
     """
     past = [folder for folder in checkpoints(run) if int(folder.name.removeprefix("step-")) <= position.step]
     for folder in past[keep:]:
-        if position.best_step is None or folder != checkpoint_folder(run, position.best_step):
+        if position.best_step is None or folder != RunFolder(run).checkpoint(position.best_step):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def checkpoint_folder(run: Path, step: int) -> Path:
-    """Return where the checkpoint of a step is kept."""
-    return run / "checkpoints" / f"step-{step:08d}"
 
 
 def _digest(position: Position) -> str:

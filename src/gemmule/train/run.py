@@ -171,7 +171,7 @@ def _train(
     sample: SampleFunction | None,
 ) -> list[OutputError]:
     """Train to the end, with checkpoints, metrics and samples in the run folder; return what could not be written."""
-    saver = Saver(run.path, state, dataset.tokenizer, recipe.train.keep_checkpoints, dataset.identity)
+    saver = Saver(run, state, dataset.tokenizer, recipe.train.keep_checkpoints, dataset.identity)
     validation = fixed_validation(dataset, recipe, state)
     logs = RunLogs(recipe, run, state, observer, validation.floor, sample, dataset.tokenizer)
 
