@@ -50,11 +50,15 @@ def score_text(
     batch_size: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
-    """Score the documents of `settings.train` (all, or the first so many), each one on its own.
+    """Score the documents of `settings.train` (all, or the first so many), each on its own.
 
-    They are cleaned as for training, and what is dropped is counted and reported. Some hundred thousand tokens are in
-    memory at a time. Returns what `score_corpus` does, and how many documents were dropped. Raises SourceError where
-    there is nothing to predict.
+    Documents are cleaned as for training, and what is dropped is counted and reported. Some hundred thousand tokens are
+    in memory at a time; a CPU computes in the dtype of the weights. Documents longer than `context` (by default the longest one, up to 2048) are cut into pieces. A
+    batch has `batch_size` rows, by default as many as make 32,768 tokens.
+
+    Returns loss in nats per token, bits_per_byte (None where the tokenizer changes the text), perplexity, the tokens,
+    bytes and documents they are means of, and how many documents were dropped. Raises SourceError where there is
+    nothing to predict, RecipeError where the model cannot read `context` tokens.
     """
     tally: Counter[str] = Counter()
     texts = islice(clean_texts(settings, tally, log.info), documents)
@@ -84,41 +88,17 @@ def score_dataset(
     batch_size: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
-    """Score the validation documents of a prepared dataset (all, or the first so many).
+    """Score the validation documents of a prepared dataset (all, or the first so many), as `score_text` does.
 
-    Returns what `score_corpus` does. Raises DatasetError where it is of another tokenizer than the model's.
+    Raises DatasetError where it is of another tokenizer than the model's.
     """
     dataset = open_dataset(folder)
     if dataset.tokenizer.fingerprint != tokenizer.fingerprint:
         advice = f"name the text that it was made from ({dataset.report.validation.source})"
         raise DatasetError(f"{folder}: was prepared with another tokenizer than the model's; {advice}")
-    changed = 0 if dataset.lossless else None
-    return score_corpus(model, tokenizer, dataset.validation, documents, context, batch_size, progress, changed=changed)
-
-
-def score_corpus(
-    model: Gemma3,
-    tokenizer: Tokenizer,
-    corpus: Corpus,
-    documents: int | None,
-    context: int | None,
-    batch_size: int | None,
-    progress: Progress,
-    *,
-    changed: int | None = 0,
-) -> dict[str, Any]:
-    """Score the documents of a corpus (all, or the first so many), each on its own; on a CPU in the weights' dtype.
-
-    Documents longer than `context` (by default the longest one, up to 2048) are cut into pieces; RecipeError where the
-    model cannot read so many tokens. A batch has `batch_size` rows, by default as many as make 32,768 tokens. `changed`
-    is how many documents the tokenizer changes, None where it is not known how many.
-
-    Returns loss in nats per token, bits_per_byte (None where the tokenizer changes the text), perplexity, and the
-    tokens, bytes and documents they are means of.
-    """
-    rows = _rows(model, tokenizer, corpus, documents, context, batch_size)
+    rows = _rows(model, tokenizer, dataset.validation, documents, context, batch_size)
     nats = _score(model, rows, lambda batch: progress("predicting", batch, len(rows.batches)), 0)
-    return _figures(_Total().plus(rows, nats), changed)
+    return _figures(_Total().plus(rows, nats), 0 if dataset.lossless else None)
 
 
 class _Rows(NamedTuple):
@@ -219,6 +199,7 @@ def _score(model: Gemma3, rows: _Rows, progress: Callable[[int], None], before: 
 
 
 def _figures(total: _Total, changed: int | None) -> dict[str, Any]:
+    """Return the means; `changed` is how many documents the tokenizer changes, None where that is not known."""
     if changed != 0:
         count = "documents" if changed is None else f"{changed:,} of {counted(total.documents, 'document')}"
         log.info(

@@ -191,11 +191,8 @@ class OtherDataError(CheckpointError):
 
 def checkpoints(run: Path) -> list[Path]:
     """List a run's checkpoints, newest first; folders of other names, such as copies, do not count."""
-    found = [
-        (int(name[1]), folder)
-        for folder in _entries(RunFolder(run).checkpoints)
-        if (name := _NAME.fullmatch(folder.name))
-    ]
+    entries = _entries(RunFolder(run).checkpoints)
+    found = [(int(name[1]), folder) for folder in entries if (name := _NAME.fullmatch(folder.name))]
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
