@@ -141,7 +141,7 @@ class Preparation:
     ) -> None:
         self.settings, self.progress, self.workers, self.engine, self.log = settings, progress, workers, engine, log
         self.work = work
-        self.clean, self.choose, self.encode = work / "clean", work / "choose", work / "encode"
+        self.clean, self.label, self.encode = work / "clean", work / "label", work / "encode"
         self.staged = work / STAGED
 
     def run(self, tokenizer_settings: TokenizerSettings) -> Path:
@@ -157,13 +157,13 @@ class Preparation:
         cleaning = settings.model_dump(include=_CLEANING_SETTINGS)
         clean_key = cache_key(_VERSION, units, cleaning, settings.near_duplicates is not None)
         holdout = settings.holdout if settings.validation is None else None
-        choose_key = cache_key(clean_key, holdout, settings.near_duplicates)
-        encode_key = cache_key(choose_key, given.fingerprint if given else tokenizer_settings.vocab_size)
+        label_key = cache_key(clean_key, holdout, settings.near_duplicates)
+        encode_key = cache_key(label_key, given.fingerprint if given else tokenizer_settings.vocab_size)
         if (self.staged / DATASET_FILE).is_file() and open_stage(self.encode, encode_key):
             return self.staged
         cached = [
             open_stage(stage, key)
-            for stage, key in ((self.clean, clean_key), (self.choose, choose_key), (self.encode, encode_key))
+            for stage, key in ((self.clean, clean_key), (self.label, label_key), (self.encode, encode_key))
         ]
         if not all(cached):
             self.log(f"{self.work}: stages cached for other settings or sources are redone")
@@ -205,7 +205,7 @@ class Preparation:
 
     def _label(self, units: Sequence[WorkUnit]) -> Labels:
         """Deduplicate and split all documents; return their labels."""
-        manifest, file = self.choose / "fates.json", self.choose / "fates.npy"
+        manifest, file = self.label / "labels.json", self.label / "labels.npy"
         if committed(manifest) is None:
             self.progress("deduplicating", 0, None)
             shards = {unit: IntermediateShard(self.clean, unit.name) for unit in units}
@@ -300,7 +300,7 @@ class Preparation:
         function = partial(
             encode_unit,
             clean=self.clean,
-            labels=self.choose / "fates.npy",
+            labels=self.label / "labels.npy",
             share=self.settings.holdout,
             folder=self.encode,
             fingerprint=fingerprint,
