@@ -53,8 +53,9 @@ def score_text(
     """Score the documents of `settings.train` (all, or the first so many), each on its own.
 
     Documents are cleaned as for training, and what is dropped is counted and reported. Some hundred thousand tokens are
-    in memory at a time; a CPU computes in the dtype of the weights. Documents longer than `context` (by default the longest one, up to 2048) are cut into pieces. A
-    batch has `batch_size` rows, by default as many as make 32,768 tokens.
+    in memory at a time; a CPU computes in the dtype of the weights. Documents longer than `context` (by default the
+    longest one, up to 2048) are cut into pieces. A batch has `batch_size` rows, by default as many as make 32,768
+    tokens.
 
     Returns loss in nats per token, bits_per_byte (None where the tokenizer changes the text), perplexity, the tokens,
     bytes and documents they are means of, and how many documents were dropped. Raises SourceError where there is

@@ -37,7 +37,7 @@ class TensorBoard:
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError:
             raise MissingExtra("tensorboard", "plots", "writing TensorBoard events") from None
-        self._event, self._log, self._status = event_pb2.Event, event_pb2.SessionLog, event_pb2.SessionLog.START
+        self._event, self._log = event_pb2.Event, event_pb2.SessionLog
         self._summary, self._text, self._records = summary_pb2.Summary, text_pb, RecordWriter
 
     def start(self, run: RunFolder, step: int) -> None:
@@ -48,7 +48,7 @@ class TensorBoard:
             run.tensorboard.mkdir(exist_ok=True)
             self._file = self._path.open("xb")
         self._write(step, file_version="brain.Event:2")
-        self._write(step + 1, session_log=self._log(status=self._status))  # SessionLog.START purges from here
+        self._write(step + 1, session_log=self._log(status=self._log.START))  # purges from here
         self.log_text("recipe", "    " + run.recipe.read_text(encoding="utf-8").replace("\n", "\n    "), step)
 
     def log_metrics(self, metrics: Mapping[str, Any]) -> None:
