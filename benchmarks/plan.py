@@ -123,7 +123,7 @@ def main() -> None:
     if all(before.get(key) == value for key, value in content.items()):
         rows = {found["case"]: found for found in [*before["runs"], *runs]}
         runs = [rows[case.name] for case in CASES if case.name in rows]
-    print(f"{'case':36}{'ms a step, plan':>17}{'run':>8}{'off':>7}{'again':>8}{'MB, plan':>11}{'run':>7}{'off':>7}")
+    print(f"{'case':36}{'ms/step, plan':>17}{'run':>8}{'off':>7}{'again':>8}{'MB, plan':>11}{'run':>7}{'off':>7}")
     for found in runs:
         plan, real, off = found["predicted"], found["measured"], found["off"]
         print(

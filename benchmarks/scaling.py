@@ -3,7 +3,7 @@
     python benchmarks/scaling.py --out benchmarks/results/scaling.json --picture docs/images/scaling.png
 
 Takes the step of `benchmarks/train.py` (AdamW, random tokens, not compiled unless --compile) on a small shape, and
-changes one thing at a time: the context at equal tokens a step, the same where all layers are local, the window, the
+changes one thing at a time: the context at equal tokens per step, the same where all layers are local, the window, the
 batch, the vocabulary, the width of the model, the number of processes. Each point is a process of its own, in
 --trials interleaved trials. Prints a table, and writes JSON and a picture. About ten minutes on two cores.
 """

@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="what transformers gets")
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="its learning rates")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.225, 0.25], help="of them, for us")
-    parser.add_argument("--batch", type=int, default=32, help="rows of 256 tokens a step")
+    parser.add_argument("--batch", type=int, default=32, help="rows of 256 tokens per step")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one of our settings")
     parser.add_argument("--earlier", type=Path, help="a result of this machine: its pace and transformers' runs count")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/time_to_loss.json")

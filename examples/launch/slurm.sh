@@ -20,7 +20,7 @@ shift 2
 
 # For this long torchrun lets its processes finish their step and save, before it kills them.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=270
-# Without it a torchrun that was started anew cannot join those that went on (pytorch issue 135712).
+# Without it a torchrun that was restarted cannot join those that kept running (pytorch issue 135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
