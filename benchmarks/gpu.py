@@ -329,7 +329,8 @@ def table(found: dict[str, Any]) -> list[str]:
             memory = figures["peak_gigabytes"]
             lines.append(
                 f"training, {name}: {figures['step_milliseconds']:,.1f} ms per step, "
-                f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['model_flops_utilisation']:.1%} of the matmul throughput, 25,000 steps in "
+                f"{figures['tokens_per_second']:,.0f} tokens/s, "
+                f"{figures['model_flops_utilisation']:.1%} of the matmul throughput, 25,000 steps in "
                 f"{figures['minutes_of_25000_steps']:,.1f} minutes" + (f", {memory:.1f} GB" if memory else "")
             )
     for name, ratio in parts.get("peers", {}).get("ratios", {}).items():

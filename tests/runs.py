@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -227,3 +228,10 @@ def steps_done(run: Path) -> int:
     """Return the last step that metrics.jsonl tells of."""
     lines = read_json_lines(run / "metrics.jsonl")
     return int(lines[-1]["step"]) if lines else 0
+
+
+def number_printed_by(program: str) -> float:
+    """Run a program in a fresh interpreter, as measuring peak memory needs; return the number that it prints."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)

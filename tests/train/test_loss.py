@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch.nn import functional
 from gemmule.data import batches
 from gemmule.train import loss as loss_module
 from gemmule.train.loss import IGNORED, rows_at_once, summed_loss
+from runs import number_printed_by
 
 VOCABULARY = 11
 
@@ -137,9 +136,7 @@ for ours, theirs in zip(*(torch.autograd.grad(x, (hidden, vocabulary)) for x in 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_a_quarter_of_a_million_words_take_a_gigabyte_above_the_weights_gradients_included() -> None:
     copy = 262_144 * 640 * 2 / 2**30  # the weights in the precision of autocast
-    told = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=False)
-    assert told.returncode == 0, told.stderr
-    assert float(told.stdout) < 1 + copy
+    assert number_printed_by(LARGE) < 1 + copy
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -203,9 +200,7 @@ print((peak_memory() - before) / 2**30)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_validation_with_a_quarter_of_a_million_words_holds_a_chunk_of_logits() -> None:
     """And not the vocabulary's gradient, which is 640 MiB."""
-    told = subprocess.run([sys.executable, "-c", WITHOUT_GRADIENTS], capture_output=True, text=True, check=False)
-    assert told.returncode == 0, told.stderr
-    assert float(told.stdout) < 0.4
+    assert number_printed_by(WITHOUT_GRADIENTS) < 0.4
 
 
 def test_half_precision_states_are_summed_in_fp32() -> None:
