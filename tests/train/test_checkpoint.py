@@ -195,14 +195,18 @@ def test_loading_checks_first(run: Path) -> None:
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
-    def left(keep: int, best: int | None, step: int = 500) -> list[int]:
+    def left(keep: int, best: int | None, step: int = 500, finite: int | None = None) -> list[int]:
         shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
         for saved in (100, 200, 300, 400, 500):
             (tmp_path / "checkpoints" / f"step-{saved:08d}").mkdir(parents=True)
-        prune_checkpoints(tmp_path, keep, Position(step=step, best_step=best))
+        prune_checkpoints(tmp_path, keep, Position(step=step, best_step=best, last_finite_step=finite))
         return sorted(int(folder.name.removeprefix("step-")) for folder in checkpoints(tmp_path))
 
     assert left(keep=2, best=None) == [400, 500]
+    assert left(keep=2, best=None, finite=499) == [400, 500]
+    assert left(keep=1, best=None, finite=499) == [400, 500], "weights of the newest may be broken"
+    assert left(keep=1, best=None, finite=250) == [200, 500], "steps from 251 on were skipped"
+    assert left(keep=1, best=None, finite=500) == [500]
     assert left(keep=2, best=200) == [200, 400, 500]
     assert left(keep=2, best=500) == [400, 500]
     assert left(keep=1, best=50) == [500]

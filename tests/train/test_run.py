@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from gemmule.data.dataset import open_dataset
 from gemmule.data.prepare import prepare_dataset
-from gemmule.errors import CheckpointError, OutputError, RecipeError
+from gemmule.errors import CheckpointError, OutputError, RecipeError, TrainingError
 from gemmule.model.gemma3 import Gemma3
 from gemmule.run_folder import read_json_lines
 from gemmule.runtime import Runtime
@@ -25,6 +26,7 @@ from gemmule.train import run as run_module
 from gemmule.train import storage
 from gemmule.train.checkpoint import checkpoints, newest_checkpoint
 from gemmule.train.observer import Observer
+from gemmule.train.optim import Optimizers
 from gemmule.train.recipe import Recipe
 from gemmule.train.resolve import ResolvedRecipe, build, describe
 from gemmule.train.run import fixed_validation, run_recipe
@@ -383,3 +385,29 @@ def test_a_log_that_is_lost_ends_the_run_with_a_sentence_and_the_model_written(
         run_recipe(recipe_of(tiny_recipe, "train.steps=4"), tmp_path / "run")
     assert (tmp_path / "run" / "model" / "config.json").exists()
     assert newest_checkpoint(tmp_path / "run")[0] == tmp_path / "run" / "checkpoints" / "step-00000004"
+
+
+@pytest.mark.parametrize("skipped", [0, 3])
+def test_an_update_that_breaks_the_weights_costs_one_checkpoint(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skipped: int
+) -> None:
+    """They are finite and so large that no gradient is; the checkpoint before them is kept, also with one to keep."""
+    step, updates = Optimizers.step, itertools.count(1)
+
+    def breaking(optimizers: Optimizers) -> None:
+        step(optimizers)
+        if next(updates) == 8:
+            for group in (group for each in optimizers._optimizers for group in each.param_groups):
+                for parameter in group["params"]:
+                    parameter.data.mul_(1e30)
+
+    monkeypatch.setattr(Optimizers, "step", breaking)
+    changes = ["train.keep_checkpoints=1", "train.checkpoint_every=1", "train.validate_every=12"]
+    recipe = read_recipe(tiny_recipe, Recipe, [*changes, f"train.max_skipped_steps={skipped}"])
+    run = tmp_path / "run"
+    with pytest.raises(TrainingError, match="the weights are broken, and are not saved"):
+        run_recipe(recipe, run)
+    steps = [int(folder.name.removeprefix("step-")) for folder in checkpoints(run)]
+    assert steps == [8 + skipped, 7]
+    shutil.rmtree(checkpoints(run)[0])  # as the message says
+    assert run_recipe(recipe, run, resume=True).position.step == 12

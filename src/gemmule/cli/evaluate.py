@@ -71,7 +71,7 @@ def evaluate(
             result = score_dataset(network, tokenizer, prepared, *options)
     if not math.isfinite(result["loss"]):
         raise GemmuleError(
-            f"{model}: the loss is {result['loss']}, not a number; gemmule doctor {model} names the weights"
+            f"{model}: the loss is {result['loss']}, not a number; gemmule doctor {model} says what is wrong"
         )
     screen.print(_sentence(result))
     if as_json:

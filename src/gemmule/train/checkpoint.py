@@ -225,14 +225,16 @@ def newest_checkpoint(run: Path, data: str | None = None, weights_only: bool = F
 
 
 def prune_checkpoints(run: Path, keep: int, position: Position) -> None:
-    """Of a run's checkpoints up to a position, remove all but the newest `keep` and the best one.
+    """Of a run's checkpoints up to a position, keep the newest `keep`, the best one and the newest known to be finite.
 
-    Those beyond it are damaged, or the run would stand there; counting them could cost the good ones.
+    Weights may be finite and so large that no gradient is, which the next step shows; the one before is then needed.
+    Checkpoints beyond the position are damaged, or the run would stand there; counting them could cost the good ones.
     """
-    past = [folder for folder in checkpoints(run) if int(folder.name.removeprefix("step-")) <= position.step]
-    for folder in past[keep:]:
-        if position.best_step is None or folder != RunFolder(run).checkpoint(position.best_step):
-            shutil.rmtree(folder, ignore_errors=True)
+    steps = {int(folder.name.removeprefix("step-")): folder for folder in checkpoints(run)}
+    past = [step for step in steps if step <= position.step]
+    finite = [step for step in past if position.last_finite_step is not None and step <= position.last_finite_step]
+    for step in {*past[keep:]} - {position.best_step, *finite[:1]}:
+        shutil.rmtree(steps[step], ignore_errors=True)
 
 
 def _digest(position: Position) -> str:

@@ -59,7 +59,9 @@ class TrainSettings(Settings):
     sample_tokens: Count = Field(200, description="longest continuation of a sample prompt")
     checkpoint_every: Count = Field(500, description="steps between checkpoints")
     keep_checkpoints: Count = Field(
-        2, description="newest checkpoints to keep, beside the best of those whose step was validated"
+        2,
+        description="newest checkpoints to keep, beside the best of those whose step was validated and the newest "
+        "whose weights gave a finite gradient",
     )
     final_model: Literal["last", "best"] = Field(
         "last", description="weights of the model folder: the last ones, or those of the best validated checkpoint"

@@ -36,6 +36,8 @@ class Position(Settings):
     tokens: int = 0
     # Steps skipped because their loss or gradient was not finite.
     skipped: int = 0
+    # The newest step whose weights gave a finite loss and gradient; those of later ones may be broken.
+    last_finite_step: int | None = None
     best_step: int | None = None
     best_loss: float | None = None
     seconds: float = 0.0
@@ -48,9 +50,8 @@ class Position(Settings):
 
     def after_step(self, loss: float, num_targets: int) -> "Position":
         """Return the position after one more update of the weights."""
-        return self.replace(
-            step=self.step + 1, tokens=self.tokens + num_targets, level=self.level.updated(loss), pending=None
-        )
+        tokens, level = self.tokens + num_targets, self.level.updated(loss)
+        return self.replace(step=self.step + 1, last_finite_step=self.step, tokens=tokens, level=level, pending=None)
 
     def after_skipped(self) -> "Position":
         """Return the position after a step that was skipped."""
