@@ -107,7 +107,7 @@ def setup(job: dict[str, Any]) -> Workload:
     out = Path(job["folder"]) / f"prepared-{time.time_ns()}"
     data = DataSettings.model_validate({"train": job["corpus"]})
     tokenizer = TokenizerSettings(path=job["tokenizer"])
-    dataset = prepare_dataset(data, tokenizer, out, lambda *_: None, workers=job["workers"], log=lambda _: None)
+    dataset = prepare_dataset(data, tokenizer, out, lambda *_: None, workers=job["workers"])
     return None, {"ended": time.time(), "documents": dataset.train.documents, "tokens": dataset.train.tokens}
 
 

@@ -9,16 +9,18 @@ import pytest
 from source_files import SETTINGS, texts, write
 
 from gemmule.data import discovery
-from gemmule.data.discovery import find_files
+from gemmule.data.discovery import Skipped, find_files
 from gemmule.data.settings import DataSettings
 from gemmule.data.sources import StorybookSource, parse_source, plan_units
 from gemmule.errors import SourceError
+from messages import logged
 
 
 def found(source: Path | str) -> tuple[list[str], list[str]]:
-    said: list[str] = []
-    files = find_files(str(source), said.append)
-    return [file.name for file in files], said
+    skipped = Skipped()
+    files = find_files(str(source), skipped)
+    sentence = skipped.clause(f"{source}: ")
+    return [file.name for file in files], [sentence] if sentence else []
 
 
 def test_files_of_a_folder_that_are_not_read_are_named_in_one_line(tmp_path: Path) -> None:
@@ -32,7 +34,8 @@ def test_files_of_a_folder_that_are_not_read_are_named_in_one_line(tmp_path: Pat
         f"{tmp_path}: not read: 1 without a suffix, 2 .pdf, 3 hidden, 1 not a regular file, "
         f"broken links: {tmp_path / 'gone.txt'}"
     )
-    units = plan_units(DataSettings(train=str(tmp_path), validation=str(tmp_path)), "train", (said := []).append)
+    with logged() as said:
+        units = plan_units(DataSettings(train=str(tmp_path), validation=str(tmp_path)), "train")
     assert len(units) == 1
     assert said == [sentence]
 
@@ -147,7 +150,8 @@ def test_a_file_here_is_read_whatever_it_is_called(name: str, tmp_path: Path, mo
 def test_a_name_that_means_two_things_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "storybook" / "a.txt", "one")
-    plan_units(SETTINGS.replace(train="storybook"), "train", (said := []).append)
+    with logged() as said:
+        plan_units(SETTINGS.replace(train="storybook"), "train")
     assert said == ["storybook: the local path of this name is read"]
     assert parse_source("storybook:5") == StorybookSource(5)
 

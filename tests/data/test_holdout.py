@@ -15,6 +15,7 @@ from gemmule.data.prepare import prepare_dataset
 from gemmule.data.settings import DataSettings
 from gemmule.errors import SourceError
 from gemmule.tokenizer import Tokenizer, TokenizerSettings
+from messages import logged
 
 VOCABULARY = TokenizerSettings(vocab_size=320)
 WORDS = "the fox ran over hills and far away to find its little den warm dry under oak trees by a stream".split()  # noqa: SIM905
@@ -30,8 +31,8 @@ def prepare(folder: Path, *texts: str, **settings: object) -> tuple[Dataset, lis
     for number, text in enumerate(texts):
         (folder / "texts" / f"{number:03d}.txt").write_text(text, encoding="utf-8")
     chosen = DataSettings.model_validate({"train": str(folder / "texts"), **settings})
-    said: list[str] = []
-    return prepare_dataset(chosen, VOCABULARY, folder / f"out{len(list(folder.iterdir()))}", log=said.append), said
+    with logged() as said:
+        return prepare_dataset(chosen, VOCABULARY, folder / f"out{len(list(folder.iterdir()))}"), said
 
 
 def decoded(dataset: Dataset, split: str) -> list[str]:

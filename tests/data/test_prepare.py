@@ -20,6 +20,7 @@ from gemmule.data.shards import verify_shard
 from gemmule.data.sources import read_source
 from gemmule.errors import DatasetError, OutputError, SourceError, TokenizerError
 from gemmule.tokenizer import TokenizerSettings
+from messages import logged
 
 VOCABULARY = TokenizerSettings(vocab_size=350)
 SEPARATOR = "<|endoftext|>"
@@ -375,9 +376,9 @@ def test_a_tokenizer_that_loses_text_is_noticed(settings: DataSettings, tmp_path
     (tmp_path / "words").mkdir()
     library.save(str(tmp_path / "words" / "tokenizer.json"))
     (tmp_path / "words" / "tokenizer_config.json").write_text('{"eos_token": "<eos>", "unk_token": "[UNK]"}')
-    said: list[str] = []
     words = TokenizerSettings(path=str(tmp_path / "words"))
-    dataset = prepare_dataset(settings, words, tmp_path / "out", log=said.append)
+    with logged() as said:
+        dataset = prepare_dataset(settings, words, tmp_path / "out")
     assert said == [
         "the tokenizer changes 220 of 220 documents: decoding does not restore the text, so bits per byte are "
         "meaningless"

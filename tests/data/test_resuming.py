@@ -16,6 +16,7 @@ from gemmule.data.prepare import prepare_dataset
 from gemmule.data.settings import DataSettings
 from gemmule.errors import OutputError, SourceError
 from gemmule.tokenizer import TokenizerSettings
+from messages import logged
 
 VOCABULARY = TokenizerSettings(vocab_size=330)
 UNIT = 12_000
@@ -202,8 +203,9 @@ def test_other_settings_do_anew_what_depends_on_them_and_say_so(
             raise KeyboardInterrupt
 
     def prepare(chosen: DataSettings, vocabulary: TokenizerSettings = VOCABULARY) -> float:
-        with pytest.raises(KeyboardInterrupt):
-            prepare_dataset(chosen, vocabulary, out, stop, log=said.append)
+        with pytest.raises(KeyboardInterrupt), logged() as messages:
+            prepare_dataset(chosen, vocabulary, out, stop)
+        said.extend(messages)
         return (tmp_path / ".out.partial" / "clean" / "train-00000.text").stat().st_mtime_ns
 
     first = prepare(settings(corpus))

@@ -18,6 +18,7 @@ from gemmule.data.rows import _JsonText
 from gemmule.data.sources import read_source
 from gemmule.data.streams import File
 from gemmule.errors import SourceError
+from messages import logged
 
 
 def refuse(file: Path, words: str, column: str = "text") -> None:
@@ -51,8 +52,8 @@ def test_messages_become_lines_of_role_and_content(tmp_path: Path) -> None:
     chosen = write(tmp_path / "a.jsonl", json.dumps({"chat": CHAT}) + "\n")
     assert texts(chosen, SETTINGS.replace(column="chat")) == [RENDERED]
     found = write(tmp_path / "b.jsonl", json.dumps({"messages": CHAT}) + "\n" + json.dumps({"text": "plain"}) + "\n")
-    sentences: list[str] = []
-    assert [d.text for d in read_source(str(found), SETTINGS, "train", sentences.append)] == [RENDERED, "plain"]
+    with logged() as sentences:
+        assert [d.text for d in read_source(str(found), SETTINGS, "train")] == [RENDERED, "plain"]
     assert sentences == [f"{found}: 1 message list rendered as lines 'role: content'"]
 
 

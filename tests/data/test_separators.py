@@ -12,11 +12,12 @@ from gemmule.data.plain_text import Separator, end_of_separator
 from gemmule.data.readers import read_file_range, split_file
 from gemmule.data.sources import read_source
 from gemmule.data.streams import File
+from messages import logged
 
 
 def said(file: Path, separator: str = SETTINGS.separator) -> list[str]:
-    sentences: list[str] = []
-    list(read_source(str(file), SETTINGS.replace(separator=separator), "train", sentences.append))
+    with logged() as sentences:
+        list(read_source(str(file), SETTINGS.replace(separator=separator), "train"))
     return sentences
 
 

@@ -17,14 +17,15 @@ from gemmule.data import spool
 from gemmule.data.dataset import open_dataset
 from gemmule.data.sources import read_source
 from gemmule.errors import OutputError, SourceError
+from messages import logged
 
 
 def piped(content: bytes, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str | bytes], list[str]]:
     """Return the documents of standard input and what is said."""
     spool.spool.cache_clear()
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
-    said: list[str] = []
-    documents = [document.text for document in read_source("-", SETTINGS, "train", said.append)]
+    with logged() as said:
+        documents = [document.text for document in read_source("-", SETTINGS, "train")]
     return documents, said
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemmule.cli.screen import Screen, note, print_json
+from gemmule.cli.screen import Screen, logged_to, note, print_json
 
 if TYPE_CHECKING:
     from gemmule.data.dataset import Dataset
@@ -73,7 +73,7 @@ def prepare(
     vocabulary = {"vocab_size": vocab_size, "path": str(tokenizer) if tokenizer else None}
     table = {"data": _given(data), "tokenizer": _given(vocabulary)}
     settings, training = _settings(table, overrides or [], recipe)
-    with Screen() as screen:
+    with Screen() as screen, logged_to(screen):
         dataset = _prepare(settings, out, workers, engine, screen)
     screen.print(str(dataset.report))
     if training:
@@ -94,9 +94,7 @@ def _prepare(settings: Any, out: Path, workers: int | None, engine: str, screen:
 
     existed = (out / DATASET_FILE).exists()
     try:
-        return prepare_dataset(
-            settings.data, settings.tokenizer, out, screen.progress, workers=workers, engine=engine, log=screen.print
-        )
+        return prepare_dataset(settings.data, settings.tokenizer, out, screen.progress, workers=workers, engine=engine)
     except BaseException as error:
         if (out / DATASET_FILE).exists() and not existed:
             screen.print(f"the dataset in {out} is complete")

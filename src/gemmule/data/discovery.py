@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gemmule.data.dataset import DATASET_FILE
-from gemmule.data.documents import Log
 from gemmule.data.readers import FORMATS
 from gemmule.data.streams import COMPRESSIONS, File, file_version
 from gemmule.errors import SourceError
@@ -17,17 +16,16 @@ from gemmule.reading import local_path, path_kind
 _NAMED = 5  # files of a kind that a message names
 
 
-def find_files(source: str, log: Log = lambda _: None) -> list[Path]:
+def find_files(source: str, skipped: "Skipped | None" = None) -> list[Path]:
     """Return the files of a local source, sorted; folders are searched recursively, links followed, each folder once.
 
-    Skipped files are reported in one message. Raises SourceError where there is nothing to read.
+    Files that are not read are counted in `skipped`. Raises SourceError where there is nothing to read.
     """
-    path = local_path(source)
+    path, skipped = local_path(source), skipped or Skipped()
     if path_kind(path) == "folder":
         if path_kind(path / DATASET_FILE):
             advice = "train on it alone, by data.train; it has its own validation split"
             raise SourceError(f"{source}: is a prepared dataset, not text; {advice}")
-        skipped = Skipped()
         files = sorted(_walk(path, skipped))
         if not files:
             raise SourceError(f"{source}: the folder has no {known_formats()}{skipped.clause('; ')}")
@@ -36,14 +34,11 @@ def find_files(source: str, log: Log = lambda _: None) -> list[Path]:
         check_format(File(str(path)))
         return [path]
     else:
-        skipped = Skipped()
         files = sorted(_matching(path, skipped))
         if not files:
             raise SourceError(f"{source}: no file matches{skipped.clause('; ')}")
         for file in files:
             check_format(File(str(file)))
-    if message := skipped.clause(f"{source}: "):
-        log(message)
     return files
 
 

@@ -1,6 +1,6 @@
 """What reading yields: documents, the file ranges that hold them, and statistics of reading them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from gemmule.data.report import counted
@@ -9,8 +9,6 @@ from gemmule.errors import SourceError
 
 _MAX_INVALID = 0.01  # the largest share of a file's documents that may be invalid UTF-8
 _NAMED = 3  # files that a message names, before it counts
-
-Log = Callable[[str], None]
 
 
 class Document(NamedTuple):

@@ -5,6 +5,7 @@
 Finished work is cached in the folder `.NAME.partial` beside the dataset, which appears by an atomic rename.
 """
 
+import logging
 import math
 import shutil
 from collections import Counter
@@ -52,6 +53,8 @@ STAGED = "encode/dataset"  # where the dataset is written, below the work folder
 _VERSION = 3  # of the stage cache; unfinished work of another version is not resumed
 _SAMPLE = 128 << 20  # bytes: the largest sample of text that the tokenizer is trained on
 
+log = logging.getLogger(__name__)
+
 # Called with (stage, amount done, total if known).
 Progress = Callable[[str, int, int | None], None]
 
@@ -69,7 +72,6 @@ def prepare_dataset(
     *,
     workers: int | None = 1,
     engine: str = "local",
-    log: Callable[[str], None] = lambda _: None,
 ) -> Dataset:
     """Read, clean, deduplicate and tokenize text into a dataset; the folder `out` appears atomically at the end.
 
@@ -85,7 +87,7 @@ def prepare_dataset(
         create_temporary_folder(work)
         with directory_lock(work):
             try:
-                preparation = Preparation(settings, work, progress or (lambda *_: None), workers, ENGINES[engine], log)
+                preparation = Preparation(settings, work, progress or (lambda *_: None), workers, ENGINES[engine])
                 atomic_replace(preparation.run(tokenizer_settings), out, last=DATASET_FILE)
             finally:
                 if (out / DATASET_FILE).is_file() or not any(work.glob("clean/*.json")):
@@ -137,9 +139,8 @@ class Preparation:
         progress: Progress,
         workers: int | None,
         engine: Engine,
-        log: Callable[[str], None],
     ) -> None:
-        self.settings, self.progress, self.workers, self.engine, self.log = settings, progress, workers, engine, log
+        self.settings, self.progress, self.workers, self.engine = settings, progress, workers, engine
         self.work = work
         self.clean, self.label, self.encode = work / "clean", work / "label", work / "encode"
         self.staged = work / STAGED
@@ -151,8 +152,8 @@ class Preparation:
         if given and "vocab_size" in tokenizer_settings.model_fields_set:
             ignored, ids = tokenizer_settings.vocab_size, given.vocab_size
             if ignored != ids:
-                self.log(f"tokenizer.vocab_size = {ignored} is ignored: tokenizer.path has {ids} ids")
-        units = [*plan_units(settings, "validation", self.log), *plan_units(settings, "train", self.log)]
+                log.info(f"tokenizer.vocab_size = {ignored} is ignored: tokenizer.path has {ids} ids")
+        units = [*plan_units(settings, "validation"), *plan_units(settings, "train")]
         workers = self.workers or _default_workers(units)
         cleaning = settings.model_dump(include=_CLEANING_SETTINGS)
         clean_key = cache_key(_VERSION, units, cleaning, settings.near_duplicates is not None)
@@ -166,7 +167,7 @@ class Preparation:
             for stage, key in ((self.clean, clean_key), (self.label, label_key), (self.encode, encode_key))
         ]
         if not all(cached):
-            self.log(f"{self.work}: stages cached for other settings or sources are redone")
+            log.info(f"{self.work}: stages cached for other settings or sources are redone")
         cleaned = self._clean(units, workers)
         labels = self._label(units)
         self._check_not_empty(units, labels, cleaned)
@@ -198,7 +199,7 @@ class Preparation:
         for origin, group in groupby(read, itemgetter(0)):
             warnings.add(origin, reduce(ReadStats.merge, (stats for _, stats in group)))
         for message in warnings.messages():
-            self.log(message)
+            log.info(message)
         documents = [result["documents"] for result in results]
         validating = (unit.split == "validation" for unit in units)
         return Cleaned(tallies, documents, sum(compress(documents, validating)))
@@ -238,7 +239,7 @@ class Preparation:
         left = int((labels <= Label.VALIDATION).sum()) + (divided := int((labels == Label.DIVIDED).sum()))
         if divided:
             ends = f"{'its end' if left == 1 else f'the ends of {divided} long ones'}"
-            self.log(
+            log.info(
                 f"{share}: {counted(left, 'document')}, too few to hold out whole ones, so {ends} will be held out"
             )
         elif not in_split(labels, "train").any() or not in_split(labels, "validation").any():
@@ -348,7 +349,7 @@ class Preparation:
         both = [shard for split in shards.values() for shard in split]
         changed, documents = (sum(shard[count] for shard in both) for count in ("changed", "documents"))
         if changed:
-            self.log(
+            log.info(
                 f"the tokenizer changes {changed:,} of {counted(documents, 'document')}: decoding does not restore the "
                 "text, so bits per byte are meaningless"
             )

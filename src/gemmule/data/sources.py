@@ -1,5 +1,6 @@
 """Data sources: a SOURCE as typed by the user is parsed once, and planned as ranges that are read independently."""
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -7,8 +8,8 @@ from itertools import chain, groupby
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, Protocol
 
-from gemmule.data.discovery import check_format, find_files
-from gemmule.data.documents import Document, FileRange, Log, ReadStats, ReadWarnings
+from gemmule.data.discovery import Skipped, check_format, find_files
+from gemmule.data.documents import Document, FileRange, ReadStats, ReadWarnings
 from gemmule.data.plain_text import Separator
 from gemmule.data.readers import read_file_range, split_file
 from gemmule.data.rows import text_of
@@ -17,6 +18,8 @@ from gemmule.data.spool import is_stream, spool
 from gemmule.data.streams import File, file_version, hub_errors
 from gemmule.errors import MissingExtra, SourceError
 from gemmule.reading import local_path, path_kind
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "validation"]
 
@@ -53,7 +56,7 @@ AnyRange = FileRange | SourceRange
 class Source(Protocol):
     """Where documents come from."""
 
-    def ranges(self, settings: DataSettings, split: Split, log: Log) -> Iterator[AnyRange]:
+    def ranges(self, settings: DataSettings, split: Split) -> Iterator[AnyRange]:
         """Yield the ranges of the source in a fixed order; raises SourceError where it does not exist."""
         ...
 
@@ -77,11 +80,7 @@ class WorkUnit(NamedTuple):
         return sum(each.size for each in self.ranges)
 
 
-def _discard(_: str) -> None:
-    """Discard a message."""
-
-
-def plan_units(settings: DataSettings, split: Split, log: Log = _discard) -> list[WorkUnit]:
+def plan_units(settings: DataSettings, split: Split) -> list[WorkUnit]:
     """Partition the sources of a split into work units: concatenated in order, they are its documents.
 
     Deterministic: a pure function of the settings and the sources, the same in every process and run. Files that are
@@ -89,7 +88,7 @@ def plan_units(settings: DataSettings, split: Split, log: Log = _discard) -> lis
     """
     units: list[WorkUnit] = []
     for number, text in enumerate((settings.train if split == "train" else settings.validation) or ()):
-        for ranges in _grouped(list(parse_source(text).ranges(settings, split, log))):
+        for ranges in _grouped(list(parse_source(text).ranges(settings, split))):
             units.append(WorkUnit(split, len(units), number, ranges))
     return units
 
@@ -109,20 +108,18 @@ def _grouped(ranges: Sequence[AnyRange]) -> Iterator[tuple[AnyRange, ...]]:
         yield tuple(group)
 
 
-def read_sources(
-    sources: Sequence[str], settings: DataSettings, split: Split, log: Log = _discard
-) -> Iterator[Document]:
+def read_sources(sources: Sequence[str], settings: DataSettings, split: Split) -> Iterator[Document]:
     """Yield the documents of several SOURCEs, one source after the other."""
-    return chain.from_iterable(read_source(source, settings, split, log) for source in sources)
+    return chain.from_iterable(read_source(source, settings, split) for source in sources)
 
 
-def read_source(source: str, settings: DataSettings, split: Split, log: Log = _discard) -> Iterator[Document]:
+def read_source(source: str, settings: DataSettings, split: Split) -> Iterator[Document]:
     """Yield the documents of a SOURCE in a fixed order; raises SourceError where it cannot be read.
 
     Warnings about its files follow after the last document.
     """
     warnings = ReadWarnings(Separator.of(settings.separator).text)
-    for origin, ranges in groupby(parse_source(source).ranges(settings, split, log), attrgetter("origin")):
+    for origin, ranges in groupby(parse_source(source).ranges(settings, split), attrgetter("origin")):
         stats = ReadStats()
         for each in ranges:
             for document in read_range(each, settings):
@@ -130,7 +127,7 @@ def read_source(source: str, settings: DataSettings, split: Split, log: Log = _d
                 yield document
         warnings.add(origin, stats)
     for message in warnings.messages():
-        log(message)
+        log.info(message)
 
 
 def read_range(source_range: AnyRange, settings: DataSettings) -> Iterator[Document]:
@@ -161,11 +158,14 @@ class LocalSource:
 
     path: str
 
-    def ranges(self, settings: DataSettings, _split: Split, log: Log) -> Iterator[AnyRange]:
+    def ranges(self, settings: DataSettings, _split: Split) -> Iterator[AnyRange]:
         """Yield the ranges of all files."""
         if self.path in SOURCES:
-            log(f"{self.path}: the local path of this name is read")
-        yield from _split_files([File(str(found)) for found in find_files(self.path, log)], settings)
+            log.info(f"{self.path}: the local path of this name is read")
+        files = find_files(self.path, skipped := Skipped())
+        if message := skipped.clause(f"{self.path}: "):
+            log.info(message)
+        yield from _split_files([File(str(found)) for found in files], settings)
 
 
 @dataclass(frozen=True)
@@ -174,10 +174,10 @@ class StreamSource:
 
     name: str
 
-    def ranges(self, settings: DataSettings, _split: Split, log: Log) -> Iterator[AnyRange]:
+    def ranges(self, settings: DataSettings, _split: Split) -> Iterator[AnyRange]:
         """Yield the ranges of the copy."""
         file = spool(self.name)
-        log(f"{self.name}: is read as {file.suffix}{file.compression}")
+        log.info(f"{self.name}: is read as {file.suffix}{file.compression}")
         yield from _split_files([file], settings)
 
 
@@ -192,7 +192,7 @@ class StorybookSource:
         """Return the number of stories for a split."""
         return _STORY_COUNTS[split] if self.count is None else self.count
 
-    def ranges(self, _settings: DataSettings, split: Split, _log: Log) -> Iterator[AnyRange]:
+    def ranges(self, _settings: DataSettings, split: Split) -> Iterator[AnyRange]:
         """Yield ranges of story numbers; train and validation have different seeds."""
         end, step = self.start + self.stories(split), UNIT // _STORY_SIZE
         for first in range(self.start, end, step):
@@ -235,7 +235,7 @@ class HubFile:
 
     path: str  # owner/name/FILE
 
-    def ranges(self, settings: DataSettings, _split: Split, _log: Log) -> Iterator[AnyRange]:
+    def ranges(self, settings: DataSettings, _split: Split) -> Iterator[AnyRange]:
         """Yield the ranges of the file."""
         file = File(self.path, on_hub=True)
         check_format(file)
@@ -250,7 +250,7 @@ class HubDataset:
     split: str | None = None
     column: str | None = None
 
-    def ranges(self, settings: DataSettings, split: Split, _log: Log) -> Iterator[AnyRange]:
+    def ranges(self, settings: DataSettings, split: Split) -> Iterator[AnyRange]:
         """Yield the shards of the dataset."""
         shard = HubShard(self.name, self.split or split, self.column or settings.column, 0, 0)
         with hub_errors(shard.origin):

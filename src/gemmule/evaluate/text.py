@@ -15,7 +15,6 @@ from gemmule.data.batches import Batch, WholeDocuments
 from gemmule.data.clean import clean_document
 from gemmule.data.corpus import Corpus
 from gemmule.data.dataset import open_dataset
-from gemmule.data.documents import Log
 from gemmule.data.encode import EncodedText, encode_texts
 from gemmule.data.intermediate import StoredText
 from gemmule.data.report import counted, describe_tally
@@ -62,7 +61,7 @@ def score_text(
     nothing to predict, RecipeError where the model cannot read `context` tokens.
     """
     tally: Counter[str] = Counter()
-    texts = islice(clean_texts(settings, tally, log.info), documents)
+    texts = islice(clean_texts(settings, tally), documents)
     total, changed = _Total(), 0
 
     def count(batch: int) -> None:
@@ -232,8 +231,8 @@ def _score_in_chunks(model: Gemma3, batches: Iterator[Batch], text_bytes: int | 
     return Score(nats, tokens, text_bytes)
 
 
-def clean_texts(settings: DataSettings, tally: Counter[str], log: Log) -> Iterator[StoredText]:
+def clean_texts(settings: DataSettings, tally: Counter[str]) -> Iterator[StoredText]:
     """Yield the documents of `settings.train`, cleaned as for training; what is dropped is counted in the tally."""
-    for document in read_sources(settings.train, settings, "validation", log):
+    for document in read_sources(settings.train, settings, "validation"):
         if clean := clean_document(document, settings, tally):
             yield StoredText(clean.text, len(clean.text.encode()))

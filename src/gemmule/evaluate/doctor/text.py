@@ -53,7 +53,7 @@ def read_texts(test: ModelUnderTest) -> list[Text]:
         if test.data is not None:
             return found
     elif test.data is not None:
-        documents = (text.text for text in clean_texts(test.data, Counter(), lambda _: None))
+        documents = (text.text for text in clean_texts(test.data, Counter()))
         return [_encoded(", ".join(test.data.train), documents, test)]
     else:
         found = []
