@@ -121,7 +121,7 @@ def test_damaged_library_is_built_again_once(messages: list[str], cache: Path) -
         return "loaded"
 
     assert rebuilding(load) == "loaded"
-    assert messages == [f"{file}: truncated compiled library, which is rebuilt"]
+    assert messages == [f"{file}: a truncated library in the compiler's cache is removed, and compiled again"]
 
     def fail() -> None:
         raise ImportError(f"{file}: file too short")

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from gemmule.code_cache import cache_folder
+from gemmule.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +75,11 @@ def uncompiled() -> AbstractContextManager[None]:
     return stance
 
 
-def rebuilding(run: Callable[[], T]) -> T:
-    """Run a compiled function; truncated libraries in the compiler's cache are removed and rebuilt.
+def rebuilding(run: Callable[[], T], retry: bool = True) -> T:
+    """Run a compiled function; where the compiler's cache has truncated libraries, remove them and run it again.
 
-    Other programs share that cache, and may have been interrupted while they linked a library.
+    Other programs share that cache, and may have been interrupted while they linked a library. TrainingError where it
+    may not `retry`, as one of several ranks.
     """
     removed: set[Path] = set()
     while True:
@@ -87,9 +89,12 @@ def rebuilding(run: Callable[[], T]) -> T:
             damaged = damaged_library(error)
             if damaged is None or damaged in removed:
                 raise
-            log.warning(f"{damaged}: truncated compiled library, which is rebuilt")
             damaged.unlink(missing_ok=True)
             removed.add(damaged)
+            message = f"{damaged}: a truncated library in the compiler's cache is removed"
+            if not retry:
+                raise TrainingError(f"{message}; run the same command with --resume") from error
+            log.warning(f"{message}, and compiled again")
             torch.compiler.reset()  # the failure is remembered otherwise
 
 
