@@ -34,7 +34,7 @@ from gemmule.settings import read_recipe
 from gemmule.train.checkpoint import Saver
 from gemmule.train.loop import forward_backward
 from gemmule.train.recipe import Recipe
-from gemmule.train.resolve import build, training_rows
+from gemmule.train.resolve import build, resolve_vocabulary, training_rows
 from gemmule.train.settings import TrainSettings
 from gemmule.train.state import Position
 from harness.trials import machine
@@ -61,9 +61,7 @@ class Run:
         self.recipe = read_recipe(ROOT / "recipes/story.toml", Recipe, [*DATA, *changes])
         prepare_dataset(self.recipe.data, self.recipe.tokenizer, folder / "data")
         self.dataset = open_dataset(folder / "data")
-        if "vocab_size" not in self.recipe.model.model_fields_set:
-            ids = self.dataset.tokenizer.vocab_size
-            self.recipe = self.recipe.replace(model=self.recipe.model.replace(vocab_size=ids))
+        self.recipe = resolve_vocabulary(self.recipe, self.dataset.tokenizer.vocab_size)
         self.rows = training_rows(self.dataset, self.recipe)
         device = torch.device("cpu")
         self.step, self.run = 0, folder / "run"

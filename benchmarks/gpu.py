@@ -41,8 +41,9 @@ from gemmule.settings import read_recipe
 from gemmule.train import cuda_graph
 from gemmule.train.loss import summed_loss
 from gemmule.train.recipe import Recipe
+from gemmule.train.resolve import resolve_vocabulary
 from harness.backends import peer_backend, run_backend
-from harness.models import shape_of, write_untrained
+from harness.models import write_untrained
 from harness.train import compare_training, flops_per_token, job_of, setup
 from harness.trials import Budget, machine
 
@@ -79,7 +80,7 @@ class Bench:
         train = self.recipe.train.replace(attention=attention)
         job = job_of(self.recipe.replace(train=train), Budget(1, 0.0, self.steps, 3))
         if dropout:
-            job["recipe"]["model"] = shape_of(self.recipe).model_dump(mode="json", exclude_none=True)
+            job["recipe"]["model"] = resolve_vocabulary(self.recipe).model.model_dump(mode="json", exclude_none=True)
         return job | {"muon": muon}
 
     def wait(self) -> None:
@@ -133,7 +134,7 @@ def _there_and_back(name: str, inputs: list[torch.Tensor], seen: AttentionMask) 
 
 def losses(bench: Bench) -> dict[str, Any]:
     """Compare loss and gradient of the whole model with fp32 on the CPU."""
-    config = shape_of(bench.recipe).replace(dropout=0.0, attention_dropout=0.0)
+    config = resolve_vocabulary(bench.recipe).model.replace(dropout=0.0, attention_dropout=0.0)
     context = bench.recipe.train.context
     tokens = torch.randint(config.vocab_size, (2, context), generator=torch.Generator().manual_seed(0))
 
@@ -185,7 +186,7 @@ def training(bench: Bench) -> dict[str, Any]:
         times = [_timed(step) for _ in range(bench.steps)]
         seconds = statistics.median(times)
         tokens = job["batch"] * job["context"]
-        work = flops_per_token(shape_of(bench.recipe), job["context"]) * tokens
+        work = flops_per_token(resolve_vocabulary(bench.recipe).model, job["context"]) * tokens
         found[f"{kernel}, {'muon' if muon else 'adamw'}{', dropout' * dropout}"] = {
             "step_milliseconds": 1e3 * seconds,
             "tokens_per_second": tokens / seconds,

@@ -14,6 +14,7 @@ from gemmule.runtime import seed_everything
 from gemmule.settings import check_recipe, read_recipe
 from gemmule.synonyms import SECTIONS, SYNONYMS
 from gemmule.train.recipe import Recipe
+from messages import logged
 from runs import gemmule, overrides
 
 SETTINGS = {setting.key: setting for setting in settings_of(Recipe)}
@@ -211,8 +212,18 @@ def test_other_text_is_not_validated_on_that_of_the_recipe(
 
 
 def test_a_library_is_warned_of_validation_that_is_left_out(own_text: Path) -> None:
-    with pytest.warns(UserWarning, match=r"the data\.validation of the recipe is left out"):
+    with logged() as messages:
         read_recipe(own_text, Recipe, ["data.train=b.txt"])
+    assert "the data.validation of the recipe is left out" in messages[0]
+
+
+@pytest.mark.parametrize("changes", [[], ["train.attention=folded"]])
+def test_the_former_name_of_a_kernel_is_read_with_a_warning(tiny_recipe: Path, changes: list[str]) -> None:
+    old = tiny_recipe.with_name("old.toml")
+    old.write_text(tiny_recipe.read_text().replace("[train]", '[train]\nattention = "folded"'))
+    with logged() as messages:
+        assert read_recipe(old, Recipe, changes).train.attention == "block-local"
+    assert set(messages) == {'train.attention = "folded" is now called "block-local", which is used'}
 
 
 def test_the_commands_say_that_validation_is_left_out(tiny_recipe: Path, tmp_path: Path) -> None:

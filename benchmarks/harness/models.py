@@ -6,24 +6,17 @@ import torch
 
 from gemmule.errors import ModelError
 from gemmule.formats.folder import save_folder
-from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
 from gemmule.model.init import init_weights
 from gemmule.storybook import stories
 from gemmule.tokenizer.training import train_tokenizer
 from gemmule.train.recipe import Recipe
-
-
-def shape_of(recipe: Recipe) -> Gemma3Config:
-    """Return the model config of a recipe, with the vocabulary size of its tokenizer where it gives none."""
-    if "vocab_size" in recipe.model.model_fields_set:
-        return recipe.model
-    return recipe.model.replace(vocab_size=recipe.tokenizer.vocab_size)
+from gemmule.train.resolve import resolve_vocabulary
 
 
 def write_untrained(recipe: Recipe, folder: Path) -> None:
     """Write a randomly initialized model of a recipe's shape, with a tokenizer of up to 512 ids."""
-    config = shape_of(recipe)
+    config = resolve_vocabulary(recipe).model
     tokenizer = train_tokenizer((story.text for story in stories(200, seed=0)), min(512, config.vocab_size))
     model = Gemma3(config)
     init_weights(model, recipe.train.seed)

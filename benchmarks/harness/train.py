@@ -15,9 +15,8 @@ from gemmule.settings import check_recipe
 from gemmule.train.autotune import Trial, settle_precision, tune
 from gemmule.train.loop import forward_backward
 from gemmule.train.recipe import Recipe
-from gemmule.train.resolve import build
+from gemmule.train.resolve import build, resolve_vocabulary, trial_of
 from harness.backends import Backend, Library, check_library, gemmule_backend, peer_backend
-from harness.models import shape_of
 from harness.runner import Workload
 from harness.trials import Budget, Measurements, Progress, machine, peak, ratios, run_trials, spread
 
@@ -76,13 +75,14 @@ def job_of(recipe: Recipe, budget: Budget) -> dict[str, Any]:
     """Return the job of every backend."""
     settings, rates = recipe.train, recipe.optimizer
     device = choose_device(settings.device)
-    model = shape_of(recipe).replace(dropout=0.0, attention_dropout=0.0)
-    trial = Trial(model, settings.micro_batch_size or settings.batch_size, settings.context, False, device)
+    recipe = resolve_vocabulary(recipe)
+    model = recipe.model.replace(dropout=0.0, attention_dropout=0.0)
+    recipe = recipe.replace(model=model, data=recipe.data.replace(mask_documents=False))  # as peers compute it
     return {
-        "recipe": recipe.replace(model=model).model_dump(mode="json", exclude_none=True),
+        "recipe": recipe.model_dump(mode="json", exclude_none=True),
         "config": write_config(model, None),
         "device": str(device),
-        "precision": settle_precision(trial, settings.precision),
+        "precision": settle_precision(trial_of(recipe, device), settings.precision),
         "batch": settings.batch_size,
         "micro_batch": settings.micro_batch_size or settings.batch_size,
         "context": settings.context,

@@ -5,8 +5,8 @@ Each `Settings` class is defined beside the code that uses it; this module reads
 
 import codecs
 import json
+import logging
 import tomllib
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -25,6 +25,8 @@ from gemmule.fields import (
     takes_text_only,
     toml_value,
 )
+
+log = logging.getLogger(__name__)
 
 # The value of a problem that has none.
 NOTHING = object()
@@ -53,8 +55,8 @@ class Settings(BaseModel):
         yield from ()
 
     @classmethod
-    def adapt(cls, table: dict[str, Any], changes: Mapping[str, Any]) -> Iterator[str]:  # noqa: ARG003 - for subclasses
-        """Adapt this group of a recipe file to overrides that contradict it; yield one sentence per change."""
+    def adapt(cls, table: dict[str, Any], changes: dict[str, Any]) -> Iterator[str]:  # noqa: ARG003 - for subclasses
+        """Adapt a recipe file to overrides that contradict it, and both to new names; yield one sentence per change."""
         yield from ()
 
     def replace(self, **changes: Any) -> Self:
@@ -65,16 +67,12 @@ class Settings(BaseModel):
 S = TypeVar("S", bound=Settings)
 
 
-def _warn(sentence: str) -> None:
-    warnings.warn(sentence, stacklevel=4)
-
-
 def read_recipe(
     path: Path,
     schema: type[S],
     overrides: Sequence[str] = (),
     changes: Mapping[str, Any] | None = None,
-    warn: Callable[[str], None] = _warn,
+    warn: Callable[[str], None] = log.warning,
 ) -> S:
     """Read the TOML file `path`, apply overrides, and return checked settings.
 
@@ -107,7 +105,7 @@ def check_recipe(
     origin: str,
     overrides: Sequence[str] = (),
     changes: Mapping[str, Any] | None = None,
-    warn: Callable[[str], None] = _warn,
+    warn: Callable[[str], None] = log.warning,
 ) -> S:
     """Validate a nested mapping with overrides as settings; RecipeError lists all problems.
 
@@ -158,7 +156,7 @@ def _plain(table: Mapping[str, Any], origin: str) -> dict[str, Any]:
 def _adapt(table: dict[str, Any], changes: Mapping[str, Any], schema: type[Settings]) -> Iterator[str]:
     """Let each section adapt to its changes."""
     for name in schema.model_fields:
-        section, given, changed = section_of(schema, name), table.get(name), changes.get(name)
+        section, given, changed = section_of(schema, name), table.get(name, {}), changes.get(name, {})
         if section and issubclass(section, Settings) and isinstance(given, dict) and isinstance(changed, dict):
             yield from section.adapt(given, changed)
 

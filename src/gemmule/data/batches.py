@@ -5,7 +5,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from operator import itemgetter
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,14 @@ class Epoch(NamedTuple):
 
     order: npt.NDArray[np.int64]  # the shuffled documents
     ends: npt.NDArray[np.int64]  # end of each document, in tokens of the epoch
+
+
+class RowStream(Protocol):
+    """An endless stream of training rows, each a pure function of its number, so that a run resumes anywhere."""
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Return rows `first` to `first + count`."""
+        ...
 
 
 class PackedRows:
@@ -121,10 +129,10 @@ class MixedRows:
     """A weighted mixture of packed rows from several corpora, interleaved evenly.
 
     The order of sources repeats after 4,096 rows, so weights are exact to one of these. Each source gives the rows of
-    its own `PackedRows` in order.
+    its own stream in order.
     """
 
-    def __init__(self, sources: Sequence[PackedRows], weights: Sequence[float]) -> None:
+    def __init__(self, sources: Sequence[RowStream], weights: Sequence[float]) -> None:
         self.sources = tuple(sources)
         counts = _apportion(_PERIOD, weights)
         positions = [(np.arange(count) + 0.5) / count for count in counts]

@@ -1,7 +1,7 @@
 """The settings of the data: sources, filters, deduplication, splits and mixture weights."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -58,7 +58,7 @@ class DataSettings(Settings):
     mask_documents: bool = Field(False, description="document mask: restrict attention to the document of a token")
 
     @classmethod
-    def adapt(cls, table: dict[str, Any], changes: Mapping[str, Any]) -> Iterator[str]:
+    def adapt(cls, table: dict[str, Any], changes: dict[str, Any]) -> Iterator[str]:
         """Drop a recipe's data.validation where data.train is overridden; documents are held out instead."""
         other = changes.get("train", table.get("train")) != table.get("train")
         if other and "validation" not in changes and table.pop("validation", UNSET) != UNSET:

@@ -36,8 +36,9 @@ from gemmule.plan.trace import Trace, TraceSettings, fuse, trace
 from gemmule.processes import peak_memory as process_peak_memory
 from gemmule.runtime import choose_precision
 from gemmule.tokenizer import Tokenizer
-from gemmule.train.autotune import Trial, settle_precision
+from gemmule.train.autotune import settle_precision
 from gemmule.train.recipe import Recipe
+from gemmule.train.resolve import resolve_vocabulary, trial_of
 from gemmule.train.settings import AUTO
 
 # Seconds of compilation before the first step, as in the project's own runs.
@@ -162,7 +163,8 @@ class Planner:
                 f"train.batch_size = {recipe.train.batch_size}: must be a multiple of {gpus} GPUs, such as {nearest}"
             )
         self._process = process_peak_memory() if process is None else process  # before the measurements allocate memory
-        recipe = recipe.replace(model=recipe.model.replace(vocab_size=_resolve_vocabulary(recipe), size=None))
+        recipe = resolve_vocabulary(recipe, _known_vocabulary(recipe))
+        recipe = recipe.replace(model=recipe.model.replace(size=None))
         self.precision = _resolve_precision(recipe, self.device)
         self.recipe = recipe.replace(train=recipe.train.replace(precision=self.precision))
         self.sharding = Sharding(recipe.parallel.strategy, gpus, self.device.per_node)
@@ -379,16 +381,11 @@ def _resolve_precision(recipe: Recipe, device: Device) -> Literal["bf16", "fp32"
     if recipe.train.precision != AUTO:
         return choose_precision(recipe.train.precision, torch.device("cpu"))
     if device.name == "cpu":
-        settings = recipe.train
-        rows = settings.micro_batch_size or settings.batch_size
-        trial = Trial(recipe.model, rows, settings.context, recipe.data.mask_documents, torch.device("cpu"))
-        return settle_precision(trial, AUTO)
+        return settle_precision(trial_of(recipe, torch.device("cpu")), AUTO)
     return "bf16" if device.bf16 else "fp32"
 
 
-def _resolve_vocabulary(recipe: Recipe) -> int:
-    """Return the vocabulary size, of the model or else of the tokenizer."""
-    if "vocab_size" in recipe.model.model_fields_set:
-        return recipe.model.vocab_size
+def _known_vocabulary(recipe: Recipe) -> int | None:
+    """Return how many ids the recipe's tokenizer has, None where it is still to be trained."""
     folder = prepared_folder(recipe.data) or recipe.tokenizer.path
-    return Tokenizer.load(Path(folder).expanduser()).vocab_size if folder else recipe.tokenizer.vocab_size
+    return Tokenizer.load(Path(folder).expanduser()).vocab_size if folder else None

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gemmule.data.batches import Batch, MixedRows, PackedRows
+from gemmule.data.batches import Batch, RowStream
 from gemmule.distributed import full_tensor
 from gemmule.runtime import seed_everything
 from gemmule.train.initial_checks import check_causal, check_first_step
@@ -40,7 +40,7 @@ class Callbacks(NamedTuple):
 
 def train(
     state: TrainState,
-    rows: PackedRows | MixedRows,
+    rows: RowStream,
     settings: TrainSettings,
     schedule: ScheduleSettings,
     callbacks: Callbacks,
@@ -169,7 +169,7 @@ def validate_and_sample(state: TrainState, metrics: dict[str, Any], callbacks: C
 class RankBatches:
     """This rank's share of the batch of each step, read ahead by one step (prefetch)."""
 
-    def __init__(self, rows: PackedRows | MixedRows, batch_size: int, rank: int, ranks: int, step: int) -> None:
+    def __init__(self, rows: RowStream, batch_size: int, rank: int, ranks: int, step: int) -> None:
         """Start at a step of `batch_size` rows over all ranks."""
         self._rows, self._batch_size, self._size = rows, batch_size, batch_size // ranks
         self._first_row = step * batch_size + rank * self._size

@@ -5,7 +5,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
-from gemmule.data.batches import MixedRows, PackedRows
+import torch
+
+from gemmule.data.batches import MixedRows, PackedRows, RowStream
 from gemmule.data.dataset import Dataset
 from gemmule.errors import RecipeError
 from gemmule.model.init import init_weights, meta_model
@@ -52,7 +54,7 @@ def resolve(
     The vocabulary follows the tokenizer. Precision, compilation and attention kernel are measured on the main rank, the
     time of a step (for `train.minutes`) on all of them. RecipeError for settings that do not fit the dataset.
     """
-    recipe = resolve_vocabulary(recipe, dataset.tokenizer)
+    recipe = resolve_vocabulary(recipe, dataset.tokenizer.vocab_size)
     check_prompts(recipe, dataset.tokenizer)
     rows = training_rows(dataset, recipe)  # first, because a corpus may be too short
     if runtime.world.is_main:
@@ -79,9 +81,13 @@ def check_ranks(recipe: Recipe, runtime: Runtime) -> None:
         )
 
 
-def resolve_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
-    """Follow the tokenizer where vocabulary sizes are open; RecipeError where the recipe sets others."""
-    ids, section, model = tokenizer.vocab_size, recipe.tokenizer, recipe.model
+def resolve_vocabulary(recipe: Recipe, ids: int | None = None) -> Recipe:
+    """Follow the tokenizer, of so many ids, where vocabulary sizes are open; RecipeError where the recipe sets others.
+
+    Without `ids` it is a tokenizer that is still to be trained, as the recipe says.
+    """
+    section, model = recipe.tokenizer, recipe.model
+    ids = section.vocab_size if ids is None else ids
     if section.path is None and gives_vocabulary(section) and section.vocab_size != ids:
         raise RecipeError(
             f"tokenizer.vocab_size = {section.vocab_size}: the dataset {recipe.data.train[0]} was prepared with {ids}; "
@@ -110,15 +116,19 @@ def check_prompts(recipe: Recipe, tokenizer: Tokenizer) -> None:
 
 def resolve_computation(recipe: Recipe, runtime: Runtime) -> Recipe:
     """Settle precision, compilation and attention kernel by trials on this machine."""
-    per_rank = recipe.train.batch_size // runtime.world.size
+    return recipe.replace(train=tune(trial_of(recipe, runtime.device, runtime.world.size), recipe.train))
+
+
+def trial_of(recipe: Recipe, device: torch.device, ranks: int = 1) -> Trial:
+    """Return what a rank of a run computes with, whose vocabulary is resolved."""
+    per_rank = recipe.train.batch_size // ranks
     rows = min(recipe.train.micro_batch_size or per_rank, per_rank)
-    trial = Trial(recipe.model, rows, recipe.train.context, recipe.data.mask_documents, runtime.device)
-    return recipe.replace(train=tune(trial, recipe.train))
+    return Trial(recipe.model, rows, recipe.train.context, recipe.data.mask_documents, device)
 
 
 def resolve_steps(
     recipe: Recipe,
-    rows: PackedRows | MixedRows,
+    rows: RowStream,
     runtime: Runtime,
     on_progress: Callable[[str, int, int | None], None],
 ) -> Recipe:
@@ -161,7 +171,7 @@ def build(recipe: Recipe, runtime: Runtime) -> TrainState:
     return TrainState(parallel, Optimizers(parallel.model, recipe.optimizer, runtime.precision))
 
 
-def training_rows(dataset: Dataset, recipe: Recipe) -> PackedRows | MixedRows:
+def training_rows(dataset: Dataset, recipe: Recipe) -> RowStream:
     """Return the packed training rows: of all documents, or mixed from sources by `data.weights`."""
     context, seed, masked = recipe.train.context, recipe.train.seed, recipe.data.mask_documents
     corpora = dataset.mixture(recipe.data.weights)

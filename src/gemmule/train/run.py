@@ -4,17 +4,16 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from gemmule.compiler import damaged_library
+from gemmule.compiler import rebuilding
 from gemmule.data.batches import WholeDocuments
 from gemmule.data.dataset import DATASET_FILE, Dataset, open_dataset, prepared_folder
 from gemmule.data.report import describe_epochs
 from gemmule.distributed import World, process_group
-from gemmule.errors import CheckpointError, GemmuleError, OutputError, RecipeError, TrainingError
+from gemmule.errors import CheckpointError, GemmuleError, OutputError, RecipeError
 from gemmule.files import atomic_folder, atomic_write
 from gemmule.formats.folder import save_folder
 from gemmule.model.gemma3 import Gemma3
@@ -69,22 +68,12 @@ def run_recipe(
         resume = resume or world.all_reduce_sum(world.restarts) != [0]
         claim = claim_run(recipe, out, resume, allow_changes) if world.is_main else nullcontext(recipe)
         with claim as recipe:
-            recipe, removed = world.broadcast(recipe), set[Path]()
-            while True:
-                try:
-                    return _run(recipe, run, resume, runtime, observer, sample)
-                except (RuntimeError, ImportError) as error:
-                    library = damaged_library(error)
-                    if library is None or library in removed:
-                        raise
-                    library.unlink(missing_ok=True)
-                    removed.add(library)
-                    message = f"{library}: a truncated library in the compiler's cache is removed"
-                    if world.size > 1:
-                        raise TrainingError(f"{message}; run the same command with --resume") from error
-                    log.warning(f"{message}; the run starts again, or resumes from its newest checkpoint")
-                    resume = True
-                torch.compiler.reset()  # it would remember the failure
+            recipe, attempts = world.broadcast(recipe), count()
+
+            def attempt() -> Outcome:
+                return _run(recipe, run, resume or next(attempts) > 0, runtime, observer, sample)
+
+            return rebuilding(attempt, retry=world.size == 1)
 
 
 def _run(
@@ -130,7 +119,7 @@ def _prepared_dataset(recipe: Recipe, run: RunFolder, world: World, observer: Ob
     if world.is_main and not (folder / DATASET_FILE).is_file():
         from gemmule.data.prepare import prepare_dataset
 
-        prepare_dataset(recipe.data, recipe.tokenizer, folder, observer.on_progress, workers=None, log=log.info)
+        prepare_dataset(recipe.data, recipe.tokenizer, folder, observer.on_progress, workers=None)
     dataset = open_dataset(world.broadcast(folder))
     log.info(str(dataset.report))
     return dataset

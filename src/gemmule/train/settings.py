@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from gemmule.fields import Count, CountFrom0, Noun, Positive, Seed, Text
 from gemmule.model.attention import KERNELS
@@ -39,7 +39,7 @@ class TrainSettings(Settings):
     )
     attention: Text = Field(
         "sdpa",
-        description="attention kernel: sdpa, block-local (once called folded), flex, reference, or auto: the fastest "
+        description="attention kernel: sdpa, block-local, flex, reference, or auto: the fastest "
         "in a short trial before the run; what differs from the reference there is not used",
     )
     compile: bool = Field(
@@ -71,10 +71,13 @@ class TrainSettings(Settings):
         description="steps with a loss or gradient that is not finite which are skipped; at the next one the run stops",
     )
 
-    @field_validator("attention", mode="before")
     @classmethod
-    def _rename_kernel(cls, value: object) -> object:
-        return "block-local" if value == "folded" else value
+    def adapt(cls, table: dict[str, Any], changes: dict[str, Any]) -> Iterator[str]:
+        """Rename the attention kernel of older recipes."""
+        for settings in (table, changes):
+            if settings.get("attention") == "folded":
+                settings["attention"] = "block-local"
+                yield 'train.attention = "folded" is now called "block-local", which is used'
 
     def problems(self) -> Iterator[Problem]:
         """Yield micro-batches that do not divide the batch, kernels and devices that do not exist, and fp16."""
