@@ -177,12 +177,23 @@ def _apportion(total: int, weights: Sequence[float]) -> list[int]:
     return counts
 
 
+class Piece(NamedTuple):
+    """Consecutive tokens of a document in a row: inputs `start` to `stop`, of which those from `first` are scored."""
+
+    document: int
+    start: int
+    first: int
+    stop: int
+
+
 class WholeDocuments:
     """Packed validation batches: whole documents in rows of sequence length `context`, with padding and document masks.
 
     The documents are the first of the corpus up to `limit_documents`, or `limit_tokens` targets. Every token but the
-    first of a document is a target exactly once; documents longer than a row are split, the later pieces without the
-    earlier context. Memory: about 50 bytes per document.
+    first of a document is a target exactly once. A document longer than a row is read in windows of `context` tokens
+    that move by `stride`: from the second on, a window predicts only what the one before did not, so that each target
+    has at least `context` - `stride` tokens of left context. By default the stride is the context: documents are cut,
+    and the later pieces are without the earlier context. Memory: about 60 bytes per document.
     """
 
     def __init__(
@@ -193,6 +204,7 @@ class WholeDocuments:
         pad_id: int | None,
         limit_tokens: int | None = None,
         limit_documents: int | None = None,
+        stride: int | None = None,
     ) -> None:
         self._corpus, self._context, self._batch_size, self._pad_id = corpus, context, batch_size, pad_id or 0
         targets = np.cumsum(corpus.lengths, dtype=np.int64) - np.arange(1, corpus.documents + 1)
@@ -200,14 +212,23 @@ class WholeDocuments:
         self.documents = min(enough, corpus.documents, limit_documents or corpus.documents)
         self.targets = int(targets[self.documents - 1])
         self.bytes = corpus.first_bytes(self.documents)
-        self._pieces, self._ends = _pack(corpus, self.documents, context)
+        self._pieces, self._ends = _pack(corpus, self.documents, context, stride or context)
 
     def __len__(self) -> int:
         return -(-len(self._ends) // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for first in range(0, len(self._ends), self._batch_size):
-            yield self._batch(range(first, min(first + self._batch_size, len(self._ends))))
+        for number in range(len(self)):
+            yield self._batch(self._rows(number))
+
+    def pieces(self, batch: int) -> list[Piece]:
+        """Return the pieces of a batch in the order of its targets, row by row."""
+        rows = self._rows(batch)
+        first = self._ends[rows.start - 1] if rows.start else 0
+        return [Piece(*piece) for piece in self._pieces[first : self._ends[rows.stop - 1]].tolist()]
+
+    def _rows(self, batch: int) -> range:
+        return range(len(self._ends))[batch * self._batch_size : (batch + 1) * self._batch_size]
 
     def _batch(self, rows: range) -> Batch:
         shape = (len(rows), self._context)
@@ -216,12 +237,12 @@ class WholeDocuments:
         documents = np.full(shape, PADDING, dtype=np.int32)
         for row, which in enumerate(rows):
             filled = 0
-            first = self._ends[which - 1] if which else 0
-            for number, (document, start, stop) in enumerate(self._pieces[first : self._ends[which]].tolist()):
+            begin = self._ends[which - 1] if which else 0
+            for number, (document, start, first, stop) in enumerate(self._pieces[begin : self._ends[which]].tolist()):
                 ids = self._corpus.read(document, start, stop + 1)
                 filling = slice(filled, filled + len(ids) - 1)
                 tokens[row, filling] = ids[:-1]
-                targets[row, filling] = ids[1:]
+                targets[row, filled + first - start : filling.stop] = ids[1 + first - start :]
                 documents[row, filling] = number
                 filled = filling.stop
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
@@ -230,35 +251,42 @@ class WholeDocuments:
 _PACKED = 1 << 16  # documents per call of best-fit packing
 
 
-def _pack(corpus: Corpus, documents: int, context: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Pack documents into rows; return their pieces row by row, and the end of each row among the pieces.
-
-    A piece is (document, start, stop): tokens start to stop are inputs, their targets one position later.
-    """
+def _pack(
+    corpus: Corpus, documents: int, context: int, stride: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Pack documents into rows; return their pieces (M,4) row by row, and the end of each row among the pieces."""
     pieces, ends = array("q"), array("q")
     for first in range(0, documents, _PACKED):
-        for row in _pack_some(corpus, range(first, min(first + _PACKED, documents)), context):
+        for row in _pack_some(corpus, range(first, min(first + _PACKED, documents)), context, stride):
             pieces.extend(number for piece in row for number in piece)
-            ends.append(len(pieces) // 3)
-    return np.array(pieces, np.int64).reshape(-1, 3), np.array(ends, np.int64)
+            ends.append(len(pieces) // len(Piece._fields))
+    return np.array(pieces, np.int64).reshape(-1, len(Piece._fields)), np.array(ends, np.int64)
 
 
-def _pack_some(corpus: Corpus, documents: range, context: int) -> list[list[tuple[int, int, int]]]:
+def _pack_some(corpus: Corpus, documents: range, context: int, stride: int) -> list[list[Piece]]:
     """Best-fit packing: put each piece into the row with the least sufficient space, or into a new one."""
-    rows: list[list[tuple[int, int, int]]] = []
+    rows: list[list[Piece]] = []
     space: list[tuple[int, int]] = []  # (free positions, row), ascending
     for document in documents:
-        inputs = int(corpus.lengths[document]) - 1
-        for start in range(0, inputs, context):
-            stop = min(start + context, inputs)
-            size = stop - start
+        for piece in _windows(document, int(corpus.lengths[document]) - 1, context, stride):
+            size = piece.stop - piece.start
             best = bisect_left(space, (size, 0))
             if best == len(space):
                 rows.append([])
                 free, row = context, len(rows) - 1
             else:
                 free, row = space.pop(best)
-            rows[row].append((document, start, stop))
+            rows[row].append(piece)
             if free > size:
                 insort(space, (free - size, row))
     return rows
+
+
+def _windows(document: int, inputs: int, context: int, stride: int) -> Iterator[Piece]:
+    """Yield the windows of a document, which together score each of its inputs once."""
+    scored = 0
+    while scored < inputs:
+        start = max(0, scored - context + stride) if scored else 0
+        stop = min(start + context, inputs)
+        yield Piece(document, start, scored, stop)
+        scored = stop

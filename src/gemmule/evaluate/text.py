@@ -68,7 +68,7 @@ def score_text(
         progress("predicting", batch, None)
 
     for portion in _portions(encode_texts(texts, tokenizer)):
-        rows = _rows(model, tokenizer, _EncodedDocuments(portion), None, context, batch_size)
+        rows = _rows(model, tokenizer, EncodedDocuments(portion), None, context, batch_size)
         total = total.plus(rows, _score(model, rows, count, total.batches))
         changed += sum(not document.restored for document in portion)
     dropped = describe_tally(tally)
@@ -129,7 +129,7 @@ class _Total(NamedTuple):
         )
 
 
-class _EncodedDocuments(Corpus):
+class EncodedDocuments(Corpus):
     """A corpus of documents in memory."""
 
     def __init__(self, documents: Sequence[EncodedText]) -> None:
