@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from gemmule.data.settings import DataSettings
 from gemmule.errors import RecipeError, SourceError
+from gemmule.evaluate import log_probabilities
 from gemmule.evaluate import text as text_module
-from gemmule.evaluate.text import score_text
+from gemmule.evaluate.text import Progress, Window, score_text
 from gemmule.model.gemma3 import Gemma3
 from gemmule.tokenizer import Tokenizer
 from gemmule.tokenizer.training import train_tokenizer
@@ -34,6 +35,20 @@ def text(tmp_path: Path) -> DataSettings:
     return DataSettings(train=str(tmp_path / "text.txt"))
 
 
+def figures_of(
+    model: Gemma3,
+    tokenizer: Tokenizer,
+    settings: DataSettings,
+    documents: int | None = None,
+    progress: Progress = lambda *_: None,
+    **window: int,
+) -> dict[str, float]:
+    """Score a text; return the figures over all of it."""
+    scores = score_text(model, tokenizer, settings, documents, Window(**window), progress)
+    figures = scores.figures() | {"dropped": scores.dropped}
+    return {name: figure for name, figure in figures.items() if name not in ("ends", "without_ends")}
+
+
 def documents_of(settings: DataSettings) -> list[str]:
     texts = Path(settings.train[0]).read_text().split(settings.separator)
     return [text.strip() for text in texts if text.strip()]
@@ -50,7 +65,7 @@ def test_each_document_is_predicted_alone_from_bos_to_eos(
     model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings
 ) -> None:
     rows = tiny_tokenizer.encode_documents(documents_of(text))
-    figures = score_text(model, tiny_tokenizer, text, batch_size=3)
+    figures = figures_of(model, tiny_tokenizer, text, batch_size=3)
     nats = sum(nats_by_hand(model, ids) for ids in rows)
     tokens, size = sum(len(ids) - 1 for ids in rows), sum(len(each.encode()) for each in documents_of(text))
     assert (figures["documents"], figures["tokens"], figures["bytes"]) == (9, tokens, size)
@@ -62,7 +77,7 @@ def test_longer_documents_are_cut_and_every_token_still_counts(
     model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings
 ) -> None:
     rows = tiny_tokenizer.encode_documents(documents_of(text))
-    figures = score_text(model, tiny_tokenizer, text, context=10)
+    figures = figures_of(model, tiny_tokenizer, text, context=10)
     pieces = [ids[start : start + 11] for ids in rows for start in range(0, len(ids) - 1, 10)]
     assert figures["tokens"] == sum(len(ids) - 1 for ids in rows)
     expected = sum(nats_by_hand(model, piece) for piece in pieces) / figures["tokens"]
@@ -73,7 +88,7 @@ def test_without_a_context_the_model_is_not_asked_beyond_its_reach(
     tiny_tokenizer: Tokenizer, text: DataSettings
 ) -> None:
     short = lively_model(tiny_config(vocab_size=380, max_position_embeddings=16))
-    assert score_text(short, tiny_tokenizer, text) == pytest.approx(score_text(short, tiny_tokenizer, text, context=16))
+    assert figures_of(short, tiny_tokenizer, text) == pytest.approx(figures_of(short, tiny_tokenizer, text, context=16))
 
 
 def test_a_whole_book_is_cut_before_it_takes_all_memory(
@@ -89,19 +104,19 @@ def test_a_whole_book_is_cut_before_it_takes_all_memory(
 
     model.register_forward_pre_hook(watch)
     tokens = len(tiny_tokenizer.encode_documents([(tmp_path / "book.txt").read_text()])[0])
-    assert score_text(model, tiny_tokenizer, book)["tokens"] == tokens - 1 > 2048
+    assert figures_of(model, tiny_tokenizer, book)["tokens"] == tokens - 1 > 2048
     assert lengths == {2048}
 
 
 def test_the_first_documents_are_taken(model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings) -> None:
-    figures = score_text(model, tiny_tokenizer, text, documents=2)
+    figures = figures_of(model, tiny_tokenizer, text, documents=2)
     assert figures["documents"] == 2
     assert figures["bytes"] == sum(len(each.encode()) for each in documents_of(text)[:2])
 
 
 def test_progress_counts_batches(model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings) -> None:
     seen: list[tuple[str, int, int | None]] = []
-    score_text(model, tiny_tokenizer, text, batch_size=2, progress=lambda *step: seen.append(step))
+    figures_of(model, tiny_tokenizer, text, batch_size=2, progress=lambda *step: seen.append(step))
     assert seen == [("predicting", number, None) for number in range(len(seen))]
     assert len(seen) > 1
 
@@ -109,10 +124,10 @@ def test_progress_counts_batches(model: Gemma3, tiny_tokenizer: Tokenizer, text:
 def test_a_text_in_portions_costs_what_it_does_in_one(
     model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = score_text(model, tiny_tokenizer, text)
+    whole = figures_of(model, tiny_tokenizer, text)
     seen: list[int] = []
     monkeypatch.setattr(text_module, "_PORTION", 60)
-    portions = score_text(model, tiny_tokenizer, text, progress=lambda _, batch, __: seen.append(batch))
+    portions = figures_of(model, tiny_tokenizer, text, progress=lambda _, batch, __: seen.append(batch))
     assert portions == pytest.approx(whole, rel=1e-6)
     assert seen == list(range(len(seen)))
     assert len(seen) > 1
@@ -131,7 +146,7 @@ def test_text_is_cleaned_as_for_training_and_what_is_dropped_is_said(
     dirty[9:9] = [b" \r\n ", b"\xff"]
     (tmp_path / "dirty.txt").write_bytes(b"\r\n<|endoftext|>\r\n".join(dirty))
     expected, found = (
-        score_text(model, tiny_tokenizer, DataSettings(train=str(tmp_path / name)))
+        figures_of(model, tiny_tokenizer, DataSettings(train=str(tmp_path / name)))
         for name in ("clean.txt", "dirty.txt")
     )
     assert found == expected | {"dropped": 2}
@@ -140,22 +155,22 @@ def test_text_is_cleaned_as_for_training_and_what_is_dropped_is_said(
 
 def test_filters_apply_as_they_do_in_training(model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings) -> None:
     longest = max(map(len, documents_of(text)))
-    figures = score_text(model, tiny_tokenizer, text.replace(min_characters=longest))
+    figures = figures_of(model, tiny_tokenizer, text.replace(min_characters=longest))
     assert (figures["documents"], figures["dropped"]) == (3, 7)
     with pytest.raises(SourceError, match=r"there is no text to predict \(dropped: 1 empty, 9 too short\)"):
-        score_text(model, tiny_tokenizer, text.replace(min_characters=10_000))
+        figures_of(model, tiny_tokenizer, text.replace(min_characters=10_000))
 
 
 def test_text_in_another_encoding_is_refused(model: Gemma3, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(b"good\n<|endoftext|>\nb\xe4d\n")
     with pytest.raises(SourceError, match=r"text\.txt: not UTF-8: 1 of 2 documents, the first at byte 20"):
-        score_text(model, tiny_tokenizer, DataSettings(train=str(tmp_path / "text.txt")))
+        figures_of(model, tiny_tokenizer, DataSettings(train=str(tmp_path / "text.txt")))
 
 
 def test_a_separator_that_does_not_occur_is_said(
     messages: list[str], model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings
 ) -> None:
-    score_text(model, tiny_tokenizer, text.replace(separator="%"), context=64)
+    figures_of(model, tiny_tokenizer, text.replace(separator="%"), context=64)
     assert messages == [f"the separator '%' does not occur in {text.train[0]}: it is read as one document"]
 
 
@@ -178,13 +193,13 @@ def test_a_tokenizer_that_changes_text_has_no_bits_per_byte(
     messages: list[str], change: tokenizers.normalizers.Normalizer, model: Gemma3, tmp_path: Path
 ) -> None:
     (tmp_path / "text.txt").write_text("all the same<|endoftext|>A \ufb01ne day<|endoftext|>\ufb01ne", encoding="utf-8")
-    figures = score_text(model, lossy(change), DataSettings(train=str(tmp_path / "text.txt")))
+    figures = figures_of(model, lossy(change), DataSettings(train=str(tmp_path / "text.txt")))
     assert figures["bits_per_byte"] is None
     assert math.isfinite(figures["loss"])
     changed = 1 if isinstance(change, tokenizers.normalizers.Lowercase) else 2
     assert messages[-1].startswith(f"no bits per byte: the tokenizer changes {changed} of 3 documents")
     (tmp_path / "text.txt").write_text("all the same<|endoftext|>and this", encoding="utf-8")
-    assert score_text(model, lossy(change), DataSettings(train=str(tmp_path / "text.txt")))["bits_per_byte"] > 0
+    assert figures_of(model, lossy(change), DataSettings(train=str(tmp_path / "text.txt")))["bits_per_byte"] > 0
 
 
 # Rows.
@@ -192,7 +207,7 @@ def test_a_tokenizer_that_changes_text_has_no_bits_per_byte(
 
 def test_a_context_beyond_the_model_is_refused(model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings) -> None:
     with pytest.raises(RecipeError, match=r"--context = 257: the model reads at most 256 tokens"):
-        score_text(model, tiny_tokenizer, text, context=257)
+        figures_of(model, tiny_tokenizer, text, context=257)
 
 
 def test_rows_are_as_long_as_documents_need_and_batches_have_few_of_long_ones(
@@ -206,10 +221,10 @@ def test_rows_are_as_long_as_documents_need_and_batches_have_few_of_long_ones(
     shapes: list[torch.Size] = []
     model.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape))
     monkeypatch.setattr(text_module, "_TOKENS", 5 * longest + 1)
-    expected = score_text(model, tiny_tokenizer, data, context=100_000)
+    expected = figures_of(model, tiny_tokenizer, data, context=100_000)
     assert set(shapes[:-1]) == {(5, longest)}
     shapes.clear()
-    assert score_text(model, tiny_tokenizer, data, batch_size=9) == pytest.approx(expected, rel=1e-5)
+    assert figures_of(model, tiny_tokenizer, data, batch_size=9) == pytest.approx(expected, rel=1e-5)
     assert set(shapes[:-1]) == {(9, longest)}
 
 
@@ -219,10 +234,10 @@ def test_rows_read_in_chunks_cost_what_they_do_read_at_once(
     (tmp_path / "text.txt").write_text("<|endoftext|>".join([" ".join(SENTENCES[:9]), *SENTENCES[:40]]))
     data = DataSettings(train=str(tmp_path / "text.txt"))
     model = lively_model(tiny_config(vocab_size=380, max_position_embeddings=1000))
-    whole = score_text(model, tiny_tokenizer, data)
-    monkeypatch.setattr(text_module, "_LONGEST_ROW", 50)
-    monkeypatch.setattr(text_module, "_CHUNK", 37)
-    assert score_text(model, tiny_tokenizer, data, context=1000) == pytest.approx(whole, rel=1e-5)
+    whole = figures_of(model, tiny_tokenizer, data)
+    monkeypatch.setattr(log_probabilities, "LONGEST_ROW", 50)
+    monkeypatch.setattr(log_probabilities, "_CHUNK", 37)
+    assert figures_of(model, tiny_tokenizer, data, context=1000) == pytest.approx(whole, rel=1e-5)
 
 
 MEMORY = """
@@ -231,7 +246,7 @@ sys.path[:0] = sys.argv[3:]
 import torch
 from pathlib import Path
 from gemmule.data.settings import DataSettings
-from gemmule.evaluate.text import score_text
+from gemmule.evaluate.text import Progress, Window, score_text
 from gemmule.processes import peak_memory
 from gemmule.tokenizer import Tokenizer
 from tiny import lively_model, tiny_config
@@ -240,7 +255,7 @@ torch.set_num_threads(1)
 tokenizer = Tokenizer.load(Path(sys.argv[2]))
 shape = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
 model = lively_model(tiny_config(vocab_size=393, max_position_embeddings=256, head_dim=4, **shape))
-figures = score_text(model, tokenizer, DataSettings(train=sys.argv[1]))
+figures = score_text(model, tokenizer, DataSettings(train=sys.argv[1])).figures()
 print(figures["documents"], figures["tokens"], peak_memory() >> 20)
 """
 

@@ -1,16 +1,17 @@
 """How well a model predicts a text, document by document."""
 
 import logging
+import math
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
-from gemmule.compiler import uncompiled
 from gemmule.data.batches import Batch, WholeDocuments
 from gemmule.data.clean import clean_document
 from gemmule.data.corpus import Corpus
@@ -22,22 +23,91 @@ from gemmule.data.settings import DataSettings
 from gemmule.data.shards import Tokens
 from gemmule.data.sources import read_sources
 from gemmule.errors import DatasetError, RecipeError, SourceError
-from gemmule.model.cache import Cache
+from gemmule.evaluate.log_probabilities import LONGEST_ROW, score_batches
 from gemmule.model.gemma3 import Gemma3
-from gemmule.runtime import Runtime, choose_precision
 from gemmule.settings import Problem
 from gemmule.tokenizer import Tokenizer
-from gemmule.train.loss import summed_loss
-from gemmule.train.validation import Score, score
+from gemmule.train.validation import Score
 
 log = logging.getLogger(__name__)
 
-_LONGEST_ROW = 2048  # tokens, where nobody says otherwise: attention takes time with the square
 _TOKENS = 32_768  # of a batch, where nobody says otherwise
 _PORTION = 1 << 18  # tokens of text that are packed into rows together
-_CHUNK = 512  # tokens of a longer row that are read at once, so that memory does not grow with the square
 
 Progress = Callable[[str, int, int | None], None]
+Numbers = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+
+class Window(NamedTuple):
+    """How documents are laid before the model."""
+
+    context: int | None = None  # sequence length; None: the longest document, up to 2048 tokens
+    stride: int | None = None  # how far the window moves in longer documents; None: by its length, so they are cut
+    batch_size: int | None = None  # rows per batch; None: as many as make 32,768 tokens
+
+    def of(self, model: Gemma3) -> "Window":
+        """Return the window with its context; RecipeError where the model cannot read it, or the stride leaves gaps."""
+        furthest = model.config.max_position_embeddings
+        context = self.context or min(LONGEST_ROW, furthest)
+        if context > furthest:
+            advice = f"the model reads at most {furthest} tokens (max_position_embeddings)"
+            raise RecipeError(str(Problem("--context", context, advice)))
+        if self.stride is not None and self.stride > context:
+            advice = f"must be at most the context, {context}; else tokens are left out"
+            raise RecipeError(str(Problem("--stride", self.stride, advice)))
+        return self._replace(context=context)
+
+
+WHOLE = Window()
+
+
+class TextScores(NamedTuple):
+    """What each document of a text costs a model; all arrays are (n,)."""
+
+    nats: Numbers  # of all its tokens but the first, the end of the document included
+    tokens: Numbers  # as many
+    bytes: Numbers  # of UTF-8 text that they stand for
+    end_nats: Numbers  # of the end-of-document token alone; NaN where there is none
+    window: Window
+    lossless: bool = True  # whether the tokenizer leaves the text as it is; where not, bytes mean nothing
+    dropped: int = 0  # documents that cleaning dropped
+
+    def figures(self, kept: Mask | None = None) -> dict[str, Any]:
+        """Return the means over the documents, or over those that are kept.
+
+        loss in nats per token, bits_per_byte (None where the tokenizer changes the text), perplexity, and the tokens,
+        bytes and documents that they are means of; `ends` has the number and the mean nats of the ends of documents,
+        `without_ends` the means of all other tokens.
+        """
+        nats, tokens, size, end_nats = (part if kept is None else part[kept] for part in self[:4])
+        count = int(np.isfinite(end_nats).sum())
+        nats_of_ends = float(np.nansum(end_nats))
+        rest = self._score(nats.sum() - nats_of_ends, tokens.sum() - count, size.sum())
+        return {
+            **self._score(nats.sum(), tokens.sum(), size.sum()).figures(),
+            "tokens": int(tokens.sum()),
+            "bytes": int(size.sum()),
+            "documents": len(nats),
+            "ends": {"count": count, "loss": nats_of_ends / count if count else None},
+            "without_ends": {**rest.figures(), "tokens": rest.tokens} if rest.tokens else None,
+        }
+
+    def items(self) -> list[dict[str, Any]]:
+        """Return the figures of each document."""
+        rows = zip(*(part.tolist() for part in self[:4]), strict=True)
+        return [
+            {
+                "nats": nats,
+                "tokens": int(tokens),
+                "bytes": int(size),
+                "end_nats": end_nats if math.isfinite(end_nats) else None,
+            }
+            for nats, tokens, size, end_nats in rows
+        ]
+
+    def _score(self, nats: float, tokens: float, size: float) -> Score:
+        return Score(float(nats), int(tokens), int(size) if self.lossless and size else None)
 
 
 def score_text(
@@ -45,38 +115,27 @@ def score_text(
     tokenizer: Tokenizer,
     settings: DataSettings,
     documents: int | None = None,
-    context: int | None = None,
-    batch_size: int | None = None,
+    window: Window = WHOLE,
     progress: Progress = lambda *_: None,
-) -> dict[str, Any]:
+    each_text: Callable[[str], None] | None = None,
+) -> TextScores:
     """Score the documents of `settings.train` (all, or the first so many), each on its own.
 
     Documents are cleaned as for training, and what is dropped is counted and reported. Some hundred thousand tokens are
-    in memory at a time; a CPU computes in the dtype of the weights. Documents longer than `context` (by default the
-    longest one, up to 2048) are cut into pieces. A batch has `batch_size` rows, by default as many as make 32,768
-    tokens.
+    in memory at a time, and four numbers per document; a CPU computes in fp32. `each_text` is called with the text of
+    each document.
 
-    Returns loss in nats per token, bits_per_byte (None where the tokenizer changes the text), perplexity, the tokens,
-    bytes and documents they are means of, and how many documents were dropped. Raises SourceError where there is
-    nothing to predict, RecipeError where the model cannot read `context` tokens.
+    Raises SourceError where there is nothing to predict, RecipeError where the model cannot read the window.
     """
     tally: Counter[str] = Counter()
     texts = islice(clean_texts(settings, tally), documents)
-    total, changed = _Total(), 0
-
-    def count(batch: int) -> None:
-        progress("predicting", batch, None)
-
-    for portion in _portions(encode_texts(texts, tokenizer)):
-        rows = _rows(model, tokenizer, EncodedDocuments(portion), None, context, batch_size)
-        total = total.plus(rows, _score(model, rows, count, total.batches))
-        changed += sum(not document.restored for document in portion)
+    scores = _score_texts(model, tokenizer, texts, window, progress, each_text)
     dropped = describe_tally(tally)
-    if not total.documents:
+    if not len(scores.nats):
         raise SourceError(f"{', '.join(settings.train)}: there is no text to predict ({dropped or 'none there'})")
     if dropped:
         log.info(f"of {counted(tally['read'], 'document')}, {dropped}")
-    return {**_figures(total, changed), "dropped": tally["read"] - total.documents}
+    return scores._replace(dropped=tally["read"] - len(scores.nats))
 
 
 def score_dataset(
@@ -84,49 +143,118 @@ def score_dataset(
     tokenizer: Tokenizer,
     folder: Path,
     documents: int | None = None,
-    context: int | None = None,
-    batch_size: int | None = None,
+    window: Window = WHOLE,
     progress: Progress = lambda *_: None,
-) -> dict[str, Any]:
+    each_text: Callable[[str], None] | None = None,
+) -> TextScores:
     """Score the validation documents of a prepared dataset (all, or the first so many), as `score_text` does.
 
-    Raises DatasetError where it is of another tokenizer than the model's.
+    Those of another tokenizer than the model's are decoded; DatasetError where that does not restore the text.
     """
     dataset = open_dataset(folder)
+    corpus = dataset.validation
+    texts = islice(_decoded(corpus, dataset.tokenizer), documents)
     if dataset.tokenizer.fingerprint != tokenizer.fingerprint:
-        advice = f"name the text that it was made from ({dataset.report.validation.source})"
-        raise DatasetError(f"{folder}: was prepared with another tokenizer than the model's; {advice}")
-    rows = _rows(model, tokenizer, dataset.validation, documents, context, batch_size)
-    nats = _score(model, rows, lambda batch: progress("predicting", batch, len(rows.batches)), 0)
-    return _figures(_Total().plus(rows, nats), 0 if dataset.lossless else None)
+        if not dataset.lossless:
+            advice = f"name the text that it was made from ({dataset.report.validation.source})"
+            raise DatasetError(
+                f"{folder}: was prepared with a tokenizer that changes the text, not the model's; {advice}"
+            )
+        return _score_texts(model, tokenizer, texts, window, progress, each_text)
+    if each_text:
+        for stored in texts:
+            each_text(stored.text)
+    table = _Table(model, tokenizer, window)
+    table.add(corpus, documents, progress)
+    if not dataset.lossless:
+        _say_changed("documents")
+    return table.scores(dataset.lossless)
 
 
-class _Rows(NamedTuple):
-    """Documents packed into rows of a sequence length."""
+def _score_texts(
+    model: Gemma3,
+    tokenizer: Tokenizer,
+    texts: Iterable[StoredText],
+    window: Window,
+    progress: Progress,
+    each_text: Callable[[str], None] | None,
+) -> TextScores:
+    def watched() -> Iterator[StoredText]:
+        for stored in texts:
+            if each_text:
+                each_text(stored.text)
+            yield stored
 
-    batches: WholeDocuments
-    length: int
+    table, changed = _Table(model, tokenizer, window), 0
+    for portion in _portions(encode_texts(watched(), tokenizer)):
+        table.add(EncodedDocuments(portion), None, lambda label, batch, _: progress(label, batch, None))
+        changed += sum(not document.restored for document in portion)
+    if changed:
+        _say_changed(f"{changed:,} of {counted(table.documents, 'document')}")
+    return table.scores(not changed)
 
 
-class _Total(NamedTuple):
-    """Sums over the documents scored so far."""
+class _Table:
+    """The scores of the documents so far, a column each."""
 
-    nats: float = 0.0
-    tokens: int = 0
-    bytes: int = 0
-    documents: int = 0
-    batches: int = 0
+    def __init__(self, model: Gemma3, tokenizer: Tokenizer, window: Window) -> None:
+        self._model, self._tokenizer, self._window = model, tokenizer, window.of(model)
+        self._columns = tuple(array("d") for _ in range(4))
+        self._batches = 0
 
-    def plus(self, rows: _Rows, nats: float) -> "_Total":
-        """Return the sums with more documents, whose tokens cost so many nats."""
-        scored = rows.batches
-        return _Total(
-            self.nats + nats,
-            self.tokens + scored.targets,
-            self.bytes + scored.bytes,
-            self.documents + scored.documents,
-            self.batches + len(scored),
+    @property
+    def documents(self) -> int:
+        """How many there are."""
+        return len(self._columns[0])
+
+    def add(self, corpus: Corpus, documents: int | None, progress: Progress) -> None:
+        """Score the documents of a corpus, or its first ones; progress counts batches on from those before."""
+        context, stride, batch_size = self._window
+        assert context is not None
+        length = max(1, min(context, int(corpus.lengths[:documents].max()) - 1))
+        size = batch_size or max(1, _TOKENS // length)
+        # Windows that overlap are as long as the context, or there is one.
+        rows = WholeDocuments(
+            corpus,
+            length,
+            size,
+            self._tokenizer.pad_id,
+            limit_documents=documents,
+            stride=stride and min(stride, length),
         )
+
+        def watched() -> Iterator[Batch]:
+            for number, batch in enumerate(rows):
+                progress("predicting", self._batches + number, len(rows))
+                yield batch
+
+        nats, end_nats = np.zeros(rows.documents), np.full(rows.documents, math.nan)
+        for number, scores in enumerate(score_batches(self._model, watched())):
+            pieces = rows.pieces(number)
+            ends = np.cumsum([piece.stop - piece.first for piece in pieces])
+            sums = np.add.reduceat(-scores.log_probabilities.astype(np.float64), ends - np.diff(ends, prepend=0))
+            for piece, own, end in zip(pieces, sums.tolist(), ends.tolist(), strict=True):
+                nats[piece.document] += own
+                last = int(corpus.lengths[piece.document]) - 1
+                if piece.stop == last and corpus.read(piece.document, last, last + 1)[0] == self._tokenizer.eos_id:
+                    end_nats[piece.document] = -scores.log_probabilities[end - 1]
+        self._batches += len(rows)
+        numbers = range(rows.documents)
+        tokens, sizes = corpus.lengths[: rows.documents] - 1, [corpus.text_bytes(number) for number in numbers]
+        for column, more in zip(self._columns, (nats, tokens, sizes, end_nats), strict=True):
+            column.extend(np.asarray(more, dtype=np.float64).tolist())
+
+    def scores(self, lossless: bool) -> TextScores:
+        """Return the scores of all documents."""
+        nats, tokens, sizes, end_nats = (np.array(column) for column in self._columns)
+        return TextScores(nats, tokens, sizes, end_nats, self._window, lossless)
+
+
+def _say_changed(which: str) -> None:
+    log.info(
+        f"no bits per byte: the tokenizer changes {which}, so that its tokens stand for less than the text "
+        "(unknown words, capitals, accents ...)"
+    )
 
 
 class EncodedDocuments(Corpus):
@@ -167,68 +295,11 @@ def _portions(documents: Iterator[EncodedText]) -> Iterator[list[EncodedText]]:
         yield portion
 
 
-def _rows(
-    model: Gemma3,
-    tokenizer: Tokenizer,
-    corpus: Corpus,
-    documents: int | None,
-    context: int | None,
-    batch_size: int | None,
-) -> _Rows:
-    furthest = model.config.max_position_embeddings
-    if context is not None and context > furthest:
-        advice = f"the model reads at most {furthest} tokens (max_position_embeddings)"
-        raise RecipeError(str(Problem("--context", context, advice)))
-    length = max(1, min(context or min(_LONGEST_ROW, furthest), int(corpus.lengths[:documents].max()) - 1))
-    size = batch_size or max(1, _TOKENS // length)
-    return _Rows(WholeDocuments(corpus, length, size, tokenizer.pad_id, limit_documents=documents), length)
-
-
-def _score(model: Gemma3, rows: _Rows, progress: Callable[[int], None], before: int) -> float:
-    """Return the nats of all targets; progress counts on from the batches before."""
-
-    def watched() -> Iterator[Batch]:
-        for number, batch in enumerate(rows.batches):
-            progress(before + number)
-            yield batch
-
-    device = model.embedding.weight.device
-    runtime = Runtime(device, "fp32" if device.type == "cpu" else choose_precision("auto", device))
-    measure = score if rows.length <= _LONGEST_ROW else _score_in_chunks
-    return measure(model, watched(), None, runtime).nats
-
-
-def _figures(total: _Total, changed: int | None) -> dict[str, Any]:
-    """Return the means; `changed` is how many documents the tokenizer changes, None where that is not known."""
-    if changed != 0:
-        count = "documents" if changed is None else f"{changed:,} of {counted(total.documents, 'document')}"
-        log.info(
-            f"no bits per byte: the tokenizer changes {count}, so that its tokens stand for less than the text "
-            "(unknown words, capitals, accents ...)"
-        )
-    result = Score(total.nats, total.tokens, total.bytes if changed == 0 else None)
-    return {**result.figures(), "tokens": total.tokens, "bytes": total.bytes, "documents": total.documents}
-
-
-@torch.no_grad()
-def _score_in_chunks(model: Gemma3, batches: Iterator[Batch], text_bytes: int | None, runtime: Runtime) -> Score:
-    """Score rows that are too long to be read at once, through a cache, which gives the same."""
-    was_training = model.training
-    model.eval()
-    nats, tokens = 0.0, 0
-    for whole in batches:
-        batch, cache = whole.to(runtime.device), Cache(model.config)
-        assert batch.documents is not None
-        for start in range(0, batch.tokens.shape[1], _CHUNK):
-            inputs, targets, documents = (
-                part[:, start : start + _CHUNK].contiguous() for part in (batch.tokens, batch.targets, batch.documents)
-            )
-            with uncompiled(), runtime.autocast():
-                loss = model(inputs, documents=documents, cache=cache, output_head=summed_loss(targets))
-            nats += loss.item()
-        tokens += batch.num_targets
-    model.train(was_training)
-    return Score(nats, tokens, text_bytes)
+def _decoded(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[StoredText]:
+    """Yield the documents of a corpus as text."""
+    for number in range(corpus.documents):
+        text = tokenizer.decode(corpus.read(number, 0, int(corpus.lengths[number])).tolist())
+        yield StoredText(text, len(text.encode()))
 
 
 def clean_texts(settings: DataSettings, tally: Counter[str]) -> Iterator[StoredText]:

@@ -148,7 +148,7 @@ class Tokenizer:
 
     def restores(self, texts: Sequence[str], rows: Sequence[Sequence[int]]) -> list[bool]:
         """Return for each text whether decoding its ids restores it exactly."""
-        decoded = self._library.decode_batch([list(row) for row in rows], skip_special_tokens=True)
+        decoded = self.decode_batch(rows)
         return [own == text or self.decode(row) == text for own, row, text in zip(decoded, rows, texts, strict=True)]
 
     def decode(self, ids: Sequence[int], *, specials: bool = False) -> str:
@@ -159,6 +159,11 @@ class Tokenizer:
         written = self._pieces.specials if specials else {}
         text = b"".join(written.get(token) or self._piece(token) for token in ids).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self._pieces.drop_first_space else text
+
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Decode several rows of ids at once, on all cores; special tokens are skipped."""
+        texts: list[str] = self._library.decode_batch([list(row) for row in rows], skip_special_tokens=True)
+        return texts
 
     def stream_decoder(self) -> TextStream:
         """Return a streaming decoder; special tokens are skipped."""
