@@ -44,6 +44,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def evaluation(self) -> Path:
+        """What `gemmule evaluate` found (docs/evaluate.md)."""
+        return self.path / "evaluation.json"
+
+    @property
     def plan(self) -> Path:
         """What was predicted and measured of time and memory."""
         return self.path / "plan.json"

@@ -1,17 +1,29 @@
-"""`gemmule evaluate MODEL --data FILE`: loss, bits per byte and perplexity on a text."""
+"""`gemmule evaluate MODEL --data FILE`: loss, bits per byte and perplexity on a text, or the stories of a suite."""
 
 import math
-from typing import Annotated, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gemmule.cli.screen import Screen, logged_to, print_json
-from gemmule.cli.text_settings import text_settings
+from gemmule.cli.text_settings import run_of, text_settings
 from gemmule.reading import local_path
+
+if TYPE_CHECKING:
+    from gemmule.data.settings import DataSettings
+    from gemmule.evaluate.overlap import TrainingText
+    from gemmule.evaluate.text import TextScores, Window
+    from gemmule.model.gemma3 import Gemma3
+    from gemmule.run_folder import RunFolder
+    from gemmule.tokenizer import Tokenizer
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model folder, run folder, .gguf file or owner/name.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="A model folder, run folder, .gguf file or owner/name.")
+    ],
     data: Annotated[
         str | None,
         typer.Option(
@@ -30,17 +42,35 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Sequence length; longer documents are cut.  [default: longest document, up to 2048]"),
     ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Read longer documents in windows of --context that move by so many tokens, so that each token has "
+            "at least context - stride tokens before it.  [default: cut them]",
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Sequences per batch.  [default: 32,768 tokens]")
     ] = None,
+    overlap: Annotated[
+        bool, typer.Option(help="Search the run's training data for the documents, where it is at hand.")
+    ] = True,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="Let the model tell the stories of a suite instead: stories, stories-temperature-1, or a .toml file."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object last.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object last, with every document.")] = False,
 ) -> None:
-    """Measure the loss of a model on a text: nats per token, bits per byte, perplexity.
+    """Measure the loss of a model on a text: nats per token, bits per byte, perplexity, with 95 % intervals.
 
     The text is cleaned as for training. Each document is scored on its own, from its first token to its last; bits per
     byte can be compared between models of different vocabularies. Of a run folder, the run's own validation documents
-    are scored where --data names nothing else, and its own settings say how text is read.
+    are scored where --data names nothing else, and its own settings say how text is read. Of several models the paired
+    differences are given. What is found of a run is kept in its evaluation.json.
 
     Examples:
 
@@ -48,42 +78,168 @@ def evaluate(
 
         gemmule evaluate runs/story/model --data storybook:500
 
-        gemmule evaluate runs/tinystories-cpu --data valid.txt --json
-    """
-    import gemmule
-    from gemmule.data.dataset import prepared_folder
-    from gemmule.errors import GemmuleError, RecipeError
-    from gemmule.evaluate.text import score_dataset, score_text
+        gemmule evaluate runs/story runs/other --data valid.txt --context 512 --stride 256
 
-    settings, run = text_settings(local_path(model), data, separator, column)
-    prepared = prepared_folder(settings) or (run.data if run and data is None else None)
-    if prepared and (separator or column):
-        raise RecipeError(f"--separator, --column: {prepared} is prepared, its text was read already; leave them out")
+        gemmule evaluate runs/story --suite stories --json
+    """
+    from gemmule.errors import RecipeError
+
     with Screen() as screen, logged_to(screen):
-        network, tokenizer, _ = gemmule.load_with_path(model, device)
-        if network.embedding.weight.device.type == "cpu":
-            network = network.float()  # that of a folder in bf16, too
-        options: tuple[Any, ...] = (documents, context, batch_size, screen.progress)
-        if prepared is None:
-            result = score_text(network, tokenizer, settings, *options)
+        if suite is None:
+            from gemmule.evaluate.text import Window
+
+            settings, run = text_settings(local_path(models[0]), data, separator, column)
+            text = _Text(screen, settings, run, data, documents, Window(context, stride, batch_size), overlap)
+            if text.prepared and (separator or column):
+                raise RecipeError(
+                    f"--separator, --column: {text.prepared} is prepared, its text was read already; leave them out"
+                )
+            result = text.evaluate(models, device)
         else:
-            screen.print(f"the validation documents of {prepared}:")
-            result = score_dataset(network, tokenizer, prepared, *options)
-    if not math.isfinite(result["loss"]):
-        raise GemmuleError(
-            f"{model}: the loss is {result['loss']}, not a number; gemmule doctor {model} says what is wrong"
-        )
-    screen.print(_sentence(result))
+            reading = {"data": data, "documents": documents, "separator": separator, "column": column}
+            reading |= {"context": context, "stride": stride, "batch-size": batch_size}
+            for name, value in reading.items():
+                if value is not None:
+                    raise RecipeError(f"--{name} {value}: a suite of stories reads no text; leave it out, or --suite")
+            result = _tell_stories(screen, models, suite, device, overlap)
     if as_json:
         print_json(result)
 
 
-def _sentence(result: dict[str, Any]) -> str:
-    from gemmule.data.report import counted
+class _Text:
+    """A text that models are evaluated on."""
 
-    counts = ", ".join(
-        (counted(result["documents"], "document"), f"{result['bytes']:,} bytes", f"{result['tokens']:,} tokens")
-    )
-    bits = result["bits_per_byte"]
-    measures = [f"{result['loss']:.4f} nats per token", *([f"{bits:.4f} bits per byte"] if bits is not None else [])]
-    return f"{counts}: {', '.join(measures)}, perplexity {result['perplexity']:.2f}"
+    def __init__(
+        self,
+        screen: Screen,
+        settings: "DataSettings",
+        run: "RunFolder | None",
+        data: str | None,
+        documents: int | None,
+        window: "Window",
+        overlap: bool,
+    ) -> None:
+        from gemmule.data.dataset import prepared_folder
+
+        self._screen, self._settings, self._documents = screen, settings, documents
+        self._window, self._overlap = window, overlap
+        self.prepared = prepared_folder(settings) or (run.data if run and data is None else None)
+        self._name = str(self.prepared) if self.prepared else ", ".join(settings.train)
+
+    def evaluate(self, models: Sequence[str], device: str) -> dict[str, Any]:
+        """Score the text by each model; say and return the figures, and how they differ."""
+        from gemmule.evaluate.results import compare, describe_difference
+
+        if self.prepared:
+            self._screen.print(f"the validation documents of {self.prepared}:")
+        names, found, results, tokenizers = _labels(models), {}, [], set()
+        for name, model in zip(names, models, strict=True):
+            if len(models) > 1:
+                self._screen.print(f"{name}:")
+            network, tokenizer, path = _open(model, device)
+            found[name], result = self._score(network, tokenizer, model, path)
+            results.append({"model": name, **result})
+            tokenizers.add(tokenizer.fingerprint)
+        if len(models) == 1:
+            return results[0]
+        differences = compare(found, len(tokenizers) == 1)
+        for difference in differences:
+            self._screen.print(describe_difference(difference, results[0]["documents"]))
+        if len(tokenizers) > 1:
+            only = "bits per byte alone" if differences else "nothing: one of them changes the text"
+            self._screen.print(f"the tokenizers differ, so that the models can be compared in {only}")
+        return {"models": results, "differences": differences}
+
+    def _score(
+        self, network: "Gemma3", tokenizer: "Tokenizer", model: str, path: Path
+    ) -> "tuple[TextScores, dict[str, Any]]":
+        from gemmule.errors import GemmuleError
+        from gemmule.evaluate.overlap import Spans
+        from gemmule.evaluate.results import describe_text, keep, text_result
+        from gemmule.evaluate.text import score_dataset, score_text
+
+        run, spans = run_of(local_path(model)), Spans()
+        training = _training_text(run) if self._overlap else None
+        options = self._documents, self._window, self._screen.progress, spans.add if training else None
+        if self.prepared is None:
+            scores = score_text(network, tokenizer, self._settings, *options)
+        else:
+            scores = score_dataset(network, tokenizer, self.prepared, *options)
+        loss = scores.figures()["loss"]
+        if not math.isfinite(loss):
+            raise GemmuleError(f"{model}: the loss is {loss}, not a number; gemmule doctor {model} says what is wrong")
+        overlapping = spans.overlapping(training.read(self._screen.progress)) if training else None
+        result = text_result(scores, overlapping, training.share if training else 1.0)
+        for sentence in describe_text(result):
+            self._screen.print(sentence)
+        if run:
+            asked = {"data": self._name, "limit": self._documents}
+            window = {"context": result["context"], "stride": result["stride"]}
+            keep(run, {"kind": "text", "model": _within(run, path), **asked, **window}, result)
+        return scores, result
+
+
+def _tell_stories(screen: Screen, models: Sequence[str], suite: str, device: str, overlap: bool) -> dict[str, Any]:
+    """Let each model tell the stories of a suite; say and return what they show."""
+    from gemmule.evaluate.results import describe_stories, keep
+    from gemmule.evaluate.stories import judge_suite, open_suite, tell_suite
+
+    settings, results = open_suite(suite), []
+    for name, model in zip(_labels(models), models, strict=True):
+        if len(models) > 1:
+            screen.print(f"{name}:")
+        network, tokenizer, path = _open(model, device)
+        run = run_of(local_path(model))
+        training = _training_text(run) if overlap else None
+        stories = tell_suite(network, tokenizer, settings, screen.progress)
+        result = judge_suite(stories, training.read(screen.progress) if training else None, _tells_the_storybook(run))
+        result = {**result, "searched": training.share if training else None, "settings": settings.model_dump()}
+        for sentence in describe_stories(result):
+            screen.print(sentence)
+        if run:
+            keep(run, {"kind": "stories", "model": _within(run, path), "suite": suite}, result)
+        results.append({"model": name, "suite": suite, **result})
+    return results[0] if len(models) == 1 else {"models": results}
+
+
+def _open(model: str, device: str) -> "tuple[Gemma3, Tokenizer, Path]":
+    """Open a model; a CPU computes in fp32, of a folder in bf16, too."""
+    import gemmule
+
+    network, tokenizer, path = gemmule.load_with_path(model, device)
+    return (network.float() if network.embedding.weight.device.type == "cpu" else network), tokenizer, path
+
+
+def _labels(models: Sequence[str]) -> list[str]:
+    """Return names of the models that differ, where one is given twice."""
+    return [
+        model if models.count(model) == 1 else f"{model} ({models[: number + 1].count(model)})"
+        for number, model in enumerate(models)
+    ]
+
+
+def _within(run: "RunFolder", path: Path) -> str:
+    """Return where a model lies in its run folder."""
+    return str(path.relative_to(run.path)) if path.is_relative_to(run.path) else str(path)
+
+
+def _training_text(run: "RunFolder | None") -> "TrainingText | None":
+    """Return the training documents of a run, where it has their shards."""
+    from gemmule.data.dataset import DATASET_FILE, open_dataset
+    from gemmule.evaluate.overlap import TrainingText
+    from gemmule.reading import path_kind
+
+    if run is None or not path_kind(run.data / DATASET_FILE):
+        return None
+    dataset = open_dataset(run.data, verify=False)
+    return TrainingText(dataset.train, dataset.tokenizer)
+
+
+def _tells_the_storybook(run: "RunFolder | None") -> bool:
+    """Return whether a run was trained on the storybook alone."""
+    from gemmule.data.sources import StorybookSource, parse_source
+
+    if run is None:
+        return False
+    settings, _ = text_settings(run.path, None, None, None)
+    return all(isinstance(parse_source(source), StorybookSource) for source in settings.train)
