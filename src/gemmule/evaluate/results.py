@@ -72,8 +72,8 @@ def _difference(one: TextScores, other: TextScores, measure: str) -> Difference:
 def describe_text(result: Mapping[str, Any]) -> list[str]:
     """Put the figures of a text into sentences."""
     counts = (
-        f"{counted(result['documents'], 'document')}, {counted(result['tokens'], 'token')}, "
-        f"{counted(result['bytes'], 'byte')}"
+        f"{counted(result['documents'], 'document')}, {counted(result['bytes'], 'byte')}, "
+        f"{counted(result['tokens'], 'token')}"
     )
     sentences = [f"{counts}: {_measures(result, result['intervals'])}"]
     if result["ends"]["count"] and result["without_ends"]:
