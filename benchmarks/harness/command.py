@@ -23,6 +23,7 @@ FIGURES = {
     "train": ("tokens_per_second", "tokens/s", ",.0f"),
     "generate": ("tokens_per_second", "tokens/s", ",.1f"),
     "prepare": ("megabytes_per_second", "MB/s", ",.1f"),
+    "evaluate": ("tokens_per_second", "tokens/s", ",.0f"),
     "load": ("seconds_to_first_token", "s to the first token", ".2f"),
 }
 
@@ -64,10 +65,12 @@ def parser_of(work: str, description: str | None) -> argparse.ArgumentParser:
         parser.add_argument(
             "--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="change one setting"
         )
-    if work in ("generate", "load"):
+    if work in ("generate", "evaluate", "load"):
         parser.add_argument("--model", type=Path, help="model folder (default: randomly initialized)")
     if work == "generate":
         parser.add_argument("--tokens", type=count, default=64, help="number of new tokens (default: 64)")
+    if work == "evaluate":
+        parser.add_argument("--documents", type=count, default=200, help="number of stories (default: 200)")
     if work == "train":
         interpreter = os.environ.get("LITGPT_PYTHON")
         parser.add_argument(
@@ -115,6 +118,7 @@ def show_progress(label: str, done: int, total: int | None) -> None:
 
 
 def _compare(work: str, options: argparse.Namespace) -> dict[str, Any]:
+    import harness.evaluate
     import harness.generate
     import harness.load
     import harness.models
@@ -138,6 +142,10 @@ def _compare(work: str, options: argparse.Namespace) -> dict[str, Any]:
             harness.models.write_untrained(_recipe(options.recipe, options.overrides), model)
         if work == "load":
             return harness.load.compare_loading(model, options.peers, budget, show_progress)
+        if work == "evaluate":
+            return harness.evaluate.compare_evaluating(
+                model, options.documents, options.peers, budget, folder, show_progress
+            )
         return harness.generate.compare_generating(model, options.tokens, options.peers, budget, folder, show_progress)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from gemmule.evaluate import overlap
 from gemmule.evaluate.results import read_evaluations
+from gemmule.formats.folder import save_folder
 from gemmule.run_folder import RunFolder, read_json_lines
 from gemmule.tokenizer import Tokenizer
 from runs import gemmule
@@ -180,11 +181,9 @@ def test_models_are_compared_on_the_same_documents(tiny_run: Path, tiny_recipe: 
 def test_models_of_two_tokenizers_are_compared_in_bits_per_byte(
     tiny_run: Path, tiny_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    from gemmule.formats.folder import write_model
-
-    write_model(
-        lively_model(tiny_config(vocab_size=380, max_position_embeddings=256)), tiny_tokenizer, tmp_path / "other"
-    )
+    model = lively_model(tiny_config(vocab_size=380, max_position_embeddings=256))
+    (tmp_path / "other").mkdir()
+    save_folder(model, tiny_tokenizer, tmp_path / "other")
     ended = gemmule("evaluate", tiny_run, tmp_path / "other", "--json")
     assert ended.code == 0, ended.err
     found = json.loads(ended.out)

@@ -200,6 +200,25 @@ def test_validation_sees_each_document_whole_and_once(
     assert validation.targets == sum(batch.num_targets for batch in batches) == sum(len(d) - 1 for d in documents)
 
 
+@given(documents=corpora, context=st.integers(1, 12), data=st.data())
+def test_windows_that_overlap_score_each_token_once_with_enough_context(
+    folders: Path, documents: list[list[int]], context: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.integers(1, context))
+    validation = WholeDocuments(corpus_of(documents, folders), context, 3, 0, stride=stride)
+    scored: list[tuple[int, int]] = []
+    for number, batch in enumerate(validation):
+        pieces = validation.pieces(number)
+        assert batch.num_targets == sum(piece.stop - piece.first for piece in pieces)
+        targets = iter(batch.targets[batch.targets != IGNORED].tolist())
+        for document, start, first, stop in pieces:
+            assert stop - start <= context
+            assert first == 0 or first - start >= context - stride
+            assert [next(targets) for _ in range(first, stop)] == documents[document][first + 1 : stop + 1]
+            scored += [(document, place) for place in range(first, stop)]
+    assert sorted(scored) == [(n, place) for n, ids in enumerate(documents) for place in range(len(ids) - 1)]
+
+
 @given(documents=corpora, limit=st.integers(1, 100))
 def test_validation_takes_the_first_documents_up_to_the_limit(
     folders: Path, documents: list[list[int]], limit: int
