@@ -62,6 +62,18 @@ def evaluate(
             help="Let the model tell the stories of a suite instead: stories, stories-temperature-1, or a .toml file."
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME",
+            help="Run tasks of lm-evaluation-harness instead: storybook (needs no network), hellaswag ...; "
+            "--documents is then how many items of each.",
+        ),
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Solved examples before each item of --tasks.  [default: the task's]")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Render --tasks by the model's chat template.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object last, with every document.")] = False,
 ) -> None:
@@ -81,8 +93,20 @@ def evaluate(
         gemmule evaluate runs/story runs/other --data valid.txt --context 512 --stride 256
 
         gemmule evaluate runs/story --suite stories --json
+
+        gemmule evaluate runs/story --tasks storybook_cloze,storybook_perplexity
     """
     from gemmule.errors import RecipeError
+
+    if tasks is not None:
+        from gemmule.cli.evaluate_tasks import Options, run_tasks
+
+        unread = {"data": data, "separator": separator, "column": column, "stride": stride, "suite": suite}
+        for name, value in unread.items():
+            if value is not None:
+                raise RecipeError(f"--{name} {value}: tasks bring their own texts; leave it out, or --tasks")
+        run_tasks(models, tasks, Options(documents, shots, chat, context, batch_size, device), as_json)
+        return
 
     with Screen() as screen, logged_to(screen):
         if suite is None:

@@ -52,27 +52,9 @@ class Verdict:
         return "consistent" if self.consistent else "inconsistent: " + "; ".join(self.problems)
 
 
-def check_story(text: str) -> Verdict:
-    """Check any text, ignoring differences in white space."""
-    if len(text) > _MOST_CHARACTERS:
-        return Verdict(False, False, False, (f"too long for a story: {len(text)} characters",))
-    tokens = split(text)
-    if not tokens:
-        return Verdict(False, False, False, ("there is no story",))
-    world = _replay(text, tokens)
-    return Verdict(world.unread == 0, not world.problems, world.moment == END, tuple(dict.fromkeys(world.problems)))
-
-
-def log_probability(text: str) -> float:
-    """Return the log-probability of exactly this text under the grammar, in nats; -inf where it is impossible."""
-    world = _replay(text, split(text[:_MOST_CHARACTERS]))
-    exact = not world.problems and "".join(world.text).lstrip() == text
-    return world.log_probability if exact else -math.inf
-
-
 @dataclass
-class _World:
-    """The state of the replay at one point of a text."""
+class World:
+    """What is known at one point of a text: the state of the replay."""
 
     moment: str | None = START  # None: unknown, after an unparsed sentence
     chosen: dict[str, Option] = field(default_factory=dict)
@@ -84,8 +66,31 @@ class _World:
     problems: list[str] = field(default_factory=list)
 
 
-def _replay(text: str, tokens: Sequence[Token]) -> _World:
-    world = _World()
+def check_story(text: str) -> Verdict:
+    """Check any text, ignoring differences in white space."""
+    if len(text) > _MOST_CHARACTERS:
+        return Verdict(False, False, False, (f"too long for a story: {len(text)} characters",))
+    tokens = split(text)
+    if not tokens:
+        return Verdict(False, False, False, ("there is no story",))
+    world = _replay(text, tokens)
+    return Verdict(world.unread == 0, not world.problems, world.moment == END, tuple(dict.fromkeys(world.problems)))
+
+
+def read_story(text: str) -> World:
+    """Return what is known after a text: what was chosen for each blank, who has the thing, and the problems found."""
+    return _replay(text, split(text[:_MOST_CHARACTERS]))
+
+
+def log_probability(text: str) -> float:
+    """Return the log-probability of exactly this text under the grammar, in nats; -inf where it is impossible."""
+    world = read_story(text)
+    exact = not world.problems and "".join(world.text).lstrip() == text
+    return world.log_probability if exact else -math.inf
+
+
+def _replay(text: str, tokens: Sequence[Token]) -> World:
+    world = World()
     at = 0
     words = [token.text for token in tokens]
     while at < len(tokens) and world.moment != END and world.unread < _MOST_UNREAD:
@@ -106,7 +111,7 @@ def _replay(text: str, tokens: Sequence[Token]) -> _World:
     return world
 
 
-def _find_line(world: _World, words: Sequence[str], at: int) -> Match | None:
+def _find_line(world: World, words: Sequence[str], at: int) -> Match | None:
     """Return the match at word `at`: of this moment the one with fewest contradictions, else the longest of all."""
 
     def count_contradictions(match: Match) -> int:
@@ -118,7 +123,7 @@ def _find_line(world: _World, words: Sequence[str], at: int) -> Match | None:
     return min(match_lines(words, at), key=lambda match: (-match.stop, count_contradictions(match)), default=None)
 
 
-def _follow_line(world: _World, match: Match, quote: str) -> None:
+def _follow_line(world: World, match: Match, quote: str) -> None:
     line, blanks = match.line, match.blanks
     if world.moment is not None and line.moment != world.moment:
         world.problems.append(f"out of order: {quote}")
@@ -137,7 +142,7 @@ def _follow_line(world: _World, match: Match, quote: str) -> None:
     world.moment = line.following
 
 
-def _introduce(world: _World, variable: str, option: Option, quote: str) -> None:
+def _introduce(world: World, variable: str, option: Option, quote: str) -> None:
     if variable in NAMED and not meets(world.tags, option.needs):
         world.problems.append(f"{option.text} is no name for this one: {quote}")
     _weigh(world, word_table(variable, world.tags & book().asks[variable]), option)
@@ -145,7 +150,7 @@ def _introduce(world: _World, variable: str, option: Option, quote: str) -> None
     world.tags |= option.gives
 
 
-def _weigh(world: _World, table: Table[Choice], option: Choice) -> None:
+def _weigh(world: World, table: Table[Choice], option: Choice) -> None:
     """Add the log-probability of a choice, -inf where it was not among the options."""
     possible = option in table.options
     world.log_probability += table.log_probabilities[table.options.index(option)] if possible else -math.inf
@@ -157,7 +162,7 @@ def _word_tags() -> Tags:
     return frozenset().union(*(option.gives for options in book().lexicons.values() for option in options))
 
 
-def _contradictions(world: _World, match: Match) -> Iterator[str]:
+def _contradictions(world: World, match: Match) -> Iterator[str]:
     """Yield the contradictions of a line with the story so far."""
     chosen = dict(world.chosen)
     for blank, option in match.blanks:
@@ -181,7 +186,7 @@ def _describe_change(blank: Blank, chosen: Mapping[str, Option], option: Option)
     return f"{option.text} stands where {before} belongs" if known else f"names change: {before} became {option.text}"
 
 
-def _perform(world: _World, act: Act, people: Mapping[str, Option]) -> None:
+def _perform(world: World, act: Act, people: Mapping[str, Option]) -> None:
     """Apply an act to who has the thing, and report where it is impossible."""
     if not people.keys() >= {act.who, act.whom or act.who}:
         world.holder = ""
