@@ -61,7 +61,7 @@ clean: ## remove the environment and caches, never runs/
 
 # Google's weights, and llama.cpp, which is built here: where it cannot be, its tests say so and are skipped.
 .venv/ready-all: .venv/ready-dev
-	$(INSTALL) --editable '.[dev,google,ray]'
+	$(INSTALL) --editable '.[dev,google,harness,ray]'
 	@echo "building llama.cpp (some minutes the first time) ..."
-	$(INSTALL) --editable '.[dev,google,ray,llama]' || echo "llama.cpp could not be built; its tests will be skipped"
+	$(INSTALL) --editable '.[dev,google,harness,ray,llama]' || echo "llama.cpp could not be built; its tests will be skipped"
 	@touch $@

@@ -54,6 +54,17 @@ class BatchCache(Cache):
                 self._layers[layer] = held[0][kept, :, start:], held[1][kept, :, start:]
         self.length = self._positions["global"].shape[1]
 
+    def repeat(self, counts: Sequence[int]) -> None:
+        """Put each row there so many times, so that several texts go on from it."""
+        self._separate_rows()
+        index = torch.repeat_interleave(torch.tensor(counts, device=self.next_positions.device))
+        self.next_positions = self.next_positions[index]
+        for kind, positions in self._positions.items():
+            self._positions[kind] = positions[index]
+        for layer, held in enumerate(self._layers):
+            if held is not None:
+                self._layers[layer] = held[0][index], held[1][index]
+
     def rows(self, layer: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return what a layer holds of each row without padding: positions (S,), keys and values (K,S,H)."""
         held = self._layers[layer]

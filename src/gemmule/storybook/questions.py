@@ -117,10 +117,11 @@ QUESTIONS: tuple[Ask, ...] = (
 
 
 def _question(story: str, draw: random.Random) -> Question | None:
+    """Ask one of the questions that a story answers."""
     world = read_story(story)
-    possible = [ask for ask in QUESTIONS if all(name in world.chosen for name in ask[0])]
-    if not possible:
+    known = [(question, answer(world)) for needs, question, answer in QUESTIONS if world.chosen.keys() >= set(needs)]
+    answered = [(question, answer) for question, answer in known if answer not in ("", "nobody")]
+    if not answered:
         return None
-    _, question, answer = draw.choice(possible)
-    filled = question.format_map({name: option.text for name, option in world.chosen.items()})
-    return Question(story, filled, answer(world))
+    question, answer = draw.choice(answered)
+    return Question(story, question.format_map({name: option.text for name, option in world.chosen.items()}), answer)

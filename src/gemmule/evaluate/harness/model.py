@@ -1,13 +1,13 @@
 """lm_eval's view of a MODEL: the log-probabilities and replies that its tasks ask for."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 
 import gemmule
 from gemmule.errors import MissingExtra, ModelError, RecipeError, TokenizerError
+from gemmule.evaluate.choices import score_choices
 from gemmule.evaluate.harness.chat import render_messages
 from gemmule.evaluate.harness.generation import Request, generate_replies, read_generation_settings
 from gemmule.evaluate.log_probabilities import ContinuationScore, default_runtime, score_continuations
@@ -16,8 +16,9 @@ from gemmule.runtime import Runtime
 NAME = "gemmule"  # of `--model`
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_TOKENS = {True: 4096, False: 32_768}  # at once, on a CPU and elsewhere: more are slower there, of which memory is slow
 _PORTION = 512  # requests between two updates of the progress bar
-_ROWS = 32  # replies that are generated side by side, where nobody says otherwise
+_ROWS = 64  # replies that are generated side by side, where nobody says otherwise
 _NEW_TOKENS = 256  # of a reply, where the task does not say: what lm_eval's other models take
 
 Pair = tuple[list[int], list[int]]  # ids of a context and of its continuation
@@ -37,7 +38,7 @@ class HarnessModel:
         batch_size: int | str | None = None,
         max_length: int | str | None = None,
         dtype: str | None = None,
-        max_batch_size: int | str | None = None,  # lm_eval passes it to every model
+        max_batch_size: int | str | None = None,  # noqa: ARG002 - lm_eval passes it to every model
         **unknown: Any,
     ) -> None:
         """Open a MODEL, as every command does.
@@ -155,11 +156,13 @@ class HarnessModel:
         return render_messages(self._tokenizer, template, chat_history, open_turn=not add_generation_prompt)
 
     def _score(self, pairs: Sequence[Pair], disable_tqdm: bool) -> list[ContinuationScore]:
-        """Score pairs, those of similar length together."""
+        """Score pairs: `batch_size` of similar length at once, or as many as make a number of tokens."""
         from tqdm import tqdm
 
         cut = [self._cut(*pair) for pair in pairs]
-        order = sorted(range(len(cut)), key=lambda number: -len(cut[number][0]) - len(cut[number][1]))
+        order = list(range(len(cut)))
+        if self._rows:
+            order.sort(key=lambda number: -len(cut[number][0]) - len(cut[number][1]))
         scores: dict[int, ContinuationScore] = {}
         size = self._rows or _PORTION
         with tqdm(total=len(cut), desc="Scoring continuations", disable=disable_tqdm) as bar:
@@ -171,7 +174,7 @@ class HarnessModel:
 
     def _score_group(self, pairs: Sequence[Pair]) -> list[ContinuationScore]:
         if self._rows is None:
-            return score_continuations(self._network, pairs, runtime=self._runtime)
+            return score_choices(self._network, pairs, _TOKENS[self._device.type == "cpu"], self._runtime)
         longest = max(len(context) + len(continuation) for context, continuation in pairs)
         return score_continuations(self._network, pairs, batch_tokens=longest * self._rows, runtime=self._runtime)
 
@@ -193,14 +196,15 @@ def _whole_number(name: str, value: int | str | None) -> int | None:
     return number
 
 
-@cache
 def register() -> Any:
-    """Make `HarnessModel` lm_eval's model "gemmule", once; return its class. MissingExtra without lm_eval."""
+    """Make `HarnessModel` lm_eval's model "gemmule"; return its class. MissingExtra without lm_eval."""
     try:
         from lm_eval.api.model import TemplateLM
         from lm_eval.api.registry import model_registry
     except ImportError:
         raise MissingExtra("lm_eval", "harness", "--tasks") from None
+    if NAME in model_registry:
+        return model_registry.get(NAME)
     # TemplateLM splits contexts and continuations as every model of lm_eval does.
     model = type("GemmuleLM", (HarnessModel, TemplateLM), {"__doc__": HarnessModel.__doc__})
     model_registry.register(NAME)(model)
