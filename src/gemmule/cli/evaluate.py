@@ -96,18 +96,15 @@ def evaluate(
 
         gemmule evaluate runs/story --tasks storybook_cloze,storybook_perplexity
     """
+    from gemmule.cli.evaluate_tasks import Options, run_tasks
     from gemmule.errors import RecipeError
 
     if tasks is not None:
-        from gemmule.cli.evaluate_tasks import Options, run_tasks
-
         unread = {"data": data, "separator": separator, "column": column, "stride": stride, "suite": suite}
-        for name, value in unread.items():
-            if value is not None:
-                raise RecipeError(f"--{name} {value}: tasks bring their own texts; leave it out, or --tasks")
-        run_tasks(models, tasks, Options(documents, shots, chat, context, batch_size, device), as_json)
+        run_tasks(models, tasks, Options(documents, shots, chat, context, batch_size, device), unread, as_json)
         return
-
+    if chat or shots is not None:
+        raise RecipeError(f"{'--chat' if chat else '--shots'}: says how --tasks are run; name some, or leave it out")
     with Screen() as screen, logged_to(screen):
         if suite is None:
             from gemmule.evaluate.text import Window

@@ -2,10 +2,11 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from gemmule.cli.screen import Screen, logged_to, print_json
+from gemmule.errors import RecipeError
 
 
 class Options(NamedTuple):
@@ -19,10 +20,16 @@ class Options(NamedTuple):
     device: str
 
 
-def run_tasks(models: Sequence[str], tasks: str, options: Options, as_json: bool) -> None:
-    """Run tasks, names with commas between, on each model; print a line for each."""
+def run_tasks(models: Sequence[str], tasks: str, options: Options, unread: Mapping[str, object], as_json: bool) -> None:
+    """Run tasks, names with commas between, on each model; print a line for each.
+
+    RecipeError where an option is given that says how a text is read.
+    """
     from gemmule.evaluate.harness import describe_results, evaluate_tasks
 
+    for name, value in unread.items():
+        if value is not None:
+            raise RecipeError(f"--{name} {value}: tasks bring their own texts; leave it out, or --tasks")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # lm_eval's bars, of which plain output would keep every state
     names = [name for name in tasks.split(",") if name]

@@ -67,6 +67,8 @@ def _load_tasks(names: Sequence[str], items: int | None) -> Any:
     """Load tasks with their data."""
     from lm_eval.tasks import TaskManager
 
+    if not names:
+        raise RecipeError(f"--tasks: no name; without a network there are {', '.join(local_names())}")
     # To read lm_eval's 14,000 tasks takes ten seconds.
     ours = set(names) <= set(local_names())
     metadata = {} if items is None else {"items": items}
