@@ -34,9 +34,24 @@ class RunFolder:
         return self.path / "samples.jsonl"
 
     @property
+    def environment(self) -> Path:
+        """One JSON object per start of the run: machine, versions, commit, command."""
+        return self.path / "environment.jsonl"
+
+    @property
     def curves(self) -> Path:
         """The picture of training and validation loss."""
         return self.path / "loss.png"
+
+    @property
+    def curves_svg(self) -> Path:
+        """The same picture, to be scaled."""
+        return self.path / "loss.svg"
+
+    @property
+    def report(self) -> Path:
+        """The page of `gemmule report`."""
+        return self.path / "report.html"
 
     @property
     def tensorboard(self) -> Path:

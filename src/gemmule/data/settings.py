@@ -55,6 +55,9 @@ class DataSettings(Settings):
         None,
         description="fuzzy deduplication: the MinHash similarity from which documents are dropped, such as 0.8",
     )
+    license: Text | None = Field(
+        None, description="license of the text, as it is to stand in reports and model cards, such as cc-by-4.0"
+    )
     mask_documents: bool = Field(False, description="document mask: restrict attention to the document of a token")
 
     @classmethod

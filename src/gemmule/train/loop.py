@@ -91,6 +91,7 @@ def train(
             metrics = {"loss": loss, "grad_norm": norm} if step_ok else {}
             metrics |= {"lr": optimizers.learning_rate, "tokens_per_second": clock.rate()}
             metrics |= {"skipped_steps": state.position.skipped} if state.position.skipped else {}
+            metrics |= {"spike": 1} if spike else {}
         with clock.paused():
             metrics |= {"seconds": clock.seconds} if logging_now else {}
             if logging_now and not validating:

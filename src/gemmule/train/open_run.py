@@ -23,6 +23,8 @@ FREE = (
     "micro_batch_size", "device", "attention", "compile", "log_every", "validate_every", "validation_tokens",
     "sample_prompts", "sample_tokens", "checkpoint_every", "keep_checkpoints", "final_model", "max_skipped_steps",
 )  # fmt: skip
+# What is said of the data, and changes none of it.
+_LABELS = ("license",)
 # Settings that the run has measured, and keeps where the recipe says "auto".
 _MEASURED = ("attention", "precision")
 # Settings that decide what the weights mean and which rows a step trains on: another value is another run.
@@ -69,7 +71,8 @@ def _recipe_to_follow(recipe: Recipe, run: RunFolder, resume: bool, allow_change
     free = {key: getattr(recipe.train, key) for key in FREE}
     free |= {key: getattr(known.train, key) for key in _MEASURED if getattr(recipe.train, key) == AUTO}
     sections = {name: getattr(recipe, name) for name in _FREE_SECTIONS}
-    return known.replace(train=known.train.replace(**free), **sections)
+    labels = {key: value for key in _LABELS if (value := getattr(recipe.data, key)) is not None}
+    return known.replace(train=known.train.replace(**free), data=known.data.replace(**labels), **sections)
 
 
 def _with_changes(known: Recipe, given: Recipe) -> Recipe:
@@ -87,7 +90,7 @@ def _not_a_run(out: Path) -> OutputError:
 
 def differences(given: Recipe, stored: Recipe) -> dict[str, str]:
     """Describe each setting that differs, apart from those that resolving sets or that may always change."""
-    ignored = {f"train.{key}" for key in FREE}
+    ignored = {f"train.{key}" for key in FREE} | {f"data.{key}" for key in _LABELS}
     if not gives_vocabulary(given.model):
         ignored.add("model.vocab_size")
     if not gives_vocabulary(given.tokenizer):

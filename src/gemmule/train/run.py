@@ -23,6 +23,7 @@ from gemmule.settings import Problem, read_recipe, write_recipe
 from gemmule.tokenizer import Tokenizer
 from gemmule.tracking import Tracking, TrackingSettings
 from gemmule.train.checkpoint import Saver, load_checkpoint, newest_checkpoint, prune_checkpoints
+from gemmule.train.environment import log_environment
 from gemmule.train.loop import Callbacks, train
 from gemmule.train.memory import out_of_memory_explained
 from gemmule.train.metrics import JsonLines, OverfittingWatch
@@ -95,6 +96,7 @@ def _run(
             raise RecipeError(str(Problem("train.steps", resolved.train.steps, advice)))
         if is_main:
             _write_resolved(resolved, run, state.position)
+            log_environment(run, state.position.step, runtime)
         observer.on_train_begin(resolved)
         failures = _train(resolved, run, dataset, state, observer, sample)
         if is_main:  # the last validation may have changed which checkpoint is the best
