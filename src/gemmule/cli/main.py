@@ -19,6 +19,7 @@ from gemmule.cli.generate import generate
 from gemmule.cli.import_ import import_
 from gemmule.cli.plan import plan
 from gemmule.cli.prepare import prepare
+from gemmule.cli.report import report
 from gemmule.cli.settings import settings
 from gemmule.cli.train import train
 from gemmule.errors import GemmuleError
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "generate": generate,
     "evaluate": evaluate,
+    "report": report,
     "doctor": doctor,
     "import": import_,
     "export": export,

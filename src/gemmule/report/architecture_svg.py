@@ -83,7 +83,8 @@ def architecture_svg(config: Gemma3Config, identity: str) -> "Markup":
     top = 76
     for number, kind in enumerate(kinds):
         row, column = divmod(number, _PER_ROW)
-        left, height = 32 + column * _CELL, top + row * 34
+        across = min(_PER_ROW, len(kinds) - row * _PER_ROW)
+        left, height = (_WIDTH - across * _CELL + 5) / 2 + column * _CELL, top + row * 34
         parts.append(f'<rect class="{kind}" x="{left}" y="{height}" width="{_CELL - 5}" height="28" rx="4"/>')
         parts.append(
             f'<text class="ink" x="{left + (_CELL - 5) / 2}" y="{height + 19}" text-anchor="middle">{number + 1}</text>'

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from gemmule.report.bins import Point
-from gemmule.report.curves_svg import Line, Marks, chart_svg
+from gemmule.report.curves_svg import NARROW, WIDE, Line, Marks, chart_svg, with_room
 from gemmule.report.summary import RunFacts
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class _Drawing:
                 shown += [point.value for point in raw[len(raw) // 20 :]]
             if validated := curves.get("val_loss"):
                 points = validated.extremes()
-                color = _color(number) if len(self._runs) > 1 else _color(1)
+                color = f"{_color(number)} dashed" if len(self._runs) > 1 else _color(1)
                 series.append(Series(f"{name}validation", f"{color} validation", points, markers=len(points) <= 60))
                 shown += [point.value for point in points]
         series += self._floors()
@@ -161,7 +161,7 @@ class _Drawing:
         logarithmic: bool = False,
     ) -> Chart:
         identity = "".join(letter if letter.isalnum() else "-" for letter in identity)
-        bounds = _with_room(shown) if shown else None
+        bounds = with_room(min(shown), max(shown)) if shown else None
         drawings = []
         for axis in axes:
             lines = [Line(each.classes, list(self._on(axis, each.points)), each.markers) for each in series]
@@ -179,6 +179,7 @@ class _Drawing:
                 logarithmic=logarithmic,
                 marks=marked,
                 identity=f"{identity}-{axis}",
+                width=WIDE if len(axes) > 1 or identity == "loss" else NARROW,
             )
             if svg:
                 drawings.append((axis, svg))
@@ -257,11 +258,6 @@ def _resumes(facts: RunFacts) -> list[Point]:
 
 def _color(number: int) -> str:
     return f"run-{number % COLORS}"
-
-
-def _with_room(values: Sequence[float]) -> tuple[float, float]:
-    room = 0.05 * (max(values) - min(values)) or 0.1
-    return min(values) - room, max(values) + room
 
 
 def _rounded(value: float, digits: int) -> float:

@@ -1,12 +1,14 @@
-"""loss.png: training and validation loss by step, with the entropy floor if known."""
+"""loss.png and loss.svg: training and validation loss by step, with the entropy floor if known."""
 
 import logging
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from gemmule.errors import MissingExtra
 from gemmule.files import atomic_write
+from gemmule.report.logs import Metrics
 from gemmule.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -23,8 +25,34 @@ def draw_curves(run: RunFolder) -> None:
         if sum("val_loss" in line for line in lines) == 1:
             log.info(f"no loss.png: {error}")
         return
-    with atomic_write(run.curves) as path:
-        figure.savefig(path, format="png", dpi=120)
+    _save(figure, run.curves)
+
+
+def draw_curves_of(metrics: Metrics, run: RunFolder, name: str) -> None:
+    """Draw `loss.png` and `loss.svg` of a run, however long or damaged; MissingExtra without matplotlib."""
+    figure = loss_figure(list(_lines(metrics)), name)
+    for path in (run.curves, run.curves_svg):
+        _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib as mpl
+
+    with atomic_write(path) as temporary, mpl.rc_context({"svg.hashsalt": "gemmule"}):
+        kind = path.suffix.removeprefix(".")
+        figure.savefig(temporary, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
+
+
+def _lines(metrics: Metrics) -> Iterator[dict[str, Any]]:
+    """Yield lines of the points that are kept, as metrics.jsonl has them."""
+    lines = dict[float, dict[str, Any]]()
+    for key in ("loss", "val_loss", "val_bits_per_byte", "val_floor"):
+        curve = metrics.curves.get(key)
+        for point in curve.extremes() if curve else ():
+            lines.setdefault(point.step, {"step": point.step})[key] = point.value
+    for step in sorted(lines):
+        line = lines[step]
+        yield line | ({"val_bits_per_byte": line.get("val_bits_per_byte")} if "val_loss" in line else {})
 
 
 def loss_figure(lines: list[dict[str, Any]], title: str) -> Any:
@@ -52,7 +80,7 @@ def loss_figure(lines: list[dict[str, Any]], title: str) -> Any:
     finite = [line for line in validated if math.isfinite(line["val_loss"])]
     if finite:
         best = min(finite, key=lambda line: line["val_loss"])
-        label = f"best, {best['val_loss']:.3f} at step {best['step']:,}"
+        label = f"best, {best['val_loss']:.3f} at step {best['step']:,.0f}"
         axes.plot([best["step"]], [best["val_loss"]], "*", color=VALIDATION, markersize=11, label=label)
     shown = losses[len(losses) // 20 :] + [line["val_loss"] for line in finite]
     floor = validated[-1].get("val_floor") if validated else None

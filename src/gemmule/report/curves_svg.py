@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-WIDTH, HEIGHT = 720, 300
+HEIGHT = 300
+WIDE, NARROW = 720, 460
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 40
 
 
@@ -38,6 +39,7 @@ def chart_svg(
     logarithmic: bool = False,
     marks: Sequence[Marks] = (),
     identity: str,
+    width: int = WIDE,
 ) -> "Markup":
     """Draw lines over one pair of axes; `bounds` of y leave out what lies outside, `identity` is unique in a page."""
     from markupsafe import Markup
@@ -46,8 +48,8 @@ def chart_svg(
     ys = [y for line in lines for _, y in line.points if y > 0 or not logarithmic]
     if not xs or not ys:
         return Markup("")
-    low, high = bounds or (min(ys), max(ys))
-    plot = _Plot(_spread(min(xs), max(xs)), _spread(low, high, logarithmic), logarithmic)
+    low, high = bounds or with_room(min(ys), max(ys), logarithmic)
+    plot = _Plot(_spread(min(xs), max(xs)), _spread(low, high, logarithmic), logarithmic, width)
     parts = [*plot.axes(x_label, y_label), f'<clipPath id="{identity}-clip">{plot.frame()}</clipPath>']
     parts.append(f'<g clip-path="url(#{identity}-clip)">')
     for mark in marks:
@@ -59,18 +61,18 @@ def chart_svg(
         '<svg viewBox="0 0 {} {}" role="img" aria-labelledby="{}-title {}-desc" class="chart-svg">'
         '<title id="{}-title">{}</title><desc id="{}-desc">{}</desc>'
     )
-    opening = Markup(template).format(WIDTH, HEIGHT, *[identity] * 3, title, identity, description)
+    opening = Markup(template).format(width, HEIGHT, *[identity] * 3, title, identity, description)
     return opening + Markup("".join(parts)) + Markup("</g></svg>")
 
 
 class _Plot:
     """The frame of a chart: places of values, axes."""
 
-    def __init__(self, x: tuple[float, float], y: tuple[float, float], logarithmic: bool) -> None:
-        self._x, self._y, self._logarithmic = x, y, logarithmic
+    def __init__(self, x: tuple[float, float], y: tuple[float, float], logarithmic: bool, width: int) -> None:
+        self._x, self._y, self._logarithmic, self._width = x, y, logarithmic, width
 
     def place(self, x: float, y: float) -> str:
-        left = _LEFT + (x - self._x[0]) / (self._x[1] - self._x[0]) * (WIDTH - _LEFT - _RIGHT)
+        left = _LEFT + (x - self._x[0]) / (self._x[1] - self._x[0]) * (self._width - _LEFT - _RIGHT)
         return f"{left:.1f},{self._height(y):.1f}"
 
     def _height(self, y: float) -> float:
@@ -95,27 +97,36 @@ class _Plot:
         return f'<path class="mark {mark.classes}" d="M{left} {top}l-5 -9h10z">{meaning}</path>'
 
     def frame(self) -> str:
-        size = f'width="{WIDTH - _LEFT - _RIGHT}" height="{HEIGHT - _TOP - _BOTTOM}"'
+        size = f'width="{self._width - _LEFT - _RIGHT}" height="{HEIGHT - _TOP - _BOTTOM}"'
         return f'<rect x="{_LEFT}" y="{_TOP}" {size}/>'
 
     def axes(self, x_label: str, y_label: str) -> list[str]:
         """Return grid, ticks and labels."""
         bottom, middle = HEIGHT - _BOTTOM, (HEIGHT - _BOTTOM + _TOP) / 2
-        parts = [
-            f'<rect class="frame" x="{_LEFT}" y="{_TOP}" width="{WIDTH - _LEFT - _RIGHT}" height="{bottom - _TOP}"/>'
-        ]
+        size = f'width="{self._width - _LEFT - _RIGHT}" height="{bottom - _TOP}"'
+        parts = [f'<rect class="frame" x="{_LEFT}" y="{_TOP}" {size}/>']
         for tick in ticks(*self._y, logarithmic=self._logarithmic):
             top = self._height(tick)
-            parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{top:.1f}" y2="{top:.1f}"/>')
+            parts.append(f'<line class="grid" x1="{_LEFT}" x2="{self._width - _RIGHT}" y1="{top:.1f}" y2="{top:.1f}"/>')
             parts.append(f'<text x="{_LEFT - 6}" y="{top + 4:.1f}" text-anchor="end">{tick_label(tick)}</text>')
-        for tick in ticks(*self._x):
+        for tick in ticks(*self._x, count=6 if self._width == WIDE else 4):
             left = self.place(tick, self._y[0]).split(",")[0]
             parts.append(f'<line class="grid" x1="{left}" x2="{left}" y1="{_TOP}" y2="{bottom}"/>')
             parts.append(f'<text x="{left}" y="{bottom + 16}" text-anchor="middle">{tick_label(tick)}</text>')
-        parts.append(f'<text x="{(WIDTH + _LEFT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escaped(x_label)}</text>')
+        parts.append(
+            f'<text x="{(self._width + _LEFT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escaped(x_label)}</text>'
+        )
         turned = f'transform="rotate(-90 13 {middle})"'
         parts.append(f'<text x="13" y="{middle}" text-anchor="middle" {turned}>{escaped(y_label)}</text>')
         return parts
+
+
+def with_room(low: float, high: float, logarithmic: bool = False) -> tuple[float, float]:
+    """Return bounds with a margin; the lower one stays 0 where it is."""
+    if logarithmic:
+        return low / 1.15, high * 1.15
+    room = 0.05 * (high - low) or 0.1
+    return (low if low == 0 else low - room), high + room
 
 
 def escaped(text: str) -> str:

@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
 
 class ShownSample(NamedTuple):
-    """A sample: pieces of its text, and whether each is new since the sample before."""
+    """A sample: pieces of its text, and whether each stayed as in the sample before."""
 
     sample: Sample
     pieces: list[tuple[str, bool]]
@@ -141,10 +141,10 @@ def _shown(samples: Sequence[Sample]) -> Iterator[ShownSample]:
 
 
 def _changes(before: Sequence[str], words: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """Yield pieces of a text, and whether each is new since the text before."""
+    """Yield pieces of a text, and whether each stayed as in the text before."""
     for kind, _, _, start, stop in difflib.SequenceMatcher(None, before, words, autojunk=False).get_opcodes():
         if stop > start:
-            yield "".join(words[start:stop]), kind != "equal"
+            yield "".join(words[start:stop]), kind == "equal"
 
 
 def _architecture(facts: RunFacts, number: int) -> dict[str, Any] | None:

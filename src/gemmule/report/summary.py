@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,6 +135,16 @@ def read_run(path: Path, *, expected: bool = True) -> RunFacts:
     return facts
 
 
+def read_runs(paths: Sequence[Path], *, expected: bool = True) -> list[RunFacts]:
+    """Return what several run folders hold; those of the same name are told apart by their paths."""
+    runs = [read_run(path, expected=expected) for path in paths]
+    names = [facts.name for facts in runs]
+    for facts, path in zip(runs, paths, strict=True):
+        if names.count(facts.name) > 1:
+            facts.name = str(path)
+    return runs
+
+
 def refresh(facts: RunFacts) -> None:
     """Read what has changed in the run folder."""
     run = facts.run
@@ -152,7 +162,7 @@ def refresh(facts: RunFacts) -> None:
     places = (run.path, run.model)
     files = [file for place in places for file in _glob(place, "evaluation*.json")]
     facts.evaluations = {file.name: found for file in files if (found := _read_json(file))}
-    certificates = sorted({*_glob(run.path, _CERTIFICATE_FILE), *_glob(run.path, f"*/{_CERTIFICATE_FILE}")})
+    certificates = [*_glob(run.path, f"*{_CERTIFICATE_FILE}"), *_glob(run.path, f"*/*{_CERTIFICATE_FILE}")]
     facts.certificates = {
         str(file.relative_to(run.path)): found for file in certificates if (found := _read_json(file))
     }

@@ -133,7 +133,9 @@ def _quality(facts: RunFacts) -> str:
         sentence += f"; the best was {figure(best['val_loss'])} at step {best['step']:,}"
     interval = headline(facts)
     known = interval is not None and interval[1].low is not None
-    return sentence + ("" if known else "; no interval is known")
+    if interval is not None and known:
+        return f"{sentence}; measured apart, {interval[1].name.replace('_', ' ')} {interval[1].text}"
+    return f"{sentence}; no interval is known"
 
 
 def _floor(facts: RunFacts) -> str:

@@ -19,7 +19,7 @@ const report = (() => {
     return {
       stroke: faint ? base + "66" : base,
       width: faint ? 1 : kinds.includes("validation") ? 2 : 1.6,
-      dash: kinds[0] === "floor" ? [6, 4] : undefined,
+      dash: kinds[0] === "floor" || kinds.includes("dashed") ? [6, 4] : undefined,
     };
   }
 
