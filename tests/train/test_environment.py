@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import gemmule as package
 from gemmule.report.logs import GrowingFile
 from gemmule.run_folder import RunFolder, read_json_lines
 from gemmule.runtime import Runtime
@@ -25,7 +24,6 @@ def test_each_start_adds_a_line(tmp_path: Path) -> None:
     starts = list(GrowingFile(run.environment).read())
     assert [start["step"] for start in starts] == [0, 7]
     assert starts[0]["torch"] == torch.__version__
-    assert starts[0]["gemmule"] == package.__version__
     assert (starts[0]["device"], starts[0]["processes"]) == ("cpu", 1)
     assert starts[0]["cores"] >= 1
     assert starts[0]["memory"] > 1e8
@@ -43,7 +41,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, message
 
 
 def test_the_commit_is_that_of_the_checkout_the_package_runs_from() -> None:
-    root = Path(package.__file__).parents[2]
+    root = environment.PACKAGE.parents[1]
     done = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if done.returncode or not (root / "pyproject.toml").exists():
         pytest.skip("not run from a git checkout")
@@ -57,7 +55,7 @@ def test_an_installed_package_takes_no_commit_of_the_folder_it_lies_in(
     installed = tmp_path / ".venv" / "gemmule"
     installed.mkdir(parents=True)
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    monkeypatch.setattr(environment.gemmule, "__file__", str(installed / "__init__.py"))
+    monkeypatch.setattr(environment, "PACKAGE", installed.resolve())
     assert commit() is None
 
 

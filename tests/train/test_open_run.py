@@ -122,6 +122,13 @@ def test_what_changes_no_weight_may_be_changed(begun: Path, tiny_recipe: Path) -
 CHANGED = ("optimizer.learning_rate=0.001", "schedule.warmup_share=0.2", "train.steps=20")
 
 
+def test_the_license_of_the_data_may_be_given_later_and_is_kept_where_it_is_not(begun: Path, tiny_recipe: Path) -> None:
+    licensed = recipe_of(tiny_recipe, "data.license=cc-by-4.0")
+    assert claim_folder(licensed, begun, True).data.license == "cc-by-4.0"
+    write_recipe(licensed, begun / "recipe.toml", "resolved")
+    assert claim_folder(recipe_of(tiny_recipe), begun, True).data.license == "cc-by-4.0"
+
+
 def test_what_changes_the_weights_is_changed_when_that_is_asked_for(begun: Path, tiny_recipe: Path) -> None:
     changed = recipe_of(tiny_recipe, *CHANGED)
     with pytest.raises(OutputError, match=r"train\.steps is 20, was 12; .*add --allow-changes"):

@@ -37,13 +37,13 @@ class ShownSample(NamedTuple):
 
 def report_page(runs: Sequence[RunFacts], live: bool = False) -> str:
     """Return the page of a report; a `live` one asks its server for news."""
-    apart = compared_in_bits(runs)
-    charts, taught = draw_charts(runs, bits_only=apart is not None)
+    reason = compared_in_bits(runs)
+    charts, taught = draw_charts(runs, bits_only=reason is not None)
     names = [facts.name for facts in runs]
     content = {
         "runs": runs,
         "names": names,
-        "warnings": [*([apart] if apart else []), *_warnings(runs)],
+        "warnings": [*([reason] if reason else []), *_warnings(runs)],
         "verdicts": [verdict(facts) for facts in runs],
         "answers": _rows([answers(facts) for facts in runs]),
         "axes": axes_of(runs),
@@ -208,13 +208,13 @@ def _plan_rows(facts: RunFacts) -> list[Row]:
     for key, value in measured.items():
         if not is_number(value):
             continue
-        guess, say = predicted.get(key), units.get(key, figure)
+        guess, words = predicted.get(key), units.get(key, figure)
         off = f"{guess / value - 1:+.0%}" if is_number(guess) and value else ""
-        rows.append(Row(key.replace("_", " "), [say(guess) if is_number(guess) else "", say(value), off]))
+        rows.append(Row(key.replace("_", " "), [words(guess) if is_number(guess) else "", words(value), off]))
     hours = facts.planned("hours")
     if hours and facts.hours is not None and facts.finished:
-        words = [duration(hours * 3600), duration(facts.hours * 3600), f"{hours / facts.hours - 1:+.0%}"]
-        rows.append(Row("whole run", words if facts.hours else [words[0], "", ""]))
+        whole = [duration(hours * 3600), duration(facts.hours * 3600), f"{hours / facts.hours - 1:+.0%}"]
+        rows.append(Row("whole run", whole if facts.hours else [whole[0], "", ""]))
     return rows
 
 

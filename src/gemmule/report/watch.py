@@ -102,7 +102,6 @@ class _Handler(BaseHTTPRequestHandler):
     """Answers GET and HEAD of the page."""
 
     server: WatchServer
-    protocol_version = "HTTP/1.1"
     server_version, sys_version = "gemmule", ""
     timeout = _READER_SECONDS
 

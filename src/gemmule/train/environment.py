@@ -10,26 +10,28 @@ import subprocess
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import gemmule
 from gemmule.files import reason_of
 from gemmule.run_folder import RunFolder
 from gemmule.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
+PACKAGE = Path(__file__).resolve().parents[1]
+
 
 def log_environment(run: RunFolder, step: int, runtime: Runtime) -> None:
     """Append the environment of a process that trains from `step` on; a failure costs a warning."""
     try:
-        with run.environment.open("ab") as file:
-            if file.tell() and not _ends_a_line(run.environment):
-                file.write(b"\n")  # after what a kill cut
-            file.write(json.dumps({"step": step, **environment(runtime)}).encode() + b"\n")
+        with run.environment.open("a+b") as file:
+            file.seek(max(0, run.environment.stat().st_size - 1))
+            separator = b"" if file.read() in (b"", b"\n") else b"\n"  # after what a kill cut
+            file.write(separator + json.dumps({"step": step, **environment(runtime)}).encode() + b"\n")
     except OSError as error:
         log.warning(f"{run.environment}: {reason_of(error)}; the run continues")
 
@@ -39,7 +41,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
     cuda = runtime.device.type == "cuda"
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gemmule": gemmule.__version__,
+        "gemmule": _version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -70,11 +72,17 @@ def commit() -> str | None:
 
     None where the package is not run from its own checkout: an installed one may lie in somebody else's.
     """
-    package = Path(gemmule.__file__).resolve().parent
-    top = _output("git", "-C", str(package), "rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() / "src" / "gemmule" != package:
+    top = _output("git", "-C", str(PACKAGE), "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() / "src" / "gemmule" != PACKAGE:
         return None
-    return _output("git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return _output("git", "-C", str(PACKAGE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _version() -> str | None:
+    try:
+        return version("gemmule")
+    except PackageNotFoundError:  # run from its source, not installed
+        return None
 
 
 def _cores() -> int | None:
@@ -102,9 +110,3 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _ends_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"

@@ -154,5 +154,5 @@ const report = (() => {
   let width = innerWidth;
   addEventListener("resize", () => innerWidth !== width && ((width = innerWidth), later()));
   drawAll();
-  return { drawAll };
+  return { drawAll, shown: () => plots };
 })();
