@@ -42,6 +42,19 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
+# As gemmule evaluate writes it.
+EVALUATION = {
+    "kind": "text", "model": "model", "data": "storybook:500", "limit": None, "context": 256, "stride": None,
+    "loss": 0.63, "bits_per_byte": 0.212, "perplexity": 1.88, "tokens": 82_387, "bytes": 353_389, "documents": 500,
+    "intervals": {"loss": [0.6243, 0.6357], "bits_per_byte": [0.2101, 0.2139], "perplexity": [1.87, 1.89]},
+    "ends": {"count": 500, "loss": 0.003}, "items": [{"nats": 1.0}],
+}  # fmt: skip
+
+
+def write_evaluations(folder: Path, *results: dict[str, Any]) -> None:
+    _write_json(folder / "evaluation.json", {"version": 1, "evaluations": results})
+
+
 def metrics_lines(steps: int, seed: int = 0, floor: float | None = 0.6008) -> Iterator[dict[str, Any]]:
     """Yield the lines of a run that falls towards the floor and is validated twenty times."""
     draw = random.Random(seed)
@@ -93,10 +106,7 @@ def write_run(folder: Path, steps: int = 200, seed: int = 0, **recipe: str) -> P
             "plan": plan,
         },
     )
-    _write_json(
-        folder / "evaluation.json",
-        {"data": "storybook:500", "bits_per_byte": {"value": 0.212, "low": 0.2101, "high": 0.2139}, "documents": 500},
-    )
+    write_evaluations(folder, EVALUATION)
     return folder
 
 

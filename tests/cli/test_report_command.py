@@ -1,13 +1,12 @@
 """`gemmule report`: what it writes, what it leaves alone, what it refuses."""
 
-import json
 import os
 import re
 from pathlib import Path
 
 import pytest
 
-from run_folders import Page, write_run
+from run_folders import EVALUATION, Page, write_evaluations, write_run
 from runs import gemmule
 
 PNG, SVG = b"\x89PNG", b"<?xml"
@@ -52,6 +51,7 @@ def test_the_card_has_results_with_intervals_as_the_hub_reads_them(run: Path) ->
     card = hub.ModelCard.load(run / "model" / "README.md")
     assert card.data.model_name == "story"
     results = {(each.dataset_name, each.metric_type): each for each in card.data.eval_results}
+    assert ("storybook:500, model", "bits_per_byte") in results
     measured = results["storybook:500", "bits_per_byte"]
     values = [each.metric_value for each in card.data.eval_results if each.metric_type == "bits_per_byte"]
     assert 0.212 in values
@@ -75,7 +75,7 @@ def test_a_card_of_ours_that_was_changed_stays_and_one_that_was_not_is_replaced(
     card = run / "model" / "README.md"
     assert gemmule("report", run).code == 0
     first = card.read_text()
-    (run / "evaluation.json").write_text(json.dumps({"bits_per_byte": 0.5}))
+    write_evaluations(run, EVALUATION | {"bits_per_byte": 0.5})
     assert gemmule("report", run).code == 0
     assert card.read_text() != first
     changed = card.read_text().replace("# story", "# My story")

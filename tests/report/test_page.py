@@ -13,7 +13,16 @@ import pytest
 from gemmule.report.html import embedded_json, render_page
 from gemmule.report.page import report_page
 from gemmule.report.summary import RunError, read_run, read_runs
-from run_folders import ENVIRONMENT, Page, append_line, metrics_lines, write_lines, write_run
+from run_folders import (
+    ENVIRONMENT,
+    EVALUATION,
+    Page,
+    append_line,
+    metrics_lines,
+    write_evaluations,
+    write_lines,
+    write_run,
+)
 
 SECTIONS = ["verdict", "curves", "samples", "architecture", "data", "evaluation", "plan", "certificate", "repeat"]
 
@@ -39,12 +48,12 @@ def test_a_stranger_with_only_the_file_has_ten_answers(run: Path) -> None:
     assert "3 local with a window of 128 tokens, 1 global" in answers["What"]
     assert "storybook:40000; 40,000 documents, 28.2 MB of text" in answers["From what"]
     assert re.search(r"After all 200 steps: .* 0\.\d+ bits per byte", answers["How well"])
-    assert "0.2120 (95 % interval 0.2101 to 0.2139)" in answers["How sure"]
+    assert "0.2120 (95 % interval 0.2101 to 0.2139) on storybook:500" in answers["How sure"]
     assert re.search(r"0\.6008 nats per token.*% above", answers["Floor"])
     assert "40 seconds of training on Imaginary CPU 9000" in answers["Cost"]
     assert "about 0.020 kWh, about $0.04" in answers["Cost"]  # the plan's, for twice its hours
     assert answers["Machine"] == "Imaginary CPU 9000, 2 cores, 25 GB of memory, 1 process"
-    assert ENVIRONMENT["commit"] in answers["Commit"]
+    assert str(ENVIRONMENT["commit"]) in answers["Commit"]
     assert answers["Command"].startswith("gemmule train recipe.toml")
     assert answers["License of the data"] == "cc-by-4.0"
     assert len(answers) == 10
@@ -52,6 +61,7 @@ def test_a_stranger_with_only_the_file_has_ten_answers(run: Path) -> None:
 
 def test_the_verdict_is_three_sentences(run: Path) -> None:
     html = page_of(run)
+    assert "<title>story</title>" in html
     text = unescape(re.search(r'class="verdict">(.*?)</p>', html, re.DOTALL)[1])  # type: ignore[index]
     assert len(re.findall(r"\.(?= [A-Z]|$)", text)) == 3
     assert "1.4 million parameters, trained from random weights on 1.63 million tokens of storybook:40000" in text
@@ -70,9 +80,8 @@ def test_the_page_asks_for_nothing(run: Path) -> None:
     html = page_of(run)
     for tag, attributes in Page(html).tags:
         assert not {"src", "srcset", "action", "style", "onclick"} & attributes.keys(), tag
-        assert attributes.get("href", "#").startswith(("#", "data:,")), attributes  # type: ignore[union-attr]
-    policy = next(each["content"] for tag, each in Page(html).tags if each.get("http-equiv"))
-    assert policy is not None
+        assert str(attributes.get("href", "#")).startswith(("#", "data:,")), attributes
+    policy = str(next(each["content"] for tag, each in Page(html).tags if each.get("http-equiv")))
     assert policy.startswith("default-src 'none'; style-src 'sha256-")
     assert "unsafe" not in policy
     assert "connect-src 'none'" in policy
@@ -90,7 +99,7 @@ def test_text_of_models_and_data_is_never_markup(run: Path, text: str) -> None:
     tags = Page(page_of(run)).tags
     write_lines(run / "samples.jsonl", [{"step": step, "prompt": text[:100], "text": text} for step in (1, 2)])
     append_line(run / "metrics.jsonl", {"step": 201, "loss": 1.0, text[:100]: 1.0})
-    (run / "evaluation.json").write_text(json.dumps({text[:100]: 1.0, "loss": 2.0}))
+    write_evaluations(run, EVALUATION | {text[:100]: 1.0, "data": text[:100]})
     recipe = (run / "recipe.toml").read_text()
     (run / "recipe.toml").write_text(
         recipe.replace('"storybook:40000"', json.dumps(text[:100].replace("\0\x01", ""), ensure_ascii=False))
@@ -161,9 +170,10 @@ SHAPES: list[Any] = [None, 1, "x", [], {}, [1], {"a": {"b": [1]}}, True, -1e999,
 @pytest.mark.parametrize("shape", SHAPES, ids=repr)
 def test_json_of_any_shape_is_passed_over(run: Path, shape: Any) -> None:
     """What another version may write: every value of every file replaced by something else."""
-    for file in ("plan.json", "evaluation.json", "data/report.json", "data/dataset.json"):
+    for file in ("plan.json", "data/report.json", "data/dataset.json"):
         table = json.loads((run / file).read_text())
         (run / file).write_text(json.dumps(dict.fromkeys(table, shape)))
+    write_evaluations(run, dict.fromkeys(EVALUATION, shape), EVALUATION | {"intervals": shape, "ends": shape})
     write_lines(run / "environment.jsonl", [dict.fromkeys(ENVIRONMENT, shape)] * 2)
     (run / "certificate.json").write_text(json.dumps({"passed": shape}))
     keys = next(metrics_lines(1)) | {"val_loss": 0, "val_floor": 0, "spike": 1, "skipped_steps": 1}
@@ -178,6 +188,23 @@ def test_recipes_of_another_version_are_shown(run: Path, section: str, value: st
     (run / "recipe.toml").write_text(f"{section} = {value}\n[[odd]]\n")
     page = Page(page_of(run))
     assert f"{section} = {value}" in page.text
+
+
+def test_evaluations_are_shown_with_their_intervals(run: Path) -> None:
+    rate = {"rate": 0.94, "hits": 94, "count": 100, "interval": [0.87, 0.97]}
+    stories = {"kind": "stories", "model": "model", "suite": "stories", "ended": rate, "words": {"mean": 81.5}}
+    write_evaluations(run, EVALUATION, stories | {"storybook": {"consistent": rate}, "items": []})
+    rows = Page(page_of(run)).rows[""]
+    assert rows["bits per byte"] == ["0.2120", "0.2101", "0.2139"]
+    assert rows["ends: loss"] == ["0.003000", "", ""]
+    assert rows["ended"] == rows["storybook: consistent"] == ["0.9400", "0.8700", "0.9700"]
+    assert rows["words"] == ["81.50", "", ""]
+
+
+def test_without_evaluations_it_is_said_that_no_interval_is_known(run: Path) -> None:
+    write_evaluations(run, EVALUATION | {"intervals": {"loss": None, "bits_per_byte": None}})
+    answers = Page(page_of(run)).rows["answers"]
+    assert "no interval is known: one run, one seed, one validation text over 500 documents" in answers["How sure"][0]
 
 
 def test_nan_and_infinity_are_left_out_and_counted(run: Path) -> None:

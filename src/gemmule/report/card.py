@@ -30,9 +30,9 @@ def _results(facts: RunFacts) -> Iterator[CardResult]:
     for key in ("val_loss", "val_bits_per_byte", "val_perplexity"):
         if key in facts.last:
             yield CardResult(name, key.removeprefix("val_"), facts.last[key])
-    for file, result in facts.evaluations.items():
+    for name, result in facts.evaluations.items():
         for each in measures(result):
-            yield CardResult(str(result.get("data") or file), each.name, each.value, each.low, each.high)
+            yield CardResult(name, each.name, each.value, each.low, each.high)
 
 
 def _cells(result: CardResult) -> str:

@@ -70,22 +70,34 @@ class Measure(NamedTuple):
         return f"{figure(self.value)} (95 % interval {figure(self.low)} to {figure(self.high)})"
 
 
-def measures(result: Mapping[str, Any]) -> list[Measure]:
-    """Return the figures of an evaluation's JSON: numbers, and objects of `value` with `low` and `high` or `interval`.
-
-    The interval of a plain number may stand beside it, as `NAME_interval` or in `intervals`.
-    """
+def measures(result: Mapping[str, Any], prefix: str = "") -> list[Measure]:
+    """Return the figures of a result of `gemmule evaluate`, with the intervals that stand beside them or in them."""
     found = []
     beside = result.get("intervals")
     for name, entry in result.items():
+        if name in _NO_MEASURES:
+            continue
         table = entry if isinstance(entry, Mapping) else {"value": entry}
-        interval = table.get("interval") or result.get(f"{name}_interval")
-        if interval is None and isinstance(beside, Mapping):
-            interval = beside.get(name)
-        if isinstance(interval, Mapping):
-            interval = [interval.get("low"), interval.get("high")]
-        ends = interval if isinstance(interval, list) and len(interval) == 2 else [table.get("low"), table.get("high")]
+        value = next((table[key] for key in ("value", "mean", "rate") if is_number(table.get(key))), None)
+        if value is None:
+            found += measures(table, f"{prefix}{name}: ") if isinstance(entry, Mapping) and not prefix else []
+            continue
+        interval = table.get("interval") or (beside.get(name) if isinstance(beside, Mapping) else None)
+        ends = interval if isinstance(interval, list) and len(interval) == 2 else [None, None]
         low, high = ends if all(map(is_number, ends)) else (None, None)
-        if is_number(value := table.get("value")):
-            found.append(Measure(name, value, low, high))
+        found.append(Measure(prefix + name, value, low, high))
     return found
+
+
+_NO_MEASURES = {
+    "items",
+    "intervals",
+    "settings",
+    "version",
+    "context",
+    "stride",
+    "limit",
+    "span",
+    "searched",
+    "dropped",
+}

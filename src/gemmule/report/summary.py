@@ -17,7 +17,7 @@ from gemmule.reading import local_path, path_kind
 from gemmule.report.logs import GrowingFile, RunLogs, is_number
 from gemmule.run_folder import RunFolder
 
-_LARGEST_JSON = 1 << 24  # bytes
+_LARGEST_JSON = 1 << 26  # bytes
 _MOST_ENVIRONMENTS = 50
 _TOKENIZER_FILE, _CERTIFICATE_FILE = "tokenizer.json", "certificate.json"
 
@@ -42,7 +42,7 @@ class RunFacts:
     data: dict[str, Any] = field(default_factory=dict)  # report.json of the prepared dataset
     dataset: dict[str, Any] = field(default_factory=dict)  # its dataset.json
     tokenizer: str | None = None  # a fingerprint
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by file name
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by what was evaluated, the newest last
     certificates: dict[str, dict[str, Any]] = field(default_factory=dict)  # by path in the run folder
 
     def setting(self, section: str, key: str) -> Any:
@@ -159,9 +159,7 @@ def refresh(facts: RunFacts) -> None:
     folder = _data_folder(facts)
     facts.dataset, facts.data = _read_json(folder / DATASET_FILE), _read_json(folder / REPORT_FILE)
     facts.tokenizer = _tokenizer(facts, folder)
-    places = (run.path, run.model)
-    files = [file for place in places for file in _glob(place, "evaluation*.json")]
-    facts.evaluations = {file.name: found for file in files if (found := _read_json(file))}
+    facts.evaluations = _evaluations(run)
     certificates = [*_glob(run.path, f"*{_CERTIFICATE_FILE}"), *_glob(run.path, f"*/*{_CERTIFICATE_FILE}")]
     facts.certificates = {
         str(file.relative_to(run.path)): found for file in certificates if (found := _read_json(file))
@@ -171,8 +169,20 @@ def refresh(facts: RunFacts) -> None:
 def version(facts: RunFacts) -> tuple[Any, ...]:
     """Return what changes whenever something that `refresh` reads may have."""
     run = facts.run
-    files = (run.recipe, run.plan, run.environment, run.path, run.model)
+    files = (run.recipe, run.plan, run.environment, run.evaluation, run.path, run.model)
     return (facts.logs.version(), tuple(GrowingFile(file).version() for file in files))
+
+
+def _evaluations(run: RunFolder) -> dict[str, dict[str, Any]]:
+    """Return the results of `gemmule evaluate` under their names."""
+    listed = _read_json(run.evaluation).get("evaluations")
+    found = dict[str, dict[str, Any]]()
+    for entry in listed if isinstance(listed, list) else ():
+        if isinstance(entry, dict):
+            parts = [str(entry[key]) for key in ("data", "suite", "tasks", "model") if entry.get(key)]
+            limit = f", the first {entry['limit']} documents" if entry.get("limit") else ""
+            found[", ".join(parts) + limit or "evaluation"] = entry
+    return found
 
 
 def _config(facts: RunFacts) -> Gemma3Config | None:

@@ -54,8 +54,9 @@ def progress(facts: RunFacts) -> str:
 
 
 def headline(facts: RunFacts) -> tuple[str, Measure] | None:
-    """Return the bits per byte of an evaluation, or else another figure that has an interval, and its file."""
-    found = [(name, each) for name, result in facts.evaluations.items() for each in measures(result)]
+    """Return the newest bits per byte of an evaluation, or else another figure that has an interval, and of what."""
+    newest = reversed(facts.evaluations.items())
+    found = [(name, each) for name, result in newest for each in measures(result)]
     known = [pair for pair in found if pair[1].low is not None] or found
     return next((pair for pair in known if pair[1].name == "bits_per_byte"), None) or next(iter(known), None)
 
@@ -64,8 +65,8 @@ def how_sure(facts: RunFacts) -> str:
     """Say what interval the figures have, or how to get one."""
     best = headline(facts)
     if best is not None and best[1].low is not None:
-        file, measure = best
-        return f"{measure.name.replace('_', ' ')} {measure.text}, by {file}; one run, one seed"
+        name, measure = best
+        return f"{measure.name.replace('_', ' ')} {measure.text} on {name}; one run, one seed"
     text = _table(facts.data, "validation")
     amount = f" over {figure(text.get('kept'))} documents" if is_number(text.get("kept")) else ""
     return f"no interval is known: one run, one seed, one validation text{amount}; gemmule evaluate measures one"
@@ -134,7 +135,7 @@ def _quality(facts: RunFacts) -> str:
     interval = headline(facts)
     known = interval is not None and interval[1].low is not None
     if interval is not None and known:
-        return f"{sentence}; measured apart, {interval[1].name.replace('_', ' ')} {interval[1].text}"
+        return f"{sentence}; evaluated on {interval[0]}: {interval[1].name.replace('_', ' ')} {interval[1].text}"
     return f"{sentence}; no interval is known"
 
 
