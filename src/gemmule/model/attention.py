@@ -117,12 +117,20 @@ Kernel = Callable[[Tensor, Tensor, Tensor, AttentionMask, float, float], Tensor]
 
 def reference(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float, dropout: float) -> Tensor:
     """Attend in plain fp32 steps: scores, mask, softmax, weighted sum. Other kernels are tested against this one."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = torch.einsum("bnth,bnsh->bnts", query.float(), key.float()) * scale
-    scores = scores.masked_fill(~mask.dense(), torch.finfo(scores.dtype).min)
-    weights = functional.dropout(scores.softmax(dim=-1), dropout)
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    weights = functional.dropout(attention_weights(attention_scores(query, key, scale), mask), dropout)
     return torch.einsum("bnts,bnsh->bnth", weights, value.float()).to(query.dtype)
+
+
+def attention_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Return the scores (B,N,T,S) of all pairs in fp32, before the mask."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return torch.einsum("bnth,bnsh->bnts", query.float(), key.float()) * scale
+
+
+def attention_weights(scores: Tensor, mask: AttentionMask) -> Tensor:
+    """Return the softmax of scores (B,N,T,S) over the keys that each query attends to; 0 for all others."""
+    return scores.masked_fill(~mask.dense(), torch.finfo(scores.dtype).min).softmax(dim=-1)
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float, dropout: float) -> Tensor:

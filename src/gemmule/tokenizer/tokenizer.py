@@ -157,7 +157,7 @@ class Tokenizer:
             text: str = self._library.decode(list(ids), skip_special_tokens=not specials)
             return text
         written = self._pieces.specials if specials else {}
-        text = b"".join(written.get(token) or self._piece(token) for token in ids).decode("utf-8", errors="replace")
+        text = b"".join(written.get(token) or self.piece(token) for token in ids).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self._pieces.drop_first_space else text
 
     def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -168,7 +168,7 @@ class Tokenizer:
     def stream_decoder(self) -> TextStream:
         """Return a streaming decoder; special tokens are skipped."""
         if self._pieces.concatenate:
-            return PieceStream(self._piece, drop_first_space=self._pieces.drop_first_space)
+            return PieceStream(self.piece, drop_first_space=self._pieces.drop_first_space)
         return RedecodingStream(self.decode)
 
     def token_bytes(self) -> list[int]:
@@ -177,7 +177,12 @@ class Tokenizer:
         Their sum over `encode(text)` is the length of the text in bytes, for byte-level and byte-fallback vocabularies
         without normalization (ours, Gemma's, GPT-2's).
         """
-        return [len(self._piece(index)) for index in range(self.vocab_size)]
+        return [len(self.piece(index)) for index in range(self.vocab_size)]
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes that an id stands for within a text; special tokens and unknown ids have none."""
+        text = self._library.id_to_token(token) if 0 <= token < self.vocab_size else None
+        return b"" if text is None else self._pieces.text(text, token)
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -204,10 +209,6 @@ class Tokenizer:
     def _with_specials(self) -> tokenizers.Tokenizer:
         # A second instance, because changing the option of the first is not thread-safe.
         return _open_library(self._document)
-
-    def _piece(self, token: int) -> bytes:
-        text = self._library.id_to_token(token) if 0 <= token < self.vocab_size else None
-        return b"" if text is None else self._pieces.text(text, token)
 
     def _special_id(self, name: str) -> int | None:
         token = self._token_of(name)
