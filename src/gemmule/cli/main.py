@@ -14,6 +14,7 @@ import typer
 from gemmule import __version__
 from gemmule.cli.doctor import doctor
 from gemmule.cli.evaluate import evaluate
+from gemmule.cli.explain import explain
 from gemmule.cli.export import export
 from gemmule.cli.generate import generate
 from gemmule.cli.import_ import import_
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "evaluate": evaluate,
     "report": report,
+    "explain": explain,
     "doctor": doctor,
     "import": import_,
     "export": export,

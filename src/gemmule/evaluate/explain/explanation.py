@@ -80,13 +80,15 @@ class AttentionLayer(NamedTuple):
 class Explanation(NamedTuple):
     """What a model makes of a text.
 
-    `following` is what it expects after the text. The last entry of `lens` is the model's own prediction. Bits per byte are None where the tokenizer changes the text.
+    `following` is what it expects after the text. The last entry of `lens` is the model's own prediction. Bits per
+    byte are None where the tokenizer changes the text.
     """
 
     model: str
     text: str
     tokenizer: str  # its fingerprint
     parameters: int
+    vocabulary: int
     tokens: list[Token]
     following: list[Alternative]
     bits: float
@@ -125,6 +127,7 @@ def explain(model: Gemma3, tokenizer: Tokenizer, text: str, name: str = "the mod
         text=text,
         tokenizer=tokenizer.fingerprint,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        vocabulary=config.vocab_size,
         tokens=tokens,
         following=final.likeliest[-1],
         bits=bits,
