@@ -37,15 +37,11 @@ class Comparison(NamedTuple):
 def compare(one: Explanation, other: Explanation) -> Comparison:
     """Compare two models on the same text: token by token, or by the smallest common spans of other tokenizers."""
     same = one.tokenizer == other.tokenizer
-    if not same and not (_is_restored(one) and _is_restored(other)):
+    if not same and None in (one.bits_per_byte, other.bits_per_byte):
         return Comparison(False, [], one.bits, other.bits)
     spans = list(_token_spans(one, other) if same else _common_spans(one, other))
     pairs = [(a, b) for _, _, _, a, b in spans if a is not None and b is not None]
     return Comparison(same, spans, math.fsum(bits for bits, _ in pairs), math.fsum(bits for _, bits in pairs))
-
-
-def _is_restored(each: Explanation) -> bool:
-    return sum(token.bytes for token in each.tokens) == len(each.text.encode())
 
 
 def _token_spans(one: Explanation, other: Explanation) -> Iterator[Span]:

@@ -120,7 +120,9 @@ def explain(model: Gemma3, tokenizer: Tokenizer, text: str, name: str = "the mod
     if not math.isfinite(bits):
         raise GemmuleError(f"{name}: the loss is {bits}, not a number; gemmule doctor {name} says what is wrong")
     config = model.config
-    restored = sum(token.bytes for token in tokens) == len(text.encode())
+    restored = tokenizer.restores([text], [ids]) == [True] and sum(token.bytes for token in tokens) == len(
+        text.encode()
+    )
     predicted = sum(token.bytes for token in tokens[1:])
     return Explanation(
         model=name,
