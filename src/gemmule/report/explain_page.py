@@ -113,7 +113,7 @@ def _lens_rows(explanation: Json) -> Iterable[dict[str, Any]]:
         yield {
             "place": place,
             "token": _shown(token["text"]),
-            "following": "" if following is None else _shown(following["text"]),
+            "following": "?" if following is None else _shown(following["text"]),
             "cells": cells,
         }
 
