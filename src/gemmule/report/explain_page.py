@@ -285,4 +285,7 @@ def _share(share: float) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}" if 1e-4 <= abs(value) < 1e5 or value == 0 else f"{value:.2e}"
+    size = abs(value)
+    return (
+        f"{value:,.0f}" if 1000 <= size < 1e9 else f"{value:.4g}" if 1e-4 <= size < 1000 or not size else f"{value:.2e}"
+    )
