@@ -1,5 +1,6 @@
 """Google's own Gemma 3 270M, explained on a text of 300 tokens."""
 
+import shutil
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,23 +64,20 @@ def test_the_last_layers_lens_is_the_models_logits_bit_for_bit(google: tuple[Gem
         assert torch.equal(record(model, ids).logits(18), model(torch.tensor([ids]))[0])
 
 
-def test_the_page_opens_in_2_seconds(page: str, tmp_path: Path) -> None:
-    import shutil
-
+def test_the_page_opens_in_2_seconds_of_the_browsers_processor_time(page: str, tmp_path: Path) -> None:
     playwright = pytest.importorskip("playwright.sync_api", reason="the extra browser is not installed")
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("Chromium is not installed: apt-get install chromium")
     (tmp_path / "page.html").write_text(page, encoding="utf-8")
-    times = []
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for _ in range(3):  # the machine may be busy with something else
-            opened = browser.new_page()
-            opened.goto((tmp_path / "page.html").as_uri())
-            opened.evaluate("new Promise(requestAnimationFrame)")
-            assert opened.locator(".look").first.is_visible()
-            times.append(opened.evaluate("performance.now()"))
-            opened.close()
+        opened = browser.new_page()
+        measures = opened.context.new_cdp_session(opened)
+        measures.send("Performance.enable")
+        opened.goto((tmp_path / "page.html").as_uri())
+        opened.evaluate("new Promise(requestAnimationFrame)")
+        assert opened.locator(".look").first.is_visible()
+        measured = {each["name"]: each["value"] for each in measures.send("Performance.getMetrics")["metrics"]}
         browser.close()
-    assert min(times) < 2000
+    assert 0 < measured["ProcessTime"] < 2

@@ -1,4 +1,4 @@
-"""`gemmule explain MODEL [MODEL] --text T`: where a model is surprised by a text, and what goes on inside it."""
+"""`gemmule explain MODEL [MODEL] --text T`: where a model is surprised by a text, and what it computes on the way."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

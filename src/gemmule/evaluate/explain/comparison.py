@@ -8,7 +8,7 @@ from typing import NamedTuple
 from gemmule.evaluate.explain.explanation import Explanation, Token, displayed
 
 
-class Span(NamedTuple):
+class CommonSpan(NamedTuple):
     """A piece of the text that both models read in whole tokens: first and last + 1 of each, and the bits it cost.
 
     Bits are None where one of the models begins with it, and so does not predict it.
@@ -29,7 +29,7 @@ class Comparison(NamedTuple):
     """
 
     same_tokenizer: bool
-    spans: list[Span]
+    spans: list[CommonSpan]
     one_bits: float
     other_bits: float
 
@@ -44,17 +44,17 @@ def compare(one: Explanation, other: Explanation) -> Comparison:
     return Comparison(same, spans, math.fsum(bits for bits, _ in pairs), math.fsum(bits for _, bits in pairs))
 
 
-def _token_spans(one: Explanation, other: Explanation) -> Iterator[Span]:
+def _token_spans(one: Explanation, other: Explanation) -> Iterator[CommonSpan]:
     for place, pair in enumerate(zip(one.tokens, other.tokens, strict=True)):
-        yield Span(pair[0].text, (place, place + 1), (place, place + 1), pair[0].bits, pair[1].bits)
+        yield CommonSpan(pair[0].text, (place, place + 1), (place, place + 1), pair[0].bits, pair[1].bits)
 
 
-def _common_spans(one: Explanation, other: Explanation) -> Iterator[Span]:
+def _common_spans(one: Explanation, other: Explanation) -> Iterator[CommonSpan]:
     ours, theirs = _tokens_before(one.tokens), _tokens_before(other.tokens)
     for start, stop in pairwise(sorted(ours.keys() & theirs.keys())):
         text = displayed(one.text.encode()[start:stop])
         a, b = (ours[start], ours[stop]), (theirs[start], theirs[stop])
-        yield Span(text, a, b, _bits(one.tokens[slice(*a)]), _bits(other.tokens[slice(*b)]))
+        yield CommonSpan(text, a, b, _bits(one.tokens[slice(*a)]), _bits(other.tokens[slice(*b)]))
 
 
 def _tokens_before(tokens: list[Token]) -> dict[int, int]:

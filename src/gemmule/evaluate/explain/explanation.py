@@ -189,7 +189,7 @@ def _ranks(logits: Tensor, ids: list[int]) -> list[int]:
 
 def _chunks(logits: Tensor, ids: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield some rows of logits, with the ids (rows, 1) that follow them; after the last any."""
-    following = torch.tensor([*ids[1:], 0], device=logits.device)[:, None]
+    following = torch.tensor([*ids[1:], 0], dtype=torch.long, device=logits.device)[:, None]
     rows = max(1, _CHUNK // logits.shape[1])
     yield from zip(torch.split(logits, rows), torch.split(following, rows), strict=True)
 

@@ -62,11 +62,12 @@ def record(model: Gemma3, ids: list[int], on_weights: OnWeights = lambda *_: Non
     `on_weights` layer by layer, because those of all layers together may not fit into memory.
     """
     recording = Recording(model)
+    tokens = torch.tensor([ids], dtype=torch.long, device=model.embedding.weight.device)
     was_training = model.training
     model.eval()
     try:
         with _watched(recording, on_weights):
-            model(torch.tensor([ids], device=model.embedding.weight.device), output_head=lambda hidden, _: hidden)
+            model(tokens, output_head=lambda hidden, _: hidden)
     finally:
         model.train(was_training)
     return recording
