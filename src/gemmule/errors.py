@@ -10,6 +10,7 @@
         |-- ModelError      a model is missing, incomplete, of another architecture, or has non-finite weights
         |-- CheckpointError a checkpoint is missing, damaged or of another run
         |-- OutputError     the output path is in use by another run, not writable, or full
+        |-- TrackingError   a tracking service cannot be reached, refuses the key, or lost its process
         |-- DeviceError     the machine lacks a device or a precision
         `-- MissingExtra    an optional dependency is not installed
 
@@ -59,6 +60,10 @@ class CheckpointError(UserError):
 
 class OutputError(UserError):
     """The output path is in use by another run, not writable, or full."""
+
+
+class TrackingError(UserError):
+    """A tracking service cannot be reached, refuses the key, or lost its process."""
 
 
 class DeviceError(UserError):

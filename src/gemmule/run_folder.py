@@ -64,6 +64,19 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     @property
+    def tracking(self) -> Path:
+        """What is known of the tracking services that show the run."""
+        return self.path / "tracking"
+
+    def sent(self, service: str) -> Path:
+        """The remote run of a tracking service, and the last step that was sent there."""
+        return self.tracking / f"{service}.json"
+
+    def service_log(self, service: str) -> Path:
+        """What the client of a tracking service printed."""
+        return self.tracking / f"{service}.log"
+
+    @property
     def plan(self) -> Path:
         """What was predicted and measured of time and memory."""
         return self.path / "plan.json"

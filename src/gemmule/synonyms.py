@@ -164,9 +164,11 @@ SYNONYMS = (
     ),
     Synonym("report_to tensorboard logger trackers", ("tracking.to",)),
     Synonym(
-        "wandb wandb_log wandb_project wandb_run_name use_wandb mlflow comet",
-        hint="each run writes metrics.jsonl and TensorBoard events into its folder; other trackers are not supported",
+        "wandb wandb_log wandb_project wandb_run_name use_wandb mlflow trackio",
+        ("tracking.to",),
+        "or the option --track; see docs/tracking.md",
     ),
+    Synonym("comet neptune clearml aim", hint="there are TensorBoard, wandb, mlflow and trackio; see docs/tracking.md"),
     Synonym(
         "init_from pretrained pretrained_model from_pretrained model_name_or_path init_checkpoint load_from finetune",
         hint=_WEIGHTS,

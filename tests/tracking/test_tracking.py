@@ -38,6 +38,9 @@ class Recorder:
     def log_image(self, name: str, png: Path, step: int) -> None:
         self._note("image", name, png.name, step)
 
+    def stop(self) -> None:
+        self._note("stop")
+
     def finish(self) -> None:
         self._note("finish")
 
@@ -72,7 +75,7 @@ def test_a_tracker_of_the_registry_is_named_by_the_recipe_and_given_the_whole_ru
     assert not (run / "tensorboard").exists(), "the recipe does not name it"
 
 
-@pytest.mark.parametrize("failing", ["start", "metrics", "text", "finish"])
+@pytest.mark.parametrize("failing", ["start", "metrics", "text", "stop", "finish"])
 def test_a_tracker_that_fails_costs_one_warning_and_changes_nothing(
     tiny_recipe: Path,
     tiny_run: Path,
@@ -96,7 +99,7 @@ def test_a_tracker_that_fails_costs_one_warning_and_changes_nothing(
 
 
 def test_a_tracker_that_does_not_exist_is_refused(tiny_recipe: Path) -> None:
-    with pytest.raises(Exception, match=r'tracking.to = "nowhere": no such tracker; there are tensorboard'):
+    with pytest.raises(Exception, match=r'tracking.to = "nowhere": no such tracker; there are tensorboard, wandb'):
         read_recipe(tiny_recipe, Recipe, ['tracking.to=["nowhere"]'])
 
 

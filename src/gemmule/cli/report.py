@@ -40,6 +40,10 @@ def report(
             help="Write README.md, a Hub model card, into the model folder; one that you wrote or changed stays.",
         ),
     ] = True,
+    send: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Instead, send to wandb, mlflow or trackio what it has not got of the runs."),
+    ] = None,
 ) -> None:
     """Show runs in one HTML file that asks no host for anything: to keep, to mail, to print.
 
@@ -54,6 +58,8 @@ def report(
         gemmule report runs/story runs/tinystories-cpu --out compared.html
 
         gemmule report runs/story --watch
+
+        gemmule report runs/story --send wandb
     """
     from gemmule.errors import UserError
     from gemmule.reading import local_path
@@ -63,6 +69,9 @@ def report(
         raise UserError("--out: --watch writes no file; leave out one of them")
     if not watch and (port is not None or host is not None):
         raise UserError("--port, --host: are for --watch; add it, or leave them out")
+    if send is not None:
+        _send(runs, send, watch or out is not None)
+        return
     if watch:
         _serve(runs, host, 8765 if port is None else port)
         return
@@ -80,6 +89,18 @@ def report(
         screen.print(f"wrote {out}: {len(page.encode()) / 1e3:,.0f} kB")
         for each in facts:
             _write_beside(screen, each, card)
+
+
+def _send(runs: list[Path], service: str, shown: bool) -> None:
+    from gemmule.errors import UserError
+    from gemmule.run_folder import RunFolder
+    from gemmule.tracking.process import send
+
+    if shown:
+        raise UserError("--send: writes and serves no page; leave out --out and --watch")
+    with Screen() as screen, logged_to(screen):
+        for run in runs:
+            screen.print(send(RunFolder(run), service))
 
 
 def _serve(runs: list[Path], host: str | None, port: int) -> None:

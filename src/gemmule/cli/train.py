@@ -36,6 +36,12 @@ def train(
             "--allow-changes", help="Resume with other optimizer constants, another schedule or more steps than before."
         ),
     ] = False,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Show the run in wandb, mlflow or trackio, too (adds to tracking.to; may be repeated)."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object with the result last.")] = False,
 ) -> None:
     """Train a model from a recipe: data, tokenizer, training, curves and samples.
@@ -54,6 +60,7 @@ def train(
     from gemmule.inference.engine import complete
     from gemmule.inference.sampling import STORYTELLING
     from gemmule.settings import read_recipe
+    from gemmule.tracking import with_trackers
     from gemmule.train.recipe import Recipe
     from gemmule.train.run import run_recipe
 
@@ -61,11 +68,13 @@ def train(
     launched = launch_environment()
     is_main = launched is None or launched.rank == 0
     settings = read_recipe(recipe, Recipe, overrides or [], warn=note if is_main else lambda _: None)
+    settings = settings.replace(tracking=with_trackers(settings.tracking, track or []))
 
     def sample(model: Any, tokenizer: Any, prompts: Any, tokens: int, seed: int) -> list[str]:
         return complete(model, tokenizer, prompts, tokens, STORYTELLING, seed)
 
     changes = [part for item in overrides or [] for part in ("--set", item)]
+    changes += [part for name in track or [] for part in ("--track", name)]
     launcher = ["torchrun", "...", "-m"] if "TORCHELASTIC_RUN_ID" in os.environ else []
     again = shlex.join([*launcher, "gemmule", "train", str(recipe), *changes, "--out", str(run.path), "--resume"])
     with Screen(quiet=not is_main) as screen, logged_to(screen):

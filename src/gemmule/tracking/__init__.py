@@ -1,14 +1,15 @@
-"""Run tracking: a run's metrics, samples and pictures go to the trackers that the recipe names, such as TensorBoard."""
+"""Run tracking: a run's metrics, samples and pictures go to the trackers that the recipe names."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import Field
 
-from gemmule.errors import GemmuleError, MissingExtra
+from gemmule.errors import GemmuleError, MissingExtra, RecipeError
 from gemmule.files import reason_of
 from gemmule.run_folder import RunFolder
 from gemmule.settings import Problem, Settings
@@ -31,6 +32,9 @@ class Tracker(Protocol):
     def log_image(self, name: str, png: Path, step: int) -> None:
         """Log a picture, such as the loss curves."""
 
+    def stop(self) -> None:
+        """Begin to end, without waiting: nothing more will be logged."""
+
     def finish(self) -> None:
         """Write what is buffered, and close what is open."""
 
@@ -41,8 +45,20 @@ def _tensorboard() -> Tracker:
     return TensorBoard()
 
 
-# A new tracker is a class with the methods of Tracker, imported when a recipe names it.
-TRACKERS: dict[str, Callable[[], Tracker]] = {"tensorboard": _tensorboard}
+def _service(name: str) -> Tracker:
+    from gemmule.tracking.process import ServiceProcess
+
+    return ServiceProcess(name)
+
+
+# A new tracker is a class with the methods of Tracker, imported when a recipe names it; one that needs a service on the
+# network is an entry of SERVICES in services.py, too.
+TRACKERS: dict[str, Callable[[], Tracker]] = {
+    "tensorboard": _tensorboard,
+    "wandb": partial(_service, "wandb"),
+    "mlflow": partial(_service, "mlflow"),
+    "trackio": partial(_service, "trackio"),
+}
 
 
 class TrackingSettings(Settings):
@@ -57,6 +73,15 @@ class TrackingSettings(Settings):
         for name in self.to:
             if name not in TRACKERS:
                 yield Problem("to", name, f"no such tracker; there are {', '.join(TRACKERS)}")
+
+
+def with_trackers(settings: TrackingSettings, names: Sequence[str]) -> TrackingSettings:
+    """Add the trackers of `--track`; RecipeError for one that does not exist, MissingExtra where its library lacks."""
+    for name in names:
+        if name not in TRACKERS:
+            raise RecipeError(f"--track {name}: no such tracker; there are {', '.join(TRACKERS)}")
+        TRACKERS[name]()
+    return settings.replace(to=tuple(dict.fromkeys([*settings.to, *names]))) if names else settings
 
 
 class Tracking:
@@ -86,8 +111,12 @@ class Tracking:
         """Log a picture, such as the loss curves."""
         self._each(lambda tracker: tracker.log_image(name, png, step))
 
+    def stop(self) -> None:
+        """Begin to end, all trackers at once: nothing more will be logged."""
+        self._each(lambda tracker: tracker.stop())
+
     def finish(self) -> None:
-        """Write what is buffered, and close what is open."""
+        """Write what is buffered, and close what is open, after `stop`."""
         self._each(lambda tracker: tracker.finish())
 
     def _each(self, action: Callable[[Tracker], None]) -> None:

@@ -11,17 +11,7 @@ from typing import Any
 from gemmule.errors import MissingExtra
 from gemmule.files import as_output_error
 from gemmule.run_folder import RunFolder
-
-# metrics.jsonl key -> TensorBoard tag
-TAGS = {
-    "loss": "loss/train",
-    "val_loss": "loss/validation",
-    "val_floor": "loss/floor",
-    "val_bits_per_byte": "bits_per_byte/validation",
-    "lr": "optimizer/learning_rate",
-    "grad_norm": "optimizer/gradient_norm",
-    "tokens_per_second": "speed/tokens_per_second",
-}
+from gemmule.tracking.tags import TAGS
 
 
 class TensorBoard:
@@ -68,6 +58,9 @@ class TensorBoard:
         width, height = struct.unpack(">II", data[16:24])
         image = self._summary.Image(encoded_image_string=data, width=width, height=height, colorspace=4)
         self._write(step, summary=self._summary(value=[self._summary.Value(tag=name, image=image)]))
+
+    def stop(self) -> None:
+        """Do nothing: everything is written."""
 
     def finish(self) -> None:
         """Close the file of events."""

@@ -180,13 +180,14 @@ def _train(
                 observer.on_progress("compiling", 0, None)
             train(state, training_rows(dataset, recipe), recipe.train, recipe.schedule, callbacks)
         finally:
-            logs.finish_tracking()
+            logs.stop_tracking()
             for end in (saver.finish, logs.metrics.close, logs.samples.close):
                 try:
                     end()
                 except OutputError as error:
                     failures.append(error)
                     log.error(str(error))
+            logs.finish_tracking()
     return failures
 
 
@@ -242,10 +243,14 @@ class RunLogs:
             self._observer.on_samples(step, texts)
         self._state.parallel.world.barrier()  # collectives of a step have a short timeout
 
-    def finish_tracking(self) -> None:
-        """Give the trackers the loss curves, where they were drawn, and close them."""
+    def stop_tracking(self) -> None:
+        """Give the trackers the loss curves, where they were drawn, and let them end."""
         if self._run.curves.is_file():
             self._tracking.log_image("loss", self._run.curves, self._state.position.step)
+        self._tracking.stop()
+
+    def finish_tracking(self) -> None:
+        """Close the trackers."""
         self._tracking.finish()
 
     def sync(self) -> tuple[int, int]:
