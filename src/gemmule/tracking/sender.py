@@ -27,7 +27,7 @@ from gemmule.tracking.reader import RunReader
 from gemmule.tracking.services import SERVICES, Service
 
 # Seconds between two looks at the logs, and between two writes of the position.
-_INTERVAL, _SAVE_INTERVAL = 1.0, 10.0
+_INTERVAL, _SAVE_INTERVAL = 1.0, 2.0
 # Steps that are sent at once.
 _BATCH = 100
 # Seconds after which this process ends where the one that trains died and cannot end it.
@@ -90,8 +90,8 @@ class Sender:
         self.send(ended=True)
         if self.steps and self._run.curves.is_file():
             self._service.log_image("loss", self._run.curves, self.position.step)
-        self._service.close()
         self._save()
+        self._service.close()
 
     def _save(self) -> None:
         self.position.write(self._run, self._name)
