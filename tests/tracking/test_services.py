@@ -37,7 +37,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     def put(kind: str) -> Path:
         monkeypatch.setenv("FAKE", kind)
         monkeypatch.setenv("FAKE_ARRIVED", str(arrived))
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(library), "src", os.environ.get("PYTHONPATH", "")]))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(library), os.environ.get("PYTHONPATH", "")]))
         monkeypatch.syspath_prepend(str(library))
         return arrived
 
