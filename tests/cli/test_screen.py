@@ -55,14 +55,16 @@ def test_without_a_terminal_ten_lines_tell_of_a_long_run(monkeypatch: pytest.Mon
     assert lines[0] == "step  100/1000  train 2.500  1,234 tokens/s  0:30:00 left"
 
 
-def test_a_terminal_shows_a_bar_and_keeps_the_validations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_the_training_and_keeps_the_validations(monkeypatch: pytest.MonkeyPatch) -> None:
     screen, text = shown(monkeypatch, terminal=True)
     with screen:
         for step in range(1, 11):
             screen.training(line_of(step, **(VALIDATED if step in (5, 10) else {})), 20)
-    assert "training" in text.getvalue()
-    assert "loss 2.500  1,234 tokens/s" in text.getvalue()
+        screen.samples(["Once upon a time", "Then"])
     assert text.getvalue().count("validation 2.200 nats/token") == 2
+    last = text.getvalue().rpartition("step 10/20")[2]
+    for part in ("2.500 nats/token", "1,234 tokens/s", "0.900 bits/byte", "Once upon a time"):
+        assert part in last, part
 
 
 def test_a_full_bar_goes_away_and_work_of_unknown_length_shows_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,10 +76,16 @@ def test_a_full_bar_goes_away_and_work_of_unknown_length_shows_the_time(monkeypa
         assert screen._progress.tasks == []
         screen.progress("compiling", 0, None)
         assert [task.fields["note"] for task in screen._progress.tasks] == [""]
-        screen._progress.refresh()
+        screen._live.refresh()
         assert "0:00:00" in text.getvalue()
         screen.progress("reading", 1200, None)
         assert [task.fields["note"] for task in screen._progress.tasks] == ["1,200"]
+
+
+def test_what_would_steer_a_terminal_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, text = shown(monkeypatch, terminal=False)
+    screen.samples(["\x1b]0;title\x07 one\r\ntwo \u202egnp.exe \x9b2J"])
+    assert text.getvalue() == "  | \\x1b]0;title\\x07 one\\r\n  | two \\u202egnp.exe \\x9b2J\n"
 
 
 def test_what_is_said_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gemmule.cli.screen import Screen
+from gemmule.cli.training_display import Speed
 from gemmule.errors import OutputError
 from gemmule.plan.prediction_log import PredictionLog
 from gemmule.report.curves import draw_curves
@@ -33,15 +34,15 @@ class ScreenObserver(Observer):
 
     def on_metrics(self, metrics: dict[str, Any], steps: int) -> None:
         """Show a line of metrics, and draw the curves after a validation."""
-        self._screen.training(metrics, steps)
         self._prediction_log.observe(metrics)
+        share = self._prediction_log.share_of_limit(metrics["tokens_per_second"])
+        self._screen.training(metrics, steps, Speed(share, self._prediction_log.peak_memory()))
         if "val_loss" in metrics:
             self._attempt(lambda: draw_curves(self._run))
 
     def on_samples(self, step: int, texts: Sequence[str]) -> None:  # noqa: ARG002 - the screen shows the step already
         """Show the samples."""
-        for text in texts:
-            self._screen.print("  | " + text.strip().replace("\n", "\n  | "))
+        self._screen.samples(texts)
 
     def conclude(self) -> None:
         """Write plan.json, and say how far the plan was off."""

@@ -1,17 +1,19 @@
-"""What a long command shows: a live bar on a terminal, plain lines anywhere else."""
+"""What a long command shows: a live bar or display on a terminal, plain lines anywhere else."""
 
 import json
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+
+from gemmule.cli.training_display import Speed, TrainingDisplay, printable, time_left
 
 
 class _TimeColumn(TimeRemainingColumn):
@@ -23,31 +25,42 @@ class _TimeColumn(TimeRemainingColumn):
 
 
 class Screen:
-    """Shows lines that stay, and one bar for what is being done now."""
+    """Shows lines that stay, and on a terminal what is being done now: a bar, or the display of training."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True, quiet=quiet)
-        self._live = self.console.is_terminal
+        self._terminal = self.console.is_terminal
         columns = [
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             _TimeColumn(),
         ]
-        self._progress = Progress(*columns, console=self.console, transient=True, disable=not self._live)
+        self._progress = Progress(*columns, console=self.console)
+        self._training: TrainingDisplay | None = None
         self._task: TaskID | None = None
         self._label = ""
+        self._live = Live(console=self.console, transient=True, get_renderable=self._present)
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        if self._terminal:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._terminal:
+            if self._training is not None:  # the last figures stay
+                self._training.redraw()
+                self._live.transient = False
+            self._live.stop()
+
+    def _present(self) -> RenderableType:
+        parts: list[RenderableType] = [self._training] if self._training is not None else []
+        return Group(*parts, self._progress) if self._task is not None else Group(*parts)
 
     def print(self, text: str) -> None:
         """Print a line that stays."""
-        self.console.print(text, markup=False)
+        self.console.print(Text(printable(text)))
 
     def progress(self, label: str, done: int, total: int | None, note: str = "") -> None:
         """Show how far the present work is; without a terminal, name each piece of work once.
@@ -55,7 +68,7 @@ class Screen:
         A bar that is full goes away, so that what comes next and has none does not look as if it hung. Without a
         `total` the time that has passed is shown, and `done` where it counts something.
         """
-        if label != self._label and not self._live:
+        if label != self._label and not self._terminal:
             self.print(f"{label} ...")
         if label != self._label or self._task is None:
             self._clear()
@@ -71,14 +84,27 @@ class Screen:
             self._progress.remove_task(self._task)
         self._task = None
 
-    def training(self, line: dict[str, Any], steps: int) -> None:
-        """Show a line of metrics: on the bar each time, as a line that stays where the model was validated."""
-        speed = f"{line['tokens_per_second']:,.0f} tokens/s"
-        loss = f"loss {line['loss']:.3f}" if "loss" in line else "step skipped"
-        self.progress("training", line["step"], steps, f"{loss}  {speed}")
+    def training(self, line: dict[str, Any], steps: int, speed: Speed = Speed()) -> None:  # noqa: B008 - immutable
+        """Show a line of metrics: on the display each time, as a line that stays where the model was validated."""
+        rate = f"{line['tokens_per_second']:,.0f} tokens/s"
+        if self._terminal:
+            self._clear()
+            self._training = self._training or TrainingDisplay()
+            self._training.update(line, steps, speed)
+        elif self._label != "training":
+            self.print("training ...")
+        self._label = "training"
         tenth = max(1, steps // 10)
-        if "val_loss" in line or (not self._live and line["step"] // tenth != (line["step"] - 1) // tenth):
-            self.print(f"{describe_metrics(line, steps)}  {speed}  {_time_left(line, steps)}")
+        if "val_loss" in line or (not self._terminal and line["step"] // tenth != (line["step"] - 1) // tenth):
+            self.print(f"{describe_metrics(line, steps)}  {rate}  {time_left(line, steps)}")
+
+    def samples(self, texts: Sequence[str]) -> None:
+        """Show continued prompts: the first on the display of training, or all as lines that stay."""
+        if self._training is not None and texts:
+            self._training.sample(texts[0])
+            return
+        for text in texts:
+            self.print("  | " + text.strip().replace("\n", "\n  | "))
 
 
 @contextmanager
@@ -120,11 +146,6 @@ def describe_metrics(line: dict[str, Any], steps: int) -> str:
     if "val_floor" in line:
         text += f", {line['val_loss'] / line['val_floor'] - 1:+.1%} above the floor of {line['val_floor']:.3f}"
     return text
-
-
-def _time_left(line: dict[str, Any], steps: int) -> str:
-    seconds = line["seconds"] / line["step"] * (steps - line["step"])
-    return f"{timedelta(seconds=round(seconds))} left"
 
 
 def print_json(value: Mapping[str, Any]) -> None:

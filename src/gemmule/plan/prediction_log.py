@@ -84,6 +84,21 @@ class PredictionLog:
         """Take the throughput of a line of metrics."""
         self._rates.append(line["tokens_per_second"])
 
+    def share_of_limit(self, rate: float) -> float | None:
+        """Return the share that so many tokens per second are of what the machine allows; None without a plan.
+
+        On a GPU that is the model FLOPs utilization, of the published peak; elsewhere the share of the throughput that
+        the measured times of the model's own kernels add up to.
+        """
+        if self._plan is None:
+            return None
+        return rate / self._plan.tokens_per_second * (self._plan.mfu or 1.0)
+
+    def peak_memory(self) -> int:
+        """Return the peak memory of the run so far, in bytes: of the GPU where there is a plan for it."""
+        cuda = self._plan is not None and self._plan.device.name != "cpu"
+        return torch.cuda.max_memory_reserved() if cuda else peak_memory()
+
     def write(self) -> str | None:
         """Write plan.json; return predicted and measured values in one sentence."""
         rates = self._rates[1:] or self._rates  # the first step also compiles
@@ -93,8 +108,7 @@ class PredictionLog:
         measured: dict[str, Any] = {"tokens_per_second": rate, "step_seconds": plan.tokens_per_step / rate}
         predicted = {"tokens_per_second": plan.tokens_per_second, "step_seconds": plan.times.step}
         if not self._prepares:
-            cuda = plan.device.name != "cpu"
-            measured["peak_memory"] = torch.cuda.max_memory_reserved() if cuda else peak_memory()
+            measured["peak_memory"] = self.peak_memory()
             predicted["peak_memory"] = plan.memory.total - plan.memory.classes.get("GPU context", 0.0)
         errors = {key: predicted[key] / value - 1 for key, value in measured.items()}
         with atomic_write(self._run.plan) as temporary:
