@@ -18,7 +18,10 @@ MODULES = sorted(
     if not module.name.endswith("__main__")
 )
 # Loaded only by the function that uses them, so that nobody needs them who does not.
-OPTIONAL = {"datasets", "pyarrow", "zstandard", "matplotlib", "tensorboard", "transformers", "huggingface_hub", "ray"}
+OPTIONAL = {
+    "datasets", "pyarrow", "zstandard", "matplotlib", "tensorboard", "transformers", "huggingface_hub", "ray", "wandb",
+    "mlflow", "trackio",
+}  # fmt: skip
 
 
 def run(program: str) -> "subprocess.CompletedProcess[str]":

@@ -12,7 +12,7 @@ from gemmule.cli.training_display import Speed, TrainingDisplay
 
 STEPS = 200
 VALIDATED = {"val_loss": 2.31, "val_bits_per_byte": 0.912, "val_floor": 2.2}
-SPEED = Speed(share=0.63, memory=1.21e9)
+SPEED = Speed(of_plan=0.97, mfu=0.41, memory=1.21e9)
 
 
 def display(sample: str = "", steps: int = STEPS, **more: Any) -> TrainingDisplay:
@@ -40,7 +40,8 @@ def test_every_width_shows_every_figure_whole(width: int) -> None:
     assert all(cell_len(line) < width for line in shown)
     figures = [
         "step 200/1,000", "loss", "2.000 nats/token", "2.310 nats/token", "0.912 bits/byte", "+5.0% above 2.200",
-        "819,200", "3.12e-03", "12,346 tokens/s", "of measured limit 63%", "1.21 GB", "0:06:40",
+        "819,200", "3.12e-03", "12,346 tokens/s", "of planned speed  97%",
+        "FLOPs utilization 41%", "1.21 GB", "0:06:40",
     ]  # fmt: skip
     for figure in figures:
         assert any(figure in line for line in shown), figure

@@ -188,3 +188,11 @@ def test_a_run_goes_on_without_a_plan(monkeypatch: pytest.MonkeyPatch, tmp_path:
     log.observe({"tokens_per_second": 1.0})
     assert log.write() is None
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_utilization_is_a_share_of_the_plan_and_of_a_gpus_peak(tmp_path: Path) -> None:
+    log = PredictionLog(recipe(), RunFolder(tmp_path), 1)
+    assert log.utilization(1000.0) == (None, None), "there is no plan yet"
+    plan = log._plan = Planner(recipe(), "h100").plan(search=False)
+    assert plan.mfu is not None
+    assert log.utilization(plan.tokens_per_second / 2) == pytest.approx((0.5, plan.mfu / 2))

@@ -35,8 +35,8 @@ class ScreenObserver(Observer):
     def on_metrics(self, metrics: dict[str, Any], steps: int) -> None:
         """Show a line of metrics, and draw the curves after a validation."""
         self._prediction_log.observe(metrics)
-        share = self._prediction_log.share_of_limit(metrics["tokens_per_second"])
-        self._screen.training(metrics, steps, Speed(share, self._prediction_log.peak_memory()))
+        of_plan, mfu = self._prediction_log.utilization(metrics["tokens_per_second"])
+        self._screen.training(metrics, steps, Speed(of_plan, mfu, self._prediction_log.peak_memory()))
         if "val_loss" in metrics:
             self._attempt(lambda: draw_curves(self._run))
 

@@ -86,7 +86,6 @@ class Screen:
 
     def training(self, line: dict[str, Any], steps: int, speed: Speed = Speed()) -> None:  # noqa: B008 - immutable
         """Show a line of metrics: on the display each time, as a line that stays where the model was validated."""
-        rate = f"{line['tokens_per_second']:,.0f} tokens/s"
         if self._terminal:
             self._clear()
             self._training = self._training or TrainingDisplay()
@@ -94,9 +93,14 @@ class Screen:
         elif self._label != "training":
             self.print("training ...")
         self._label = "training"
+        if self._terminal:
+            if "val_loss" in line:
+                self.console.print(Text(describe_metrics(line, steps)), soft_wrap=False)
+            return
         tenth = max(1, steps // 10)
-        if "val_loss" in line or (not self._terminal and line["step"] // tenth != (line["step"] - 1) // tenth):
-            self.print(f"{describe_metrics(line, steps)}  {rate}  {time_left(line, steps)}")
+        if "val_loss" in line or line["step"] // tenth != (line["step"] - 1) // tenth:
+            speed_and_time = f"{line['tokens_per_second']:,.0f} tokens/s  {time_left(line, steps)}"
+            self.print(f"{describe_metrics(line, steps)}  {speed_and_time}")
 
     def samples(self, texts: Sequence[str]) -> None:
         """Show continued prompts: the first on the display of training, or all as lines that stay."""

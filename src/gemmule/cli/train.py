@@ -73,10 +73,7 @@ def train(
     def sample(model: Any, tokenizer: Any, prompts: Any, tokens: int, seed: int) -> list[str]:
         return complete(model, tokenizer, prompts, tokens, STORYTELLING, seed)
 
-    changes = [part for item in overrides or [] for part in ("--set", item)]
-    changes += [part for name in track or [] for part in ("--track", name)]
-    launcher = ["torchrun", "...", "-m"] if "TORCHELASTIC_RUN_ID" in os.environ else []
-    again = shlex.join([*launcher, "gemmule", "train", str(recipe), *changes, "--out", str(run.path), "--resume"])
+    again = _command_to_resume(recipe, run, overrides or [], track or [])
     with Screen(quiet=not is_main) as screen, logged_to(screen):
         observer = None
         if is_main:
@@ -100,6 +97,13 @@ def train(
     summary = _conclude(screen, outcome, outcome.model, run)
     if as_json:
         print_json(summary)
+
+
+def _command_to_resume(recipe: Path, run: RunFolder, overrides: list[str], track: list[str]) -> str:
+    launcher = ["torchrun", "...", "-m"] if "TORCHELASTIC_RUN_ID" in os.environ else []
+    changes = [part for item in overrides for part in ("--set", item)]
+    changes += [part for name in track for part in ("--track", name)]
+    return shlex.join([*launcher, "gemmule", "train", str(recipe), *changes, "--out", str(run.path), "--resume"])
 
 
 def _conclude(screen: Screen, outcome: "Outcome", model: "Gemma3", run: RunFolder) -> dict[str, Any]:

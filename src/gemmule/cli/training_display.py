@@ -38,7 +38,10 @@ def _escaped(character: str) -> str:
 class Speed(NamedTuple):
     """What the plan and the machine add to a line of metrics."""
 
-    share: float | None = None  # of the speed that the machine allows
+    of_plan: float | None = (
+        None  # share of the planned throughput; on a CPU that is what its kernels were measured to do
+    )
+    mfu: float | None = None  # model FLOPs utilization, of a GPU's published peak
     memory: float | None = None  # peak, in bytes
 
 
@@ -181,8 +184,10 @@ def figures_of(line: Mapping[str, Any], speed: Speed) -> dict[str, str]:
     if "lr" in line:
         figures["learning rate"] = f"{line['lr']:.2e}"
     figures["speed"] = f"{line['tokens_per_second']:,.0f} tokens/s"
-    if speed.share is not None:
-        figures["of measured limit"] = f"{speed.share:.0%}"
+    if speed.of_plan is not None:
+        figures["of planned speed"] = f"{speed.of_plan:.0%}"
+    if speed.mfu is not None:
+        figures["FLOPs utilization"] = f"{speed.mfu:.0%}"
     if speed.memory is not None:
         figures["peak memory"] = f"{speed.memory / 1e9:.2f} GB"
     if line.get("skipped_steps"):

@@ -84,15 +84,15 @@ class PredictionLog:
         """Take the throughput of a line of metrics."""
         self._rates.append(line["tokens_per_second"])
 
-    def share_of_limit(self, rate: float) -> float | None:
-        """Return the share that so many tokens per second are of what the machine allows; None without a plan.
+    def utilization(self, rate: float) -> tuple[float | None, float | None]:
+        """Return the shares that so many tokens per second are of the planned throughput, and of a GPU's peak (MFU).
 
-        On a GPU that is the model FLOPs utilization, of the published peak; elsewhere the share of the throughput that
-        the measured times of the model's own kernels add up to.
+        On a CPU the planned throughput is what the measured times of the model's own kernels add up to.
         """
         if self._plan is None:
-            return None
-        return rate / self._plan.tokens_per_second * (self._plan.mfu or 1.0)
+            return None, None
+        of_plan = rate / self._plan.tokens_per_second
+        return of_plan, None if self._plan.mfu is None else of_plan * self._plan.mfu
 
     def peak_memory(self) -> int:
         """Return the peak memory of the run so far, in bytes: of the GPU where there is a plan for it."""

@@ -65,7 +65,9 @@ class TrackingSettings(Settings):
     """Where a run is shown besides metrics.jsonl and samples.jsonl, which every run writes."""
 
     to: tuple[str, ...] = Field(
-        ("tensorboard",), strict=False, description="trackers that get metrics, samples and loss curves; [] for none"
+        ("tensorboard",),
+        strict=False,
+        description="trackers that get metrics, samples, loss curves: tensorboard, wandb, mlflow, trackio; [] for none",
     )
 
     def problems(self) -> Iterator[Problem]:

@@ -5,9 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
-
 from gemmule.run_folder import RunFolder
 from gemmule.tracking.reader import Record, settings_of
 
@@ -20,11 +17,16 @@ _METRICS, _PARAMS, _PARAM_LENGTH = 1000, 100, 6000
 class MLflow:
     """A run of an MLflow experiment."""
 
-    url: str | None = None
+    def __init__(self) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param, RunTag
+
+        self._client, self._metric, self._param, self._tag = MlflowClient(), Metric, Param, RunTag
+        self.url: str | None = None
 
     def open(self, run: RunFolder, identity: str) -> int | None:
         """Find the run by a tag, or create it with the recipe as its parameters."""
-        self._client, name = MlflowClient(), os.environ.get("MLFLOW_EXPERIMENT_NAME", "gemmule")
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "gemmule")
         experiment = self._client.get_experiment_by_name(name)
         number = experiment.experiment_id if experiment else self._client.create_experiment(name)
         found = self._client.search_runs([number], f"tags.`{_IDENTITY}` = '{identity}'", max_results=1)
@@ -33,7 +35,7 @@ class MLflow:
             self._client.update_run(remote.info.run_id, "RUNNING")
         else:
             remote = self._client.create_run(number, tags={_IDENTITY: identity}, run_name=run.path.name)
-            params = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in settings_of(run).items()]
+            params = [self._param(key, str(value)[:_PARAM_LENGTH]) for key, value in settings_of(run).items()]
             for some in _slices(params, _PARAMS):
                 self._client.log_batch(remote.info.run_id, params=some)
         self._id, self._started = remote.info.run_id, remote.info.start_time
@@ -48,13 +50,13 @@ class MLflow:
             for name, text in record.texts.items():
                 self._client.log_text(self._id, text, f"{name}/step-{record.step:08d}.txt")
         metrics = [
-            Metric(tag, value, self._started + round(1000 * record.seconds), record.step)
+            self._metric(tag, value, self._started + round(1000 * record.seconds), record.step)
             for record in records
             for tag, value in record.metrics.items()
         ]
         for some in _slices(metrics, _METRICS):
             self._client.log_batch(self._id, metrics=some)
-        self._client.log_batch(self._id, tags=[RunTag(_SENT, str(records[-1].step))])
+        self._client.log_batch(self._id, tags=[self._tag(_SENT, str(records[-1].step))])
 
     def log_image(self, name: str, png: Path, step: int) -> None:  # noqa: ARG002 - an artifact has the file's name
         """Log the picture as an artifact, in place of an earlier one."""

@@ -155,7 +155,7 @@ class _Process:
         return self._failure or (f"its process was ended by signal {-code}" if code < 0 else "its process ended")
 
     def let_end(self) -> None:
-        """Tell it that the run has ended."""
+        """Let it know that the run has ended."""
         self._input.close()
 
     def wait(self, seconds: float | None) -> bool:

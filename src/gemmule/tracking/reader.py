@@ -30,7 +30,7 @@ class RunReader:
     def __init__(self, run: RunFolder, after: int) -> None:
         self._after = after
         self._metrics, self._samples = _Tail(run.metrics), _Tail(run.samples)
-        self._waiting: list[dict[str, Any]] = []
+        self._pending: list[dict[str, Any]] = []
         self._texts: defaultdict[int, dict[str, str]] = defaultdict(dict)
 
     def read(self, ended: bool = False) -> list[Record]:
@@ -39,13 +39,13 @@ class RunReader:
         The samples of a step follow its metrics, so a validated step is complete when the next one is logged, or when
         the run has `ended`.
         """
-        self._waiting += [line for line in self._metrics.read() if line["step"] > self._after]
+        self._pending += [line for line in self._metrics.read() if line["step"] > self._after]
         for line in self._samples.read():  # after the metrics: what they complete is there
             texts = self._texts[line["step"]]
             texts[f"sample/{len(texts)}"] = str(line.get("text", ""))[:_MAX_TEXT]
-        open_steps = 1 if self._waiting and "val_loss" in self._waiting[-1] and not ended else 0
-        complete = self._waiting[: len(self._waiting) - open_steps]
-        self._waiting = self._waiting[len(complete) :]
+        open_steps = 1 if self._pending and "val_loss" in self._pending[-1] and not ended else 0
+        complete = self._pending[: len(self._pending) - open_steps]
+        self._pending = self._pending[len(complete) :]
         records = [self._record(line) for line in complete]
         if records:
             self._after = records[-1].step

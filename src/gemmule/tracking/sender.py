@@ -99,7 +99,7 @@ class Sender:
 
 
 def follow(sender: Sender, ended: Callable[[float], bool]) -> None:
-    """Send as the run goes on, until `ended`, which waits so many seconds for the end of the run."""
+    """Send while the run continues, until `ended`, which waits so many seconds for the end of the run."""
     while not ended(_INTERVAL):
         sender.send()
     sender.close()
@@ -118,13 +118,13 @@ def main() -> None:
         _redirect(run.service_log(name))
         with directory_lock(run.service_log(name)):
             sender = Sender(run, name, SERVICES[name].create())
-            _tell(messages, url=sender.position.url)
+            _post(messages, url=sender.position.url)
             follow(sender, (lambda _: True) if "--once" in sys.argv else ended)
-            _tell(messages, steps=sender.steps, last=sender.position.step)
+            _post(messages, steps=sender.steps, last=sender.position.step)
         code = 0
     except BaseException as error:
         traceback.print_exc()
-        _tell(messages, failed=_reason(error))
+        _post(messages, failed=_reason(error))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -151,7 +151,7 @@ def _redirect(log: Path) -> None:
             os.dup2(file.fileno(), number)
 
 
-def _tell(messages: IO[str], **fields: Any) -> None:
+def _post(messages: IO[str], **fields: Any) -> None:
     try:
         messages.write(json.dumps(fields) + "\n")
         messages.flush()

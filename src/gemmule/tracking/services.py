@@ -16,7 +16,7 @@ class Service(Protocol):
     url: str | None  # where the remote run is shown, once it is open
 
     def open(self, run: RunFolder, identity: str) -> int | None:
-        """Begin or continue the remote run of this identity; return its last step, None where nobody can tell."""
+        """Begin or continue the remote run of this identity; return its last step, None where it is not known."""
 
     def log(self, records: Sequence[Record]) -> None:
         """Send records, by ascending step."""

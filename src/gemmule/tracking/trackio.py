@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import trackio
-
 from gemmule.errors import TrackingError
 from gemmule.run_folder import RunFolder
 from gemmule.tracking.reader import Record, settings_of
@@ -16,12 +14,16 @@ from gemmule.tracking.reader import Record, settings_of
 class Trackio:
     """A run of a trackio project."""
 
-    url: str | None = None
+    def __init__(self) -> None:
+        import trackio
+
+        self._trackio = trackio
+        self.url: str | None = None
 
     def open(self, run: RunFolder, identity: str) -> int | None:
         """Begin or continue the run, which is known by its name."""
         with _warnings_as_errors():
-            self._run = trackio.init(
+            self._run = self._trackio.init(
                 project=os.environ.get("TRACKIO_PROJECT", "gemmule"),
                 name=f"{run.path.name}-{identity}",
                 resume="allow",
@@ -34,17 +36,17 @@ class Trackio:
     def log(self, records: Sequence[Record]) -> None:
         """Log metrics, and samples as text of code, which shows them as they are."""
         for record in records:
-            texts = {name: trackio.Markdown(_as_code(text)) for name, text in record.texts.items()}
+            texts = {name: self._trackio.Markdown(_as_code(text)) for name, text in record.texts.items()}
             self._run.log({**record.metrics, **texts}, step=record.step)
 
     def log_image(self, name: str, png: Path, step: int) -> None:
         """Log the picture."""
-        self._run.log({name: trackio.Image(str(png))}, step=step)
+        self._run.log({name: self._trackio.Image(str(png))}, step=step)
 
     def close(self) -> None:
         """Wait until everything is written or sent."""
         with _warnings_as_errors():
-            trackio.finish()
+            self._trackio.finish()
 
 
 def _as_code(text: str) -> str:
