@@ -11,7 +11,7 @@ from rich.console import Console
 from gemmule.cli.training_display import Speed, TrainingDisplay
 
 STEPS = 200
-VALIDATED = {"val_loss": 2.31, "val_bits_per_byte": 0.912, "val_floor": 2.2}
+VALIDATED: dict[str, Any] = {"val_loss": 2.31, "val_bits_per_byte": 0.912, "val_floor": 2.2}
 SPEED = Speed(of_plan=0.97, mfu=0.41, memory=1.21e9)
 
 
