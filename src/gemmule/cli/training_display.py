@@ -7,7 +7,7 @@ from datetime import timedelta
 from math import isfinite
 from typing import Any, NamedTuple
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.segment import Segment
 from rich.table import Table
@@ -83,7 +83,8 @@ class TrainingDisplay:
         options = options.update(no_wrap=False, overflow="ellipsis", height=None)
         width = max(20, options.max_width - 1)
         options = options.update(width=width)
-        parts = (self._head(width), self._figures(width), *self._curve(width, options), *self._text(width, console))
+        parts: list[RenderableType] = [self._head(width), self._figures(width)]
+        parts += [*self._curve(width, options), *self._text(width, console)]
         yield from console.render(Group(*parts), options)
 
     def _head(self, width: int) -> Table:
