@@ -110,7 +110,7 @@ def test_rolling_texts_cost_the_same_everywhere(folder: Path, tmp_path: Path) ->
     file = tmp_path / "stories.jsonl"
     file.write_text("".join(json.dumps({"text": each.args[0]}) + "\n" for each in asked), encoding="utf-8")
     network, tokenizer = load_folder(folder)
-    scores = score_text(network.float(), tokenizer, DataSettings(train=str(file)))
+    scores = score_text(network.float(), tokenizer, DataSettings(train=(str(file),)))
     without_ends = -(scores.nats - scores.end_nats)
     assert max(abs(a - b) / n for a, b, n in zip(mine, without_ends, lengths, strict=True)) < 1e-5
     # By default `hf` puts a second bos before them: its prefix, and the one that the tokenizer adds.

@@ -52,8 +52,10 @@ def target_scores(targets: Tensor) -> OutputHead:
         for first in range(0, len(known), rows):
             chunk = slice(first, first + rows)
             logits = functional.linear(states[chunk], vocabulary).float()
-            scores[0, known[chunk]] = -functional.cross_entropy(logits, wanted[chunk], reduction="none")
-            scores[1, known[chunk]] = (logits.argmax(dim=-1) == wanted[chunk]).float()
+            right, highest = logits.gather(1, wanted[chunk][:, None])[:, 0], logits.amax(dim=-1)
+            # As cross_entropy and argmax, which take twice as long on a CPU.
+            scores[0, known[chunk]] = right - highest - (logits - highest[:, None]).exp_().sum(dim=-1).log()
+            scores[1, known[chunk]] = (right >= highest).float()
         return scores.view(2, *targets.shape)
 
     return read
