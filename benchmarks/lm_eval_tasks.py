@@ -4,7 +4,7 @@
 
 Both run in this process, in fp32 on the CPU, and take turns, so that what slows the machine slows both; seconds are
 those of the processor, of all threads. Ours chooses its own batches. The figures of both are compared as well. Prints
-a table, and writes it as JSON. Needs the extras `harness` and `parity`, and accelerate.
+a table, and writes it as JSON. Needs the extras `lm-eval` and `parity`, and accelerate.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def requests(task: str, items: int) -> list[Any]:
     """Return what lm_eval asks a model in a task."""
     from lm_eval.tasks import TaskManager
 
-    from gemmule.evaluate.harness.run import TASKS
+    from gemmule.evaluate.lm_eval.run import TASKS
 
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"items": items})
     loaded: Any = manager.load([task])["tasks"][task]
@@ -56,7 +56,7 @@ def measure(model: str, method: str, items: int, sizes: list[int], trials: int) 
     """Let both do the work of one method, taking turns; return their seconds."""
     from lm_eval.models.huggingface import HFLM
 
-    from gemmule.evaluate.harness.model import register
+    from gemmule.evaluate.lm_eval.model import register
 
     task, options = WORK[method]
     asked = requests(task, items)

@@ -7,10 +7,10 @@ import pytest
 import tokenizers
 
 from gemmule.errors import TokenizerError
-from gemmule.evaluate.harness.chat import render_messages
-from gemmule.evaluate.harness.generation import GenerationSettings, Request, generate_replies
-from gemmule.evaluate.harness.local_tasks import judge_continuation
-from gemmule.evaluate.harness.model import HarnessModel
+from gemmule.evaluate.lm_eval.chat import render_messages
+from gemmule.evaluate.lm_eval.generation import GenerationSettings, Request, generate_replies
+from gemmule.evaluate.lm_eval.local_tasks import judge_continuation
+from gemmule.evaluate.lm_eval.model import HarnessModel
 from gemmule.formats.folder import save_folder
 from gemmule.inference.sampling import SamplingSettings
 from gemmule.model.gemma3 import Gemma3
@@ -109,7 +109,7 @@ def test_without_the_library_the_extra_is_named(folder: Path, monkeypatch: pytes
     ended = gemmule("evaluate", folder, "--tasks", "storybook")
     assert ended.code == 2
     assert ended.err.strip() == (
-        "gemmule: --tasks needs the library lm_eval, which is not installed: pip install 'gemmule[harness]'"
+        "gemmule: --tasks needs the library lm_eval, which is not installed: pip install 'gemmule[lm-eval]'"
     )
 
 

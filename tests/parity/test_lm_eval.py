@@ -11,8 +11,8 @@ import pytest
 from twin import MARKS
 
 from gemmule.data.settings import DataSettings
-from gemmule.evaluate.harness.model import HarnessModel, register
-from gemmule.evaluate.harness.run import TASKS, evaluate_tasks, local_names
+from gemmule.evaluate.lm_eval.model import HarnessModel, register
+from gemmule.evaluate.lm_eval.run import TASKS, evaluate_tasks, local_names
 from gemmule.evaluate.text import score_text
 from gemmule.formats.folder import load_folder
 from gemmule.storybook import stories
@@ -196,7 +196,7 @@ def test_solved_examples_stand_before_the_question(
 
 def test_their_own_command_knows_our_model_and_tasks(folder: Path) -> None:
     arguments = ["--model", "gemmule", "--model_args", f"pretrained={folder}", "--tasks", "storybook_cloze"]
-    command = [sys.executable, "-m", "gemmule.evaluate.harness", *arguments, "--limit", "8", "--device", "cpu"]
+    command = [sys.executable, "-m", "gemmule.evaluate.lm_eval", *arguments, "--limit", "8", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "|storybook_cloze|" in done.stdout

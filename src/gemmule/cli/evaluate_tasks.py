@@ -25,7 +25,7 @@ def run_tasks(models: Sequence[str], tasks: str, options: Options, unread: Mappi
 
     RecipeError where an option is given that says how a text is read.
     """
-    from gemmule.evaluate.harness import describe_results, evaluate_tasks
+    from gemmule.evaluate.lm_eval import describe_results, evaluate_tasks
 
     for name, value in unread.items():
         if value is not None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -57,9 +58,9 @@ def score_choices(
     for batch in _batches(sorted(shared, key=lambda group: -len(group.context)), batch_tokens):
         scores |= _score_batch(model, batch, runtime)
     model.train(was_training)
-    alone = [number for number in range(len(pairs)) if number not in scores]
-    rest = score_continuations(model, [pairs[number] for number in alone], batch_tokens, runtime)
-    scores |= zip(alone, rest, strict=True)
+    left = [number for number in range(len(pairs)) if number not in scores]
+    rest = score_continuations(model, [pairs[number] for number in left], batch_tokens, runtime)
+    scores |= zip(left, rest, strict=True)
     return [scores[number] for number in range(len(pairs))]
 
 
@@ -88,31 +89,30 @@ def _no_logits(hidden: Tensor, _vocabulary: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def _score_batch(model: Gemma3, batch: Sequence[_Shared], runtime: Runtime) -> dict[int, ContinuationScore]:
-    """Read the contexts but for their last tokens into a KV cache, and go on from it with each continuation."""
-    device = runtime.device
-    lengths = torch.tensor([len(group.context) - 1 for group in batch])
-    width = int(lengths.max())
-    contexts = [[0] * (width - len(group.context) + 1) + [*group.context[:-1]] for group in batch]
-    positions = torch.arange(width) - (width - lengths)[:, None]  # of left padding below 0
+    """Read the contexts but for their last tokens into a KV cache, and then each continuation after its own context."""
+    begins = np.array([len(group.context) - 1 for group in batch])
+    width, counts = int(begins.max()), [len(group.numbers) for group in batch]
+    contexts = np.zeros((len(batch), width), dtype=np.int64)
+    for row, group in enumerate(batch):
+        contexts[row, width - begins[row] :] = group.context[:-1]
+    positions = np.arange(width) - (width - begins)[:, None]  # of left padding below 0
+    rows = [(group.context[-1], *continuation) for group in batch for continuation in group.continuations]
+    shape = len(rows), max(map(len, rows)) - 1
+    tokens, targets = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
+    places = np.repeat(begins, counts)[:, None] + np.arange(shape[1])
+
+    def there(array: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(runtime.device)
+
     cache = BatchCache(model.config)
-    rows = [
-        ([group.context[-1], *continuation], len(group.context) - 1)
-        for group in batch
-        for continuation in group.continuations
-    ]
-    shape = len(rows), max(len(ids) for ids, _ in rows) - 1
-    tokens, targets = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
-    for row, (ids, _) in enumerate(rows):
-        tokens[row, : len(ids) - 1], targets[row, : len(ids) - 1] = torch.tensor(ids[:-1]), torch.tensor(ids[1:])
-    begins = torch.tensor([begin for _, begin in rows])
-    places = begins[:, None] + torch.arange(shape[1])
     with uncompiled(), runtime.autocast():
-        marks = torch.where(positions < 0, -1, 0).to(device)  # padding is a document of its own
-        model(torch.tensor(contexts, device=device), positions.to(device), marks, cache, output_head=_no_logits)
-        cache.repeat([len(group.numbers) for group in batch])
-        head = target_scores(targets.to(device))
-        scores = model(tokens.to(device), places.to(device), None, cache, output_head=head)
-    known = (targets != IGNORED).numpy()
+        documents = there(np.where(positions < 0, -1, 0))  # padding is a document of its own
+        model(there(contexts), there(positions), documents, cache, output_head=_no_logits)
+        cache.repeat(counts)
+        scores = model(there(tokens), there(places), None, cache, output_head=target_scores(there(targets)))
+    known = targets != IGNORED
     log_probabilities, likeliest = scores.cpu().numpy()
     sums = np.where(known, log_probabilities, 0).sum(axis=1, dtype=np.float64)
     greedy = ((likeliest > 0) | ~known).all(axis=1)

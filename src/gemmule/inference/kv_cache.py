@@ -55,9 +55,9 @@ class BatchCache(Cache):
         self.length = self._positions["global"].shape[1]
 
     def repeat(self, counts: Sequence[int]) -> None:
-        """Put each row there so many times, so that several texts go on from it."""
+        """Repeat each row so many times, for several continuations of one prompt."""
         self._separate_rows()
-        index = torch.repeat_interleave(torch.tensor(counts, device=self.next_positions.device))
+        index = torch.repeat_interleave(torch.tensor(counts, dtype=torch.long, device=self.next_positions.device))
         self.next_positions = self.next_positions[index]
         for kind, positions in self._positions.items():
             self._positions[kind] = positions[index]

@@ -97,8 +97,8 @@ def _alternatives(option: Option, chosen: Mapping[str, Option], draw: random.Ran
     kinds = list(NAMED) if set(kinds) & set(NAMED) else kinds
     options = list(chain.from_iterable(book().lexicons[kind] for kind in kinds))
     shuffled = draw.sample(options, len(options))
-    told = [other for other in shuffled if other in chosen.values()]
-    return [other.text for other in dict.fromkeys([*told, *shuffled]) if other.text != option.text]
+    in_story = [other for other in shuffled if other in chosen.values()]
+    return [other.text for other in dict.fromkeys([*in_story, *shuffled]) if other.text != option.text]
 
 
 Ask = tuple[Sequence[str], str, Callable[[World], str]]

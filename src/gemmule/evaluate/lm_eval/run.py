@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemmule.errors import RecipeError, SourceError
-from gemmule.evaluate.harness.model import register
+from gemmule.evaluate.lm_eval.model import register
 
 TASKS = Path(__file__).with_name("tasks")  # of ours, none of which needs a network
 _FEW_SHOT_SEED = 1234  # lm_eval's own

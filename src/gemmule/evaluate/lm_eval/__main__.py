@@ -1,4 +1,4 @@
-"""lm_eval's own command, with our model and tasks: python -m gemmule.evaluate.harness --model gemmule ...
+"""lm_eval's own command, with our model and tasks: python -m gemmule.evaluate.lm_eval --model gemmule ...
 
 lm_eval finds models in a table of its own and has no entry point for others, so that its command alone does not know
 ours.
@@ -7,8 +7,8 @@ ours.
 import sys
 
 from gemmule.errors import GemmuleError
-from gemmule.evaluate.harness.model import register
-from gemmule.evaluate.harness.run import TASKS
+from gemmule.evaluate.lm_eval.model import register
+from gemmule.evaluate.lm_eval.run import TASKS
 
 
 def main() -> None:

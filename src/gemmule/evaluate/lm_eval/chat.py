@@ -18,7 +18,7 @@ def render_messages(
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        raise MissingExtra("jinja2", "harness", "a chat template") from None
+        raise MissingExtra("jinja2", "lm-eval", "a chat template") from None
 
     def refuse(message: str) -> str:
         raise TemplateError(message)

@@ -8,8 +8,8 @@ import torch
 import gemmule
 from gemmule.errors import MissingExtra, ModelError, RecipeError, TokenizerError
 from gemmule.evaluate.choices import score_choices
-from gemmule.evaluate.harness.chat import render_messages
-from gemmule.evaluate.harness.generation import Request, generate_replies, read_generation_settings
+from gemmule.evaluate.lm_eval.chat import render_messages
+from gemmule.evaluate.lm_eval.generation import Request, generate_replies, read_generation_settings
 from gemmule.evaluate.log_probabilities import ContinuationScore, default_runtime, score_continuations
 from gemmule.runtime import Runtime
 
@@ -202,7 +202,7 @@ def register() -> Any:
         from lm_eval.api.model import TemplateLM
         from lm_eval.api.registry import model_registry
     except ImportError:
-        raise MissingExtra("lm_eval", "harness", "--tasks") from None
+        raise MissingExtra("lm_eval", "lm-eval", "--tasks") from None
     if NAME in model_registry:
         return model_registry.get(NAME)
     # TemplateLM splits contexts and continuations as every model of lm_eval does.

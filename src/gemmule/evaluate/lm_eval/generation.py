@@ -99,12 +99,12 @@ def generate_replies(
     texts = [""] * len(replies)
     rows = min(rows, len(replies))
     engine = Engine(model, rows, max(reply.sequence.capacity for reply in replies))
-    waiting = sorted(replies, key=lambda reply: len(reply.sequence.prompt))  # the longest last, taken first
+    queue = sorted(replies, key=lambda reply: len(reply.sequence.prompt))  # the longest last, taken first
     running: dict[SequenceState, _Reply] = {}
-    while waiting or running:
+    while queue or running:
         free = rows - len(running)
-        if waiting and free >= max(1, rows // 4):  # several at once, since each batch of prompts has a cost of its own
-            joining = [waiting.pop() for _ in range(min(free, len(waiting)))]
+        if queue and free >= max(1, rows // 4):  # several at once, since each batch of prompts has a cost of its own
+            joining = [queue.pop() for _ in range(min(free, len(queue)))]
             running |= {reply.sequence: reply for reply in joining}
             engine.insert([reply.sequence for reply in joining])
         for sequence in engine.step():
