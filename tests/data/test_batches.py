@@ -204,8 +204,9 @@ def test_validation_sees_each_document_whole_and_once(
 def test_windows_that_overlap_score_each_token_once_with_enough_context(
     folders: Path, documents: list[list[int]], context: int, data: st.DataObject
 ) -> None:
-    stride = data.draw(st.integers(1, context))
-    validation = WholeDocuments(corpus_of(documents, folders), context, 3, 0, stride=stride)
+    stride, longer = data.draw(st.integers(1, context)), data.draw(st.integers(0, 9))
+    corpus = corpus_of(documents, folders)
+    validation = WholeDocuments(corpus, context, 3, 0, stride=stride, row_length=context + longer)
     scored: list[tuple[int, int]] = []
     for number, batch in enumerate(validation):
         pieces = validation.pieces(number)

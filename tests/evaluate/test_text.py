@@ -220,12 +220,26 @@ def test_rows_are_as_long_as_documents_need_and_batches_have_few_of_long_ones(
     model = lively_model(tiny_config(vocab_size=380, max_position_embeddings=1_000_000))
     shapes: list[torch.Size] = []
     model.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape))
-    monkeypatch.setattr(text_module, "_TOKENS", 5 * longest + 1)
+    monkeypatch.setattr(text_module, "_SHORT", 0)
+    monkeypatch.setattr(text_module, "_TOKENS_ON_CPU", 5 * longest + 1)
     expected = figures_of(model, tiny_tokenizer, data, context=100_000)
     assert set(shapes[:-1]) == {(5, longest)}
     shapes.clear()
     assert figures_of(model, tiny_tokenizer, data, batch_size=9) == pytest.approx(expected, rel=1e-5)
     assert set(shapes[:-1]) == {(9, longest)}
+
+
+def test_short_documents_share_longer_rows_and_cost_the_same(
+    model: Gemma3, tiny_tokenizer: Tokenizer, text: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: set[int] = set()
+    handle = model.register_forward_pre_hook(lambda _, given: shapes.add(given[0].shape[1]))
+    shared = score_text(model, tiny_tokenizer, text, window=Window(context=20))
+    monkeypatch.setattr(text_module, "_SHORT", 0)
+    alone = score_text(model, tiny_tokenizer, text, window=Window(context=20))
+    handle.remove()
+    assert shapes == {30, 20}
+    assert shared.nats == pytest.approx(alone.nats, rel=1e-5)
 
 
 def test_rows_read_in_chunks_cost_what_they_do_read_at_once(

@@ -51,7 +51,7 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Sequences per batch.  [default: 32,768 tokens]")
+        int | None, typer.Option(min=1, help="Sequences per batch.  [default: 32,768 tokens, on a CPU 8,192]")
     ] = None,
     overlap: Annotated[
         bool, typer.Option(help="Search the run's training data for the documents, where it is at hand.")

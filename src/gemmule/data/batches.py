@@ -193,7 +193,8 @@ class WholeDocuments:
     first of a document is a target exactly once. A document longer than a row is read in windows of `context` tokens
     that move by `stride`: from the second on, a window predicts only what the one before did not, so that each target
     has at least `context` - `stride` tokens of left context. By default the stride is the context: documents are cut,
-    and the later pieces are without the earlier context. Memory: about 60 bytes per document.
+    and the later pieces are without the earlier context. Rows may be longer than the context (`row_length`), so that
+    less of them is padding. Memory: about 60 bytes per document.
     """
 
     def __init__(
@@ -205,14 +206,16 @@ class WholeDocuments:
         limit_tokens: int | None = None,
         limit_documents: int | None = None,
         stride: int | None = None,
+        row_length: int | None = None,
     ) -> None:
-        self._corpus, self._context, self._batch_size, self._pad_id = corpus, context, batch_size, pad_id or 0
+        self._corpus, self._batch_size, self._pad_id = corpus, batch_size, pad_id or 0
+        self._row_length = row_length or context
         targets = np.cumsum(corpus.lengths, dtype=np.int64) - np.arange(1, corpus.documents + 1)
         enough = corpus.documents if limit_tokens is None else int(np.searchsorted(targets, limit_tokens)) + 1
         self.documents = min(enough, corpus.documents, limit_documents or corpus.documents)
         self.targets = int(targets[self.documents - 1])
         self.bytes = corpus.first_bytes(self.documents)
-        self._pieces, self._ends = _pack(corpus, self.documents, context, stride or context)
+        self._pieces, self._ends = _pack(corpus, self.documents, context, stride or context, self._row_length)
 
     def __len__(self) -> int:
         return -(-len(self._ends) // self._batch_size)
@@ -231,7 +234,7 @@ class WholeDocuments:
         return range(len(self._ends))[batch * self._batch_size : (batch + 1) * self._batch_size]
 
     def _batch(self, rows: range) -> Batch:
-        shape = (len(rows), self._context)
+        shape = (len(rows), self._row_length)
         tokens = np.full(shape, self._pad_id, dtype=np.int64)
         targets = np.full(shape, IGNORED, dtype=np.int64)
         documents = np.full(shape, PADDING, dtype=np.int32)
@@ -252,18 +255,18 @@ _PACKED = 1 << 16  # documents per call of best-fit packing
 
 
 def _pack(
-    corpus: Corpus, documents: int, context: int, stride: int
+    corpus: Corpus, documents: int, context: int, stride: int, row_length: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Pack documents into rows; return their pieces (M,4) row by row, and the end of each row among the pieces."""
     pieces, ends = array("q"), array("q")
     for first in range(0, documents, _PACKED):
-        for row in _pack_some(corpus, range(first, min(first + _PACKED, documents)), context, stride):
+        for row in _pack_some(corpus, range(first, min(first + _PACKED, documents)), context, stride, row_length):
             pieces.extend(number for piece in row for number in piece)
             ends.append(len(pieces) // len(Piece._fields))
     return np.array(pieces, np.int64).reshape(-1, len(Piece._fields)), np.array(ends, np.int64)
 
 
-def _pack_some(corpus: Corpus, documents: range, context: int, stride: int) -> list[list[Piece]]:
+def _pack_some(corpus: Corpus, documents: range, context: int, stride: int, row_length: int) -> list[list[Piece]]:
     """Best-fit packing: put each piece into the row with the least sufficient space, or into a new one."""
     rows: list[list[Piece]] = []
     space: list[tuple[int, int]] = []  # (free positions, row), ascending
@@ -273,7 +276,7 @@ def _pack_some(corpus: Corpus, documents: range, context: int, stride: int) -> l
             best = bisect_left(space, (size, 0))
             if best == len(space):
                 rows.append([])
-                free, row = context, len(rows) - 1
+                free, row = row_length, len(rows) - 1
             else:
                 free, row = space.pop(best)
             rows[row].append(piece)
