@@ -169,7 +169,7 @@ def test_models_are_compared_on_the_same_documents(tiny_run: Path, tiny_recipe: 
     found = json.loads(ended.out)
     assert [model["model"] for model in found["models"]] == [f"{tiny_run} (1)", str(first), f"{tiny_run} (2)"]
     worse, same, better = found["differences"]
-    assert (worse["told_apart"], same["told_apart"], better["told_apart"]) == (True, False, True)
+    assert (worse["significant"], same["significant"], better["significant"]) == (True, False, True)
     assert worse["interval"][1] < 0 < better["interval"][0], "the first checkpoint needs more bits"
     assert f"{tiny_run} (1) against {tiny_run} (2): +0.0000 bits per byte" in ended.err
     assert "not told apart; they predict the same" in ended.err

@@ -127,7 +127,7 @@ def test_only_what_something_before_predicts_is_trained(folders: Path) -> None:
 
 
 @given(documents=corpora, context=st.integers(2, 7))
-def test_masked_documents_are_told_apart_within_a_row(folders: Path, documents: list[list[int]], context: int) -> None:
+def test_masked_documents_are_significant_within_a_row(folders: Path, documents: list[list[int]], context: int) -> None:
     corpus = corpus_of(documents, folders)
     if corpus.tokens <= context:
         return

@@ -28,7 +28,7 @@ def test_each_reason_is_counted_once() -> None:
     assert tally == {"read": 6, "not_utf8": 2, "empty": 2}
 
 
-def test_texts_are_told_apart_by_their_words_alone() -> None:
+def test_texts_are_significant_by_their_words_alone() -> None:
     assert text_key("a b\nc") == text_key(" a  b c") == text_key("a\tb c\n")
     assert len({text_key(text) for text in ("a b c", "a bc", "A b c")}) == 3
 

@@ -73,7 +73,7 @@ def test_models_are_compared_in_pairs() -> None:
     }
     found = {(each["of"], each["to"]): each for each in compare(named, alike=True)}
     assert list(found) == [("a", "b"), ("a", "c"), ("b", "c")]
-    assert [each["told_apart"] for each in found.values()] == [False, True, True]
+    assert [each["significant"] for each in found.values()] == [False, True, True]
     assert {each["measure"] for each in found.values()} == {"bits_per_byte"}
     assert describe_difference(found["b", "c"], 200).endswith("b is better")
     assert "not told apart; that would take about" in describe_difference(found["a", "b"], 200)
@@ -84,7 +84,7 @@ def test_without_bytes_tokens_are_compared_where_the_tokenizer_is_one() -> None:
     named = {"a": scores([5.0] * 20, lossless=False), "b": scores([6.0] * 20)}
     assert compare(named, alike=False) == []
     (found,) = compare(named, alike=True)
-    assert (found["measure"], found["told_apart"], found["difference"]) == ("loss", True, pytest.approx(-0.1))
+    assert (found["measure"], found["significant"], found["difference"]) == ("loss", True, pytest.approx(-0.1))
 
 
 def test_results_of_a_run_are_kept_and_replaced_by_newer_ones(tmp_path: Path) -> None:

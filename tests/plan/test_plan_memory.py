@@ -23,7 +23,7 @@ def test_parameters_are_as_many_as_published_and_as_the_model_has(size: str) -> 
     assert count_parameters(config).total == sum(p.numel() for p in model.parameters()) == PUBLISHED[size]
 
 
-def test_parameters_are_told_apart() -> None:
+def test_parameters_are_significant() -> None:
     config = tiny_config(tie_word_embeddings=False)
     names = {name: parameter.numel() for name, parameter in Gemma3(config).named_parameters()}
     count = count_parameters(config)

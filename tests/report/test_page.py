@@ -263,7 +263,7 @@ def test_runs_of_different_tokenizers_are_compared_in_bits_per_byte_only(tmp_pat
     assert "not known whether" in Page(page_of(*same, other)).text
 
 
-def test_runs_that_were_validated_on_different_texts_are_told_apart(tmp_path: Path) -> None:
+def test_runs_that_were_validated_on_different_texts_are_significant(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name) for name in ("a", "b")]
     assert "different texts" not in page_of(*folders)
     report = json.loads((folders[1] / "data" / "report.json").read_text())
@@ -272,7 +272,7 @@ def test_runs_that_were_validated_on_different_texts_are_told_apart(tmp_path: Pa
     assert "validated on different texts" in page_of(*folders)
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_one_name_are_significant(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name / "run") for name in ("a", "b")]
     assert [facts.name for facts in read_runs(folders)] == [str(folder) for folder in folders]
 

@@ -61,7 +61,7 @@ def test_a_run_that_began_is_only_resumed(begun: Path, tiny_recipe: Path) -> Non
     assert claim_folder(recipe_of(tiny_recipe), begun, True) == recipe_of(tiny_recipe)
 
 
-def test_a_run_of_another_recipe_is_told_apart_by_its_settings(begun: Path, tiny_recipe: Path) -> None:
+def test_a_run_of_another_recipe_is_significant_by_its_settings(begun: Path, tiny_recipe: Path) -> None:
     changed = recipe_of(tiny_recipe, "train.seed=5", "optimizer.name=adamw")
     with pytest.raises(OutputError, match=r"train\.seed is 5, was 0; optimizer\.name is 'adamw', was 'muon'"):
         claim_folder(changed, begun, True)

@@ -37,7 +37,7 @@ class Difference(NamedTuple):
 
     difference: float
     interval: Interval | None  # None for fewer than FEWEST documents
-    told_apart: bool  # whether 0 is outside of the interval
+    significant: bool  # whether 0 is outside of the interval
     needed: int | None  # about how many documents would tell such a difference apart; None where it is 0
 
 
@@ -62,11 +62,11 @@ def paired_difference(values: tuple[Column, Column], sizes: tuple[Column, Column
     found, error = _studentized(columns, _difference_of_ratios)
     interval = None if found is None else Interval(difference + found.low, difference + found.high)
     rounding = abs(difference) <= _ROUNDING * max(map(abs, ratios))
-    told_apart = interval is not None and not rounding and not interval.low <= 0 <= interval.high
+    significant = interval is not None and not rounding and not interval.low <= 0 <= interval.high
     needed = None
     if interval is not None and not rounding:
         needed = max(FEWEST, math.ceil(len(columns) * ((_Z + NormalDist().inv_cdf(POWER)) * error / difference) ** 2))
-    return Difference(difference, interval, told_apart, needed)
+    return Difference(difference, interval, significant, needed)
 
 
 def rate_interval(hits: int, count: int) -> Interval | None:
@@ -95,8 +95,8 @@ def _studentized(columns: Column, statistic: _Statistic) -> tuple[Interval | Non
     count = len(columns)
     if count < FEWEST:
         return None, math.nan
-    products = (columns[:, :, None] * columns[:, None, :]).reshape(count, -1)
-    everything = np.concatenate([columns, products], axis=1)
+    moments = (columns[:, :, None] * columns[:, None, :]).reshape(count, -1)
+    everything = np.concatenate([columns, moments], axis=1)
     _, errors = _values_and_errors(everything.sum(axis=0, keepdims=True), count, columns.shape[1], statistic)
     error = float(errors[0])
     if count > _MOST or error == 0:
@@ -113,7 +113,7 @@ def _studentized(columns: Column, statistic: _Statistic) -> tuple[Interval | Non
 
 
 def _values_and_errors(sums: Column, count: int, width: int, statistic: _Statistic) -> tuple[Column, Column]:
-    """Return a statistic of samples, and its standard errors, from the sums (R,k + k x k) of columns and products."""
+    """Return a statistic of samples, and its standard errors, from the sums (R,k + k x k) of columns and moments."""
     values, gradients = statistic(sums[:, :width])
     squares = np.einsum("ri,rij,rj->r", gradients, sums[:, width:].reshape(-1, width, width), gradients)
     return values, np.sqrt(np.maximum(squares, 0.0) * count / (count - 1))

@@ -134,10 +134,10 @@ def _groups(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> 
 def _padded(rows: Sequence[tuple[list[int], int]]) -> Batch:
     """Make a batch of rows (ids, number of targets at the end), the longest first, with padding on the right."""
     shape = len(rows), len(rows[0][0]) - 1
-    tokens, targets = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
+    tokens, targets = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED, dtype=torch.long)
     for row, (ids, count) in enumerate(rows):
-        tokens[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        targets[row, len(ids) - 1 - count : len(ids) - 1] = torch.tensor(ids[-count:])
+        tokens[row, : len(ids) - 1] = torch.tensor(ids[:-1], dtype=torch.long)
+        targets[row, len(ids) - 1 - count : len(ids) - 1] = torch.tensor(ids[-count:], dtype=torch.long)
     return Batch(tokens, targets, None)  # no token attends to the padding, which is after all of them
 
 

@@ -119,7 +119,7 @@ def describe_difference(difference: Mapping[str, Any], documents: int) -> str:
     if interval is None:
         return f"{pair}; no interval: it needs {FEWEST} documents, here {_are(documents)}"
     pair += f" ({interval[0]:+.4f} to {interval[1]:+.4f})"
-    if difference["told_apart"]:
+    if difference["significant"]:
         return f"{pair}: {difference['of' if value < 0 else 'to']} is better"
     enough = "they predict the same" if needed is None else f"that would take about {counted(needed, 'document')}"
     return f"{pair}: not told apart; {enough}"
@@ -135,9 +135,9 @@ def describe_stories(result: Mapping[str, Any]) -> list[str]:
     def mean(each: Mapping[str, Any], form: str = ".1f") -> str:
         return "not known" if each["mean"] is None else format(each["mean"], form)
 
-    told = "the one story" if result["stories"] == 1 else f"{result['stories']:,} stories"
+    stories = "the one story" if result["stories"] == 1 else f"{result['stories']:,} stories"
     sentences = [
-        f"of {told}, {rate(result['ended'])} end; {rate(result['quotes_closed'])} close their quotation marks, "
+        f"of {stories}, {rate(result['ended'])} end; {rate(result['quotes_closed'])} close their quotation marks, "
         f"{rate(result['names_closed'])} bring no new name in the last third; {result['different']} are different",
         f"on average {mean(result['words'])} words, {mean(result['distinct_1'], '.0%')} of them and "
         f"{mean(result['distinct_2'], '.0%')} of their pairs different; the longest span that occurs again has "
@@ -163,7 +163,7 @@ def describe_stories(result: Mapping[str, Any]) -> list[str]:
 def keep(run: RunFolder, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     """Add a result to the evaluations of a run; one of the same key is replaced.
 
-    The file is whole at any time and nothing else of the run is touched, so that a run that is training goes on.
+    The file is whole at any time and it alone is written, so that a run may be in training.
     Where it cannot be written, that is logged and no failure.
     """
     entry = {**key, **result}

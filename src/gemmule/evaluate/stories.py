@@ -86,7 +86,7 @@ def judge_stories(
 
 def tell_suite(model: Gemma3, tokenizer: Tokenizer, suite: Suite, progress: Progress = lambda *_: None) -> list[Story]:
     """Generate the stories of a suite; the same model tells the same ones."""
-    stops, told = stop_tokens(tokenizer), []
+    stops, stories = stop_tokens(tokenizer), []
     for first in range(0, suite.count, _AT_ONCE):
         numbers = range(first, min(first + _AT_ONCE, suite.count))
         prompts = [suite.prompts[number % len(suite.prompts)] for number in numbers]
@@ -99,9 +99,9 @@ def tell_suite(model: Gemma3, tokenizer: Tokenizer, suite: Suite, progress: Prog
                     reply.append(token)
         for number, prompt, ids, reply in zip(numbers, prompts, given, replies, strict=True):
             text = tokenizer.decode([*ids, *reply])
-            told.append(Story(prompt, suite.seed + number, text, len(reply), bool(reply) and reply[-1] in stops))
+            stories.append(Story(prompt, suite.seed + number, text, len(reply), bool(reply) and reply[-1] in stops))
         progress("telling stories", numbers.stop, suite.count)
-    return told
+    return stories
 
 
 def judge_suite(
