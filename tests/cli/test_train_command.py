@@ -26,6 +26,7 @@ def test_a_run_folder_holds_what_is_promised(tiny_run: Path) -> None:
         "checkpoints",
         "model",
         "samples.jsonl",
+        "environment.jsonl",
         "data",
     }
     assert [folder.name for folder in checkpoints(tiny_run)] == ["step-00000012", "step-00000009"]
@@ -84,7 +85,8 @@ def test_the_resolved_recipe_spells_out_every_setting(tiny_run: Path, tiny_recip
     text = (tiny_run / "recipe.toml").read_text()
     unset = {"train.minutes", "train.validation_tokens", "tokenizer.path"}
     unset |= {
-        f"data.{key}" for key in ("weights", "max_characters", "keep_matching", "drop_matching", "near_duplicates")
+        f"data.{key}"
+        for key in ("weights", "max_characters", "keep_matching", "drop_matching", "near_duplicates", "license")
     }
     for section in ("data", "tokenizer", "model", "train", "optimizer", "schedule"):
         settings = getattr(resolved, section)
