@@ -104,7 +104,7 @@ def test_a_whole_story_is_judged_consistent_and_possible() -> None:
 
 
 def test_without_the_library_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("lm_eval", "lm_eval.api.model", "lm_eval.api.registry"):
+    for name in ("lm_eval", "lm_eval.models", "lm_eval.api.model", "lm_eval.api.registry"):
         monkeypatch.setitem(sys.modules, name, None)
     ended = gemmule("evaluate", folder, "--tasks", "storybook")
     assert ended.code == 2

@@ -202,6 +202,15 @@ def test_their_own_command_knows_our_model_and_tasks(folder: Path) -> None:
     assert "|storybook_cloze|" in done.stdout
 
 
+def test_their_models_are_known_beside_ours() -> None:
+    program = (
+        "from gemmule.evaluate.lm_eval.model import register; register();"
+        "from lm_eval.api.registry import get_model; print(get_model('dummy').__name__, get_model('gemmule').__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["DummyLM", "GemmuleLM"], done.stderr
+
+
 def test_chats_are_refused_without_a_template(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="the gguf library is not installed")
     assert gemmule("export", folder, "--to", "gguf", "--out", tmp_path / "story.gguf").code == 0

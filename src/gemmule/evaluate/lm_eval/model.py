@@ -1,5 +1,6 @@
 """lm_eval's view of a MODEL: the log-probabilities and replies that its tasks ask for."""
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -199,6 +200,7 @@ def _whole_number(name: str, value: int | str | None) -> int | None:
 def register() -> Any:
     """Make `HarnessModel` lm_eval's model "gemmule"; return its class. MissingExtra without lm_eval."""
     try:
+        importlib.import_module("lm_eval.models")  # lm_eval's own: it looks for them where there is none yet
         from lm_eval.api.model import TemplateLM
         from lm_eval.api.registry import model_registry
     except ImportError:
