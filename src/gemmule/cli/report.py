@@ -100,7 +100,7 @@ def _send(runs: list[Path], service: str, shown: bool) -> None:
         raise UserError("--send: writes and serves no page; leave out --out and --watch")
     with Screen() as screen, logged_to(screen):
         for run in runs:
-            screen.print(send(RunFolder(run), service))
+            typer.echo(send(RunFolder(run), service))
 
 
 def _serve(runs: list[Path], host: str | None, port: int) -> None:
