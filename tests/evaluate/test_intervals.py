@@ -118,7 +118,7 @@ def test_intervals_cover_what_they_say(documents: int) -> None:
     assert 930 <= hits <= 970
 
 
-# Two runs of one model: on a story of the storybook they differ by 4 % (docs/log.md), each in its own way.
+# Assumed, not measured: two runs of one model differ by 4 % on a story, each in its own way.
 @pytest.mark.slow
 def test_runs_of_one_model_are_alike_and_2_percent_are_seen_in_500_stories() -> None:
     alike = seen = 0

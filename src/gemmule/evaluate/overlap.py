@@ -15,7 +15,7 @@ from gemmule.tokenizer import Tokenizer
 
 SPAN = 13  # words of the spans that count as overlap, as for GPT-3
 SHORTEST = 5  # words of a copied span; shorter ones are everybody's
-_MOST_TOKENS = 50_000_000  # of training data that are read, about a minute
+_MOST_TOKENS = 50_000_000  # of training data that are read: about a minute, as estimated
 _BATCH = 4096  # documents that are decoded at once
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
