@@ -5,7 +5,6 @@ import platform
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemmule.processes import terminated_as_interrupted
@@ -63,13 +62,10 @@ def machine(*libraries: str) -> dict[str, Any]:
     """Describe the machine, and the versions of Gemmule, torch and other libraries that are installed."""
     import torch  # not when this module is imported
 
-    cpu = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        lines = information.read_text(encoding="utf-8").splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    from gemmule.train.environment import processor
+
     return {
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(),

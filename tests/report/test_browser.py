@@ -1,9 +1,8 @@
 """The page in a real browser, Debian's Chromium driven by playwright: slow, since it starts one."""
 
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,7 @@ from gemmule.report.summary import read_runs
 from gemmule.report.watch import LOOPBACK, WatchServer
 from run_folders import ENVIRONMENT, append_line, metrics_lines, write_lines, write_run
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the extra browser is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium"),
-]
+pytestmark = pytest.mark.slow
 Opened = Callable[..., Any]
 
 
@@ -53,38 +47,6 @@ def three_file(folders: list[Path], page_file: Path) -> Path:
     file = page_file.with_name("three.html")
     file.write_text(report_page(read_runs(folders)), encoding="utf-8")
     return file
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def open_page(browser: Any) -> Iterator[Opened]:
-    """Open a page; at the end, it has asked for nothing but itself, and its console is empty."""
-    contexts, said, asked = [], list[str](), set[str]()
-
-    def opened(address: Path | str, width: int = 1100, **options: Any) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": 800}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.add(request.url))
-        url = address.as_uri() if isinstance(address, Path) else address
-        page.goto(url)
-        asked.discard(url)
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert said == []
-    assert {url for url in asked if url != "data:,"} == set()
 
 
 def wait_for(page: Any, selector: str, text: str) -> None:
@@ -152,9 +114,9 @@ def test_it_prints_black_on_white_with_the_curves_of_the_page(
     assert len(shown(page, ".drawing")) == 7
     assert shown(page, ".interactive") == []
     assert shown(page, ".axes, .skip, .scripted") == []
-    paper = page.pdf()
-    assert paper.startswith(b"%PDF")
-    assert 3 <= paper.count(b"/Type /Page\n") + paper.count(b"/Type /Page ") <= 20
+    pdf = page.pdf()
+    assert pdf.startswith(b"%PDF")
+    assert 3 <= pdf.count(b"/Type /Page\n") + pdf.count(b"/Type /Page ") <= 20
 
 
 def test_the_keyboard_reaches_everything_and_moves_the_charts(open_page: Opened, page_file: Path) -> None:

@@ -1,7 +1,6 @@
 """The page of `gemmule explain` in Debian's Chromium, driven by playwright: slow, since it starts a browser."""
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,14 @@ from gemmule.report.explain_page import explanation_page
 from gemmule.tokenizer import Tokenizer
 from tiny import lively_model, tiny_config
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the extra browser is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium"),
-]
+pytestmark = pytest.mark.slow
 Opened = Callable[..., Any]
 TEXT = "Mia found a red kite.\n</script><b>The owl \U0001f984 said:\t\u202e\u0645\u0631\u062d\u0628\u0627 it is mine!"
+
+
+@pytest.fixture
+def may_load() -> Callable[[str], bool]:
+    return lambda url: url.startswith("data:")
 
 
 @pytest.fixture(scope="module")
@@ -33,37 +32,6 @@ def files(tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -
     (folder / "one.html").write_text(explanation_page(values[:1]), encoding="utf-8")
     (folder / "two.html").write_text(explanation_page(values, as_json(compare(*explained))), encoding="utf-8")
     return [folder / "one.html", folder / "two.html"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def open_page(browser: Any) -> Iterator[Opened]:
-    """Open a page; at the end, it has asked for nothing but itself, and its console is empty."""
-    contexts, said, asked = [], list[str](), set[str]()
-
-    def opened(file: Path, width: int = 1100, **options: Any) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": 800}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.add(request.url))
-        page.goto(file.as_uri())
-        asked.discard(file.as_uri())
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert said == []
-    assert {url for url in asked if not url.startswith("data:")} == set()
 
 
 @pytest.mark.parametrize("width", [360, 1100])

@@ -19,18 +19,43 @@ if TYPE_CHECKING:
     from gemmule.run_folder import RunFolder
     from gemmule.tokenizer import Tokenizer
 
+# Options with long help texts.
+SourceOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The SOURCE to score: a file, folder, glob, hf:owner/name, storybook, or - for standard input; "
+        "or a prepared dataset, whose validation documents are scored.  [default: those of the run]"
+    ),
+]
+StrideOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Read longer documents in windows of --context that move by so many tokens, so that each token has "
+        "at least context - stride tokens before it.  [default: cut them]",
+    ),
+]
+SuiteOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Let the model tell the stories of a suite instead: stories, stories-temperature-1, or a .toml file."
+    ),
+]
+TasksOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,NAME",
+        help="Run tasks of lm-evaluation-harness instead: storybook (needs no network), hellaswag ...; "
+        "--documents is then how many items of each.",
+    ),
+]
+
 
 def evaluate(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="A model folder, run folder, .gguf file or owner/name.")
     ],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="The SOURCE to score: a file, folder, glob, hf:owner/name, storybook, or - for standard input; "
-            "or a prepared dataset, whose validation documents are scored.  [default: those of the run]"
-        ),
-    ] = None,
+    data: SourceOption = None,
     documents: Annotated[
         int | None, typer.Option(min=1, help="Number of documents, from the first.  [default: all]")
     ] = None,
@@ -42,34 +67,15 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Sequence length; longer documents are cut.  [default: longest document, up to 2048]"),
     ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Read longer documents in windows of --context that move by so many tokens, so that each token has "
-            "at least context - stride tokens before it.  [default: cut them]",
-        ),
-    ] = None,
+    stride: StrideOption = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Sequences per batch.  [default: 32,768 tokens, on a CPU 8,192]")
     ] = None,
     overlap: Annotated[
         bool, typer.Option(help="Search the run's training data for the documents, where it is at hand.")
     ] = True,
-    suite: Annotated[
-        str | None,
-        typer.Option(
-            help="Let the model tell the stories of a suite instead: stories, stories-temperature-1, or a .toml file."
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,NAME",
-            help="Run tasks of lm-evaluation-harness instead: storybook (needs no network), hellaswag ...; "
-            "--documents is then how many items of each.",
-        ),
-    ] = None,
+    suite: SuiteOption = None,
+    tasks: TasksOption = None,
     shots: Annotated[
         int | None, typer.Option(min=0, help="Solved examples before each item of --tasks.  [default: the task's]")
     ] = None,

@@ -13,7 +13,7 @@ from gemmule.report.charts import axes_of, draw_charts
 from gemmule.report.figures import duration, figure, measures, memory_size
 from gemmule.report.html import render_page
 from gemmule.report.logs import Sample, is_number
-from gemmule.report.summary import RunFacts
+from gemmule.report.summary import RunFacts, subtable
 from gemmule.report.verdict import answers, machine, verdict
 
 _MOST_LAYERS = 128  # that are drawn
@@ -91,7 +91,7 @@ def compared_in_bits(runs: Sequence[RunFacts]) -> str | None:
 
 
 def _warnings(runs: Sequence[RunFacts]) -> Iterator[str]:
-    texts = {str(_table(facts.data, "validation")) for facts in runs if facts.data}
+    texts = {str(subtable(facts.data, "validation")) for facts in runs if facts.data}
     if len(texts) > 1:
         yield "These runs were validated on different texts: differences between figures need not come from the models."
     for facts in runs:
@@ -166,7 +166,7 @@ def _architecture(facts: RunFacts, number: int) -> dict[str, Any] | None:
 
 
 def _data_rows(facts: RunFacts) -> list[Row]:
-    splits = [_table(facts.data, split) for split in ("train", "validation")]
+    splits = [subtable(facts.data, split) for split in ("train", "validation")]
     shown = []
     for title, key in TITLES.items():
         values = [split.get(key) for split in splits]
@@ -203,7 +203,7 @@ def _evaluations(facts: RunFacts) -> list[tuple[str, list[Row]]]:
 
 def _plan_rows(facts: RunFacts) -> list[Row]:
     units = {"step_seconds": duration, "peak_memory": memory_size}
-    predicted, measured = _table(facts.plan, "predicted"), _table(facts.plan, "measured")
+    predicted, measured = subtable(facts.plan, "predicted"), subtable(facts.plan, "measured")
     rows = []
     for key, value in measured.items():
         if not is_number(value):
@@ -269,8 +269,3 @@ def _said(value: Any) -> str:
 def _ratio(table: Mapping[str, Any], above: str, below: str) -> float | None:
     one, other = table.get(above), table.get(below)
     return one / other if is_number(one) and is_number(other) and other else None
-
-
-def _table(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = table.get(key)
-    return value if isinstance(value, Mapping) else {}

@@ -74,12 +74,12 @@ class RunFacts:
     @property
     def sources(self) -> list[str]:
         """What the model was trained on."""
-        return _names(self.setting("data", "train") or _table(self.dataset, "settings").get("train"))
+        return _names(self.setting("data", "train") or subtable(self.dataset, "settings").get("train"))
 
     @property
     def license(self) -> str | None:
         """The license of the data, as the recipe or the prepared dataset gives it."""
-        given = self.setting("data", "license") or _table(self.dataset, "settings").get("license")
+        given = self.setting("data", "license") or subtable(self.dataset, "settings").get("license")
         return str(given) if given else None
 
     @property
@@ -111,7 +111,7 @@ class RunFacts:
 
     def planned(self, key: str) -> float | None:
         """Return a number of the plan."""
-        value = _table(self.plan, "plan").get(key)
+        value = subtable(self.plan, "plan").get(key)
         return value if is_number(value) and math.isfinite(value) else None
 
     def in_proportion(self, key: str) -> float | None:
@@ -185,9 +185,15 @@ def _evaluations(run: RunFolder) -> dict[str, dict[str, Any]]:
     return found
 
 
+def subtable(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return the table under a key of another, empty where there is none."""
+    value = table.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
 def _config(facts: RunFacts) -> Gemma3Config | None:
     """Return the shape of the model: that of the recipe, where it tells the vocabulary, else of a model folder."""
-    table = dict(_table(facts.recipe, "model"))
+    table = dict(subtable(facts.recipe, "model"))
     if "vocab_size" not in table and "size" not in table:
         given = _read_json(facts.run.model / "config.json").get("vocab_size")
         table["vocab_size"] = given or facts.setting("tokenizer", "vocab_size")
@@ -223,11 +229,6 @@ def _tokenizer(facts: RunFacts, folder: Path) -> str | None:
 
 def _names(value: Any) -> list[str]:
     return [str(each) for each in value] if isinstance(value, list) else [str(value)] if value else []
-
-
-def _table(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = table.get(key)
-    return value if isinstance(value, Mapping) else {}
 
 
 def _read(path: Path) -> str:

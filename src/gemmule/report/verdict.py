@@ -7,7 +7,7 @@ from typing import Any
 from gemmule.report.architecture_svg import parameter_counts
 from gemmule.report.figures import Measure, duration, figure, large, measures, memory_size
 from gemmule.report.logs import is_number
-from gemmule.report.summary import RunFacts
+from gemmule.report.summary import RunFacts, subtable
 
 NOT_RECORDED = "not recorded by this run"
 
@@ -67,7 +67,7 @@ def how_sure(facts: RunFacts) -> str:
     if best is not None and best[1].low is not None:
         name, measure = best
         return f"{measure.name.replace('_', ' ')} {measure.text} on {name}; one run, one seed"
-    text = _table(facts.data, "validation")
+    text = subtable(facts.data, "validation")
     amount = f" over {figure(text.get('kept'))} documents" if is_number(text.get("kept")) else ""
     return f"no interval is known: one run, one seed, one validation text{amount}; gemmule evaluate measures one"
 
@@ -107,7 +107,7 @@ def _sources(facts: RunFacts) -> str:
 
 
 def _from_what(facts: RunFacts) -> str:
-    text, seen = _table(facts.data, "train"), facts.last.get("tokens")
+    text, seen = subtable(facts.data, "train"), facts.last.get("tokens")
     parts = [_sources(facts)]
     if all(is_number(text.get(key)) for key in ("kept", "bytes", "tokens")):
         parts.append(f"{text['kept']:,} documents, {memory_size(text['bytes'])} of text, {text['tokens']:,} tokens")
@@ -121,7 +121,7 @@ def _quality(facts: RunFacts) -> str:
     if "val_loss" not in last:
         loss = f"; the last training loss is {figure(last['loss'])} nats per token" if "loss" in last else ""
         return f"it was not validated{loss}"
-    text, bits = _table(facts.data, "validation"), last.get("val_bits_per_byte")
+    text, bits = subtable(facts.data, "validation"), last.get("val_bits_per_byte")
     documents = f" of {text['kept']:,} documents" if is_number(text.get("kept")) else ""
     loss = f"{figure(last['val_loss'])} nats per token"
     sentence = f"it predicts validation text{documents} at " + (
@@ -172,8 +172,3 @@ def _commit(environment: Mapping[str, Any]) -> str:
         f"{name} {environment[name]}" for name in ("gemmule", "torch", "python") if name in environment
     )
     return f"{commit} ({versions})"
-
-
-def _table(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = table.get(key)
-    return value if isinstance(value, Mapping) else {}

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gemmule.data.engines import available_cores
 from gemmule.files import reason_of
 from gemmule.run_folder import RunFolder
 from gemmule.runtime import Runtime
@@ -46,7 +47,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": processor(),
-        "cores": _cores(),
+        "cores": available_cores(),
         "memory": _memory(),
         "device": torch.cuda.get_device_name(runtime.device) if cuda else runtime.device.type,
         "processes": runtime.world.size,
@@ -83,12 +84,6 @@ def _version() -> str | None:
         return version("gemmule")
     except PackageNotFoundError:  # run from its source, not installed
         return None
-
-
-def _cores() -> int | None:
-    with suppress(AttributeError, OSError):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def _memory() -> int | None:
