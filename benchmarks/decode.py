@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemmule.inference.decode import Decoding
+    from gemmule.inference.runners import Decoding
 
 PROMPT = "Once upon a time there was a little fox who lived at the edge of a wood."
 

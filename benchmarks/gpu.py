@@ -30,7 +30,7 @@ import torch
 from decode import gemmule_backend
 from gemmule.compiler import compile_block
 from gemmule.formats.opening import open_model
-from gemmule.inference.decode import Decoding
+from gemmule.inference.runners import Decoding
 from gemmule.inference.engine import stream_tokens
 from gemmule.inference.sampling import SamplingSettings
 from gemmule.model.attention import KERNELS, AttentionMask, packed_mask

@@ -12,7 +12,7 @@ import pytest
 
 from gemmule.cli.main import COMMANDS
 from gemmule.errors import RecipeError
-from gemmule.inference.decode import Decoding
+from gemmule.inference.runners import Decoding
 from gemmule.inference.sampling import RULES, SamplingSettings
 from gemmule.model.attention import KERNELS
 from gemmule.model.config import SIZES, Gemma3Config

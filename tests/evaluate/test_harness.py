@@ -8,7 +8,7 @@ import tokenizers
 
 from gemmule.errors import TokenizerError
 from gemmule.evaluate.lm_eval.chat import render_messages
-from gemmule.evaluate.lm_eval.generation import GenerationSettings, Request, generate_replies
+from gemmule.evaluate.lm_eval.generation import GenerationSettings, Prompt, generate_replies
 from gemmule.evaluate.lm_eval.local_tasks import judge_continuation
 from gemmule.evaluate.lm_eval.model import HarnessModel
 from gemmule.formats.folder import save_folder
@@ -53,7 +53,7 @@ def test_bos_stands_once_before_a_text(folder: Path, tiny_tokenizer: Tokenizer) 
 
 
 def replies(model: Gemma3, tokenizer: Tokenizer, rows: int, until: tuple[str, ...], limit: int = 24) -> list[str]:
-    asked = [Request(tuple(tokenizer.encode(text)), GenerationSettings(limit, until, GREEDY)) for text in SENTENCES[:6]]
+    asked = [Prompt(tuple(tokenizer.encode(text)), GenerationSettings(limit, until, GREEDY)) for text in SENTENCES[:6]]
     return generate_replies(model, tokenizer, asked, rows)
 
 

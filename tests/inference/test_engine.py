@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gemmule.errors import ModelError, RecipeError
 from gemmule.inference import decode as decode_module
-from gemmule.inference.decode import Decoding, static_step
+from gemmule.inference.runners import Decoding, static_step
 from gemmule.inference.engine import (
     Engine,
     Event,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gemmule.errors import DeviceError
-from gemmule.inference.decode import Decoding
+from gemmule.inference.runners import Decoding
 from gemmule.inference.engine import stream_tokens
 from gemmule.inference.native import library
 from gemmule.inference.native.library import load_library

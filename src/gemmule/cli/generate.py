@@ -15,7 +15,7 @@ from gemmule.errors import SourceError, UserError
 from gemmule.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
-    from gemmule.inference.engine import Event
+    from gemmule.inference.requests import Event
 
 
 def generate(
@@ -66,9 +66,9 @@ def generate(
         typer.echo("note: standard input is not read; --prompt - continues what comes from it", err=True)
     prompt = read_prompt(prompt)
     import gemmule
-    from gemmule.inference.decode import slow_decoding_reason
     from gemmule.inference.huge_pages import move_to_huge_pages
     from gemmule.inference.quantize import quantize
+    from gemmule.inference.runners import slow_decoding_reason
     from gemmule.model.finite import refuse_nonfinite_weights
 
     network, tokenizer = gemmule.load(model, device)

@@ -17,7 +17,7 @@ from gemmule.evaluate.log_probabilities import (
     score_continuations,
     target_scores,
 )
-from gemmule.inference.kv_cache import BatchCache
+from gemmule.model.cache import Cache
 from gemmule.model.gemma3 import Gemma3
 from gemmule.runtime import Runtime
 
@@ -83,6 +83,25 @@ def _batches(groups: Sequence[_Shared], batch_tokens: int) -> Iterator[list[_Sha
         yield batch
 
 
+class _ContextCache(Cache):
+    """A KV cache whose rows, contexts with left padding, can be repeated for several continuations of each."""
+
+    def repeat(self, counts: Sequence[int]) -> None:
+        """Repeat each row so many times; padding becomes slots that no token attends to."""
+        self._documents.clear()
+        index = torch.repeat_interleave(torch.tensor(counts, dtype=torch.long, device=self.next_positions.device))
+        self.next_positions = self.next_positions.expand(len(counts))[index]
+        for kind, positions in self._positions.items():
+            self._positions[kind] = torch.where(positions < 0, _NEVER, positions).expand(len(counts), -1)[index]
+        for layer, held in enumerate(self._layers):
+            if held is not None:
+                self._layers[layer] = held[0][index], held[1][index]
+
+
+# A position later than every query, so that the attention mask hides it.
+_NEVER = 2**62
+
+
 def _no_logits(hidden: Tensor, _vocabulary: Tensor) -> Tensor:
     return hidden[:, -1:]
 
@@ -106,7 +125,7 @@ def _score_batch(model: Gemma3, batch: Sequence[_Shared], runtime: Runtime) -> d
     def there(array: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(runtime.device)
 
-    cache = BatchCache(model.config)
+    cache = _ContextCache(model.config)
     with uncompiled(), runtime.autocast():
         documents = there(np.where(positions < 0, -1, 0))  # padding is a document of its own
         model(there(contexts), there(positions), documents, cache, output_head=_no_logits)

@@ -14,7 +14,8 @@ from gemmule.evaluate.intervals import rate_interval, ratio_interval
 from gemmule.evaluate.overlap import longest_copied_spans, words_of
 from gemmule.evaluate.probes import distinct, probe
 from gemmule.fields import Count, CountFrom0
-from gemmule.inference.engine import complete, encode_prompt, stop_tokens, stream_tokens
+from gemmule.inference.engine import complete, encode_prompt, reply_to_all, stop_tokens
+from gemmule.inference.requests import requests_of
 from gemmule.inference.sampling import SamplingSettings
 from gemmule.model.gemma3 import Gemma3
 from gemmule.reading import local_path
@@ -92,11 +93,7 @@ def tell_suite(model: Gemma3, tokenizer: Tokenizer, suite: Suite, progress: Prog
         prompts = [suite.prompts[number % len(suite.prompts)] for number in numbers]
         given = [encode_prompt(model, tokenizer, prompt) for prompt in prompts]
         limit = min(suite.max_new_tokens, model.config.max_position_embeddings - max(map(len, given)))
-        replies: list[list[int]] = [[] for _ in given]
-        for step in stream_tokens(model, given, limit, stops, suite.sampling, suite.seed + first):
-            for reply, token in zip(replies, step, strict=True):
-                if token is not None:
-                    reply.append(token)
+        replies = reply_to_all(model, requests_of(given, limit, stops, suite.sampling, suite.seed + first))
         for number, prompt, ids, reply in zip(numbers, prompts, given, replies, strict=True):
             text = tokenizer.decode([*ids, *reply])
             stories.append(Story(prompt, suite.seed + number, text, len(reply), bool(reply) and reply[-1] in stops))

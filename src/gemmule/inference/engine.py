@@ -1,168 +1,204 @@
-"""The generation engine: prompts to streams of tokens and text; a whole reply is its events joined."""
+"""The generation engine: many requests, some tokens of each per step; they join and leave between steps."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gemmule.distributed import copy_to_cpu_async
-from gemmule.errors import ModelError, RecipeError, TokenizerError
-from gemmule.inference.decode import Decoding, make_decoder, prefill
-from gemmule.inference.kv_cache import BatchCache
+from gemmule.errors import ModelError, TokenizerError
+from gemmule.inference.kv_cache import CacheSize, KVCache, exact_size
+from gemmule.inference.requests import Event, Request, SequenceState, requests_of
+from gemmule.inference.runners import Decoding, cache_dtype, choose_decoding, make_runner
 from gemmule.inference.sampling import SamplingSettings, draw_unchecked, refuse_invalid
+from gemmule.inference.step_batch import StepBatch
+from gemmule.model.config import Kind
 from gemmule.model.gemma3 import Gemma3
 from gemmule.settings import check_recipe
 from gemmule.tokenizer import Tokenizer
 
-
-class Event(NamedTuple):
-    """One generated token and the text that it completed."""
-
-    token: int
-    text: str
-    # The finish reason: "stop" after a stop token, "length" at the limit, None before the last token.
-    finish: str | None
-
-
-@dataclass(eq=False)
-class SequenceState:
-    """One sequence of a batch: what was requested, and the state of its generation."""
-
-    prompt: Sequence[int]  # token ids, at least one
-    sampling: SamplingSettings
-    generator: torch.Generator  # on the CPU; the draws of this sequence alone come from it
-    max_new_tokens: int
-    stops: frozenset[int]
-    generated: list[int] = field(default_factory=list)  # token ids, the stop token included
-    finish: str | None = None  # as in `Event`
-
-    @property
-    def position(self) -> int:
-        """The position of the next token."""
-        return len(self.prompt) + len(self.generated)
-
-    @property
-    def capacity(self) -> int:
-        """How many positions are fed to the model at most; the last token is not."""
-        return len(self.prompt) + self.max_new_tokens - 1
-
-    def append(self, token: int) -> None:
-        """Add a generated token, and finish where it is a stop token or the last one."""
-        self.generated.append(token)
-        if token in self.stops:
-            self.finish = "stop"
-        elif len(self.generated) >= self.max_new_tokens:
-            self.finish = "length"
+# Tokens of prompts per step: few enough on a CPU that those who speak do not wait long. GPUs need more to be busy.
+CHUNK_CPU, CHUNK_GPU = 128, 2048
+# Rows of the KV cache where nothing else is said; more requests wait.
+MAX_ROWS = 64
 
 
 class Engine:
-    """Decodes a batch of sequences, one token of each per step; they join and leave between steps.
+    """Continues prompts: `submit` requests, then `step` until `idle`.
 
-    Sequences do not influence each other: each has a row of the KV cache and a generator of its own.
+    A step takes the next token of each sequence that speaks, and pieces of the prompts of those that begin, in the
+    order of their requests. Sequences do not influence each other, and with native decoding on the CPU the tokens of
+    a reply are the same, bit for bit, whatever else the engine does. Requests wait until the KV cache has room for
+    their longest possible reply.
     """
 
-    def __init__(self, model: Gemma3, max_rows: int, capacity: int, decoding: Decoding = "auto") -> None:
-        """Make an engine of at most `max_rows` sequences of `capacity` positions; errors as in `choose_decoding`."""
-        self.sequences: list[SequenceState] = []  # that are not finished, in the order of rows
-        self._model, self._max_rows, self._capacity = model, max_rows, capacity
-        self._decoder = make_decoder(model, max_rows, capacity, decoding)
-        self._device = model.embedding.weight.device
-        self._logits = torch.empty(
-            0, dtype=torch.float32, device=self._device
-        )  # of the next token of each sequence, (B,V)
-        self._pending: Tensor | None = None  # tokens (B,) that were sampled, and not yet fed to the model
-        self._positions = torch.empty(0, dtype=torch.long, device=self._device)  # of those tokens, (B,)
+    def __init__(
+        self,
+        model: Gemma3,
+        max_rows: int,
+        longest: int,
+        decoding: Decoding = "auto",
+        *,
+        size: CacheSize | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        """Make an engine for `max_rows` sequences of `longest` positions; errors as in `choose_decoding`.
 
-    @torch.inference_mode()
-    def insert(self, sequences: Sequence[SequenceState]) -> None:
-        """Prefill sequences as one batch, shorter ones with left padding, and add them.
-
-        ValueError where there are too many, or one is longer than the capacity.
+        `size` is that of the KV cache, which by default grows with what lies in it.
         """
-        longest, rows = max(each.capacity for each in sequences), len(self.sequences) + len(sequences)
-        if longest > self._capacity or rows > self._max_rows:
-            limits = f"the engine was made for {self._max_rows} of {self._capacity} positions"
-            raise ValueError(f"{rows} sequences of up to {longest} positions: {limits}")
-        self._feed_pending()
-        lengths = torch.tensor([len(each.prompt) for each in sequences], dtype=torch.long, device=self._device)
-        width = max(len(each.prompt) for each in sequences)
-        padded = [[0] * (width - len(each.prompt)) + list(each.prompt) for each in sequences]
-        tokens = torch.tensor(padded, dtype=torch.long, device=self._device)
-        positions = torch.arange(width, device=self._device) - (width - lengths)[:, None]
-        cache = BatchCache(self._model.config)
-        logits = prefill(self._model, tokens, positions, cache)
-        self._decoder.insert(cache)
-        self._logits = torch.cat((self._logits, logits)) if self.sequences else logits
-        self._positions = torch.cat((self._positions, lengths))
-        self.sequences += sequences
+        self._device = model.embedding.weight.device
+        self.chunk = chunk or (CHUNK_CPU if self._device.type == "cpu" else CHUNK_GPU)
+        self.longest = longest
+        self.decoding = choose_decoding(model, decoding)
+        if self.decoding == "compiled" and size is None:  # for static shapes
+            size = exact_size(model.config, max_rows, longest, self.chunk)
+        dtype = cache_dtype(model, self.decoding)
+        self.cache = KVCache(model.config, max_rows, longest, size, dtype, self._device)
+        self._runner = make_runner(model, self.cache, self.decoding)
+        self._free = list(range(max_rows - 1, -1, -1))
+        self._waiting: deque[list[SequenceState]] = deque()  # the samples of each request
+        self._reading: dict[int, tuple[list[SequenceState], list[int]]] = {}  # samples and their rows, by the first row
+        self._speaking: dict[int, SequenceState] = {}  # by row
+        self.steps = self.tokens_run = 0  # so far
+
+    def submit(self, request: Request) -> list[SequenceState]:
+        """Add a request; return its samples. ValueError where the engine has no room for it, ever."""
+        if request.positions > self.longest or request.samples > self.cache.rows:
+            limits = f"the engine was made for {self.cache.rows} of {self.longest} positions"
+            raise ValueError(f"{request.samples} sequences of up to {request.positions} positions: {limits}")
+        samples = [SequenceState(request, sample) for sample in range(request.samples)]
+        if not self.cache.could_fit(self._need(request), len(samples)):
+            raise ValueError(f"{request.samples} sequences of {request.positions} positions: the KV cache is smaller")
+        self._waiting.append(samples)
+        return samples
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._waiting or self._reading or self._speaking)
 
     @torch.inference_mode()
     def step(self) -> list[SequenceState]:
-        """Append a token to each sequence, drop those that are finished, and return all that got one.
+        """Run the model once, and return the sequences that got a token.
 
         ModelError where the model's logits are not finite.
         """
-        self._feed_pending()
-        advanced = list(self.sequences)
-        self._pending = self._sample()
-        read = copy_to_cpu_async(self._pending)
-        if self._device.type == "cuda" and any(len(each.generated) + 1 < each.max_new_tokens for each in advanced):
-            self._feed_pending()  # the GPU computes while the tokens are read, in vain for sequences that end here
-        ids: list[int] = read().tolist()
+        self._admit()
+        batch, finished_prompts = self._plan()
+        if not len(batch.tokens):
+            return []
+        logits = self._runner.run(batch)
+        self.steps, self.tokens_run = self.steps + 1, self.tokens_run + len(batch.tokens)
+        for row in dict.fromkeys(batch.rows.tolist()):
+            self.cache.settle(row)
+        sources = [*self._speaking]  # the row whose logits each sequence draws from
+        for row in finished_prompts:
+            samples, rows = self._reading.pop(row)
+            for sample, own in zip(samples, rows, strict=True):
+                if own != row:
+                    self.cache.fork(row, own)
+                self._speaking[own] = sample
+                sources.append(row)
+        if not sources:
+            return []
+        order = {row: index for index, row in enumerate(batch.rows[batch.outputs].tolist())}
+        index = [order[row] for row in sources]
+        if index != list(range(len(logits))):
+            logits = logits[torch.tensor(index, device=logits.device)]
+        return self._draw(logits)
+
+    def cancel(self, samples: Iterable[SequenceState]) -> None:
+        """End sequences before they are finished, wherever they are; their rows are free at once."""
+        gone = {*samples}
+        for waiting in [*self._waiting]:
+            waiting[:] = [each for each in waiting if each not in gone]
+        self._waiting = deque(waiting for waiting in self._waiting if waiting)
+        for row, (reading, rows) in [*self._reading.items()]:
+            if gone.issuperset(reading):
+                del self._reading[row]
+                self.cache.finish(row, len(rows))
+                self._free += rows
+            # Otherwise the others need the prompt: what is cancelled leaves when it has been read.
+        for row, sequence in [*self._speaking.items()]:
+            if sequence in gone:
+                del self._speaking[row]
+                self._leave(row)
+        for sequence in gone:
+            sequence.finish = sequence.finish or "cancelled"
+
+    def _need(self, request: Request) -> dict[Kind, int]:
+        return self.cache.need(request.positions, self.chunk)
+
+    def _admit(self) -> None:
+        """Give rows to the requests that wait, in order, while there is room."""
+        while self._waiting:
+            samples = self._waiting[0]
+            request = samples[0].request
+            need = self._need(request)
+            if len(samples) > len(self._free) or not self.cache.fits(need, len(samples)):
+                return
+            self._waiting.popleft()
+            rows = [self._free.pop() for _ in samples]
+            known = self.cache.begin(rows[0], request.prompt, need, len(samples))
+            for sample in samples:
+                sample.cached = known
+            self._reading[rows[0]] = samples, rows
+
+    def _plan(self) -> tuple[StepBatch, list[int]]:
+        """Return what the next step computes, and the rows whose prompts it reads to the end."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        outputs: list[int] = []
+        ended: list[int] = []
+        for row, sequence in self._speaking.items():
+            outputs.append(len(tokens))
+            token = sequence.generated[-1]
+            positions.append(self.cache.extend(row, (token,)))
+            tokens.append(token)
+            rows.append(row)
+        left = self.chunk
+        for row, (samples, _) in self._reading.items():
+            if not left:
+                break
+            prompt = samples[0].request.prompt
+            first = self.cache.length(row)
+            piece = prompt[first : first + left]
+            self.cache.extend(row, piece)
+            tokens += piece
+            positions += range(first, first + len(piece))
+            rows += [row] * len(piece)
+            left -= len(piece)
+            if first + len(piece) == len(prompt):
+                outputs.append(len(tokens) - 1)
+                ended.append(row)
+        return StepBatch(*(np.array(each, dtype=np.int64) for each in (tokens, positions, rows, outputs))), ended
+
+    def _draw(self, logits: Tensor) -> list[SequenceState]:
+        """Append a token to each sequence that speaks, from its row of the logits; let those that end leave."""
+        advanced = [*self._speaking.values()]
+        ids = self._sample(logits, advanced)
         refuse_invalid(ids)
         for sequence, token in zip(advanced, ids, strict=True):
-            sequence.append(token)
-        self._evict([row for row, sequence in enumerate(advanced) if sequence.finish])
-        return advanced
+            if sequence.finish is None:  # or it was cancelled while its prompt was read
+                sequence.append(token)
+        for row, sequence in [*self._speaking.items()]:
+            if sequence.finish:
+                del self._speaking[row]
+                self._leave(row)
+        return [sequence for sequence in advanced if sequence.finish != "cancelled"]
 
-    @torch.inference_mode()
-    def evict(self, sequence: SequenceState) -> None:
-        """Drop a sequence before it is finished."""
-        self._evict([self.sequences.index(sequence)])
+    def _leave(self, row: int) -> None:
+        self.cache.finish(row)
+        self._free.append(row)
 
-    def _evict(self, rows: list[int]) -> None:
-        if not rows:
-            return
-        kept = [row for row in range(len(self.sequences)) if row not in rows]
-        self.sequences = [self.sequences[row] for row in kept]
-        self._decoder.evict(rows)
-        index = torch.tensor(kept, dtype=torch.long, device=self._device)
-        self._positions = self._positions[index]
-        if self._pending is None:
-            self._logits = self._logits[index]
-        else:
-            self._pending = self._pending[index] if kept else None
-
-    def _feed_pending(self) -> None:
-        """Decode the tokens that were sampled last, if that was not done yet."""
-        if self._pending is not None:
-            self._logits = self._decoder.step(self._pending.clamp(min=0), self._positions)
-            self._positions = self._positions + 1
-            self._pending = None
-
-    def _sample(self) -> Tensor:
-        """Sample the next token of each sequence, (B,), those of equal settings at once."""
-        groups: dict[SamplingSettings, list[int]] = {}
-        for row, sequence in enumerate(self.sequences):
-            groups.setdefault(sequence.sampling, []).append(row)
-        generators = [sequence.generator for sequence in self.sequences]
-        if len(groups) == 1:
-            return draw_unchecked(self._logits, self.sequences[0].sampling, generators)
-        tokens = torch.empty(len(self.sequences), dtype=torch.long, device=self._device)
-        for settings, rows in groups.items():
-            tokens[rows] = draw_unchecked(self._logits[rows], settings, [generators[row] for row in rows])
-        return tokens
-
-
-def seeded_generator(seed: int | None) -> torch.Generator:
-    """Return a generator on the CPU, randomly seeded for None; RecipeError where the seed is out of range."""
-    if seed is not None and not 0 <= seed < 2**64:
-        raise RecipeError(f"seed = {seed}: must be from 0 to {2**64 - 1}")
-    generator = torch.Generator("cpu")
-    generator.manual_seed(seed) if seed is not None else generator.seed()
-    return generator
+    def _sample(self, logits: Tensor, sequences: Sequence[SequenceState]) -> list[int]:
+        ids: list[int] = []
+        for row, sequence in enumerate(sequences):
+            generator = torch.Generator("cpu").manual_seed((sequence.request.seed or 0) + len(sequence.generated))
+            ids += draw_unchecked(logits[row : row + 1], sequence.request.sampling, [generator]).tolist()
+        return ids
 
 
 def stream_tokens(
@@ -174,24 +210,34 @@ def stream_tokens(
     seed: int | None = None,
     decoding: Decoding = "auto",
 ) -> Iterator[list[int | None]]:
-    """Generate from several prompts (token ids) as one batch; each step yields a token per row, None for finished rows.
+    """Generate from several prompts (token ids) as one batch; each step yields a token per row, None for the others.
 
-    Row i draws with the seed `seed` + i, as it would alone. `decoding` is one of those in `decode.py`. ModelError where
-    the model's logits are not finite.
+    Row i draws with the seed `seed` + i, as it would alone. `decoding` is one of those in `runners.py`. ModelError
+    where the model's logits are not finite.
     """
-    others = (seeded_generator(None if seed is None else (seed + row) % 2**64) for row in range(1, len(prompts)))
-    generators = [seeded_generator(seed), *others]
-    sequences = [
-        SequenceState(prompt, sampling, generator, max_new_tokens, stops)
-        for prompt, generator in zip(prompts, generators, strict=True)
-    ]
-    if max_new_tokens < 1:
+    if max_new_tokens < 1 or not prompts:
         return
-    engine = Engine(model, len(sequences), max(each.capacity for each in sequences), decoding)
-    engine.insert(sequences)
-    while engine.sequences:
-        advanced = set(engine.step())
-        yield [each.generated[-1] if each in advanced else None for each in sequences]
+    requests = requests_of(prompts, max_new_tokens, stops, sampling, seed)
+    engine = Engine(model, len(requests), max(each.positions for each in requests), decoding)
+    sequences = [engine.submit(request)[0] for request in requests]
+    while not engine.idle:
+        advanced = {*engine.step()}
+        if advanced:
+            yield [each.generated[-1] if each in advanced else None for each in sequences]
+
+
+def reply_to_all(
+    model: Gemma3, requests: Sequence[Request], decoding: Decoding = "auto", max_rows: int = MAX_ROWS
+) -> list[list[int]]:
+    """Return the tokens of a reply to each request, the stop token included; ModelError as in `Engine.step`."""
+    if not requests:
+        return []
+    rows = min(max_rows, len(requests))
+    engine = Engine(model, rows, max(each.positions for each in requests), decoding)
+    sequences = [engine.submit(request)[0] for request in requests]
+    while not engine.idle:
+        engine.step()
+    return [sequence.generated for sequence in sequences]
 
 
 def generate(
@@ -213,17 +259,17 @@ def generate(
     """
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     sampling = check_recipe(given, SamplingSettings, "of the options")
-    stops = stop_tokens(tokenizer)
     decoder = tokenizer.stream_decoder()
     ids = encode_prompt(model, tokenizer, prompt)
     limit = min(max_new_tokens, model.config.max_position_embeddings - len(ids))
-    sequence = SequenceState(ids, sampling, seeded_generator(seed), limit, stops)
     if limit < 1:
         return
-    engine = Engine(model, 1, sequence.capacity, decoding)
-    engine.insert([sequence])
-    while engine.sequences:
-        engine.step()
+    request = Request(tuple(ids), limit, sampling, seed, stops=stop_tokens(tokenizer))
+    engine = Engine(model, 1, request.positions, decoding)
+    (sequence,) = engine.submit(request)
+    while not engine.idle:
+        if not engine.step():
+            continue
         token, finish = sequence.generated[-1], sequence.finish
         text = "" if finish == "stop" else decoder.feed(token)
         yield Event(token, text + decoder.end() if finish else text, finish)
@@ -238,17 +284,14 @@ def complete(
     seed: int | None = None,
     decoding: Decoding = "auto",
 ) -> list[str]:
-    """Generate from several prompts as one batch; return each prompt with its continuation."""
+    """Generate from several prompts; return each prompt with its continuation."""
     if not prompts:
         return []
-    stops = stop_tokens(tokenizer)
-    replies = [encode_prompt(model, tokenizer, prompt) for prompt in prompts]
-    max_new_tokens = min(max_new_tokens, model.config.max_position_embeddings - max(map(len, replies)))
-    for step in stream_tokens(model, [*map(tuple, replies)], max_new_tokens, stops, sampling, seed, decoding):
-        for reply, token in zip(replies, step, strict=True):
-            if token is not None:
-                reply.append(token)
-    return [tokenizer.decode(reply) for reply in replies]
+    given = [encode_prompt(model, tokenizer, prompt) for prompt in prompts]
+    max_new_tokens = min(max_new_tokens, model.config.max_position_embeddings - max(map(len, given)))
+    requests = requests_of(given, max_new_tokens, stop_tokens(tokenizer), sampling, seed)
+    replies = reply_to_all(model, requests, decoding)
+    return [tokenizer.decode([*ids, *reply]) for ids, reply in zip(given, replies, strict=True)]
 
 
 def encode_prompt(model: Gemma3, tokenizer: Tokenizer, prompt: str) -> list[int]:

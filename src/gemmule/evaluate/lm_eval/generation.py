@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from gemmule.errors import RecipeError
-from gemmule.inference.engine import Engine, SequenceState, seeded_generator, stop_tokens
+from gemmule.inference.engine import Engine, stop_tokens
+from gemmule.inference.requests import Request, SequenceState
 from gemmule.inference.sampling import SamplingSettings
 from gemmule.model.gemma3 import Gemma3
 from gemmule.settings import check_recipe
@@ -20,10 +21,10 @@ class GenerationSettings(NamedTuple):
     sampling: SamplingSettings
 
 
-class Request(NamedTuple):
+class Prompt(NamedTuple):
     """A prompt (token ids, at least one) and how to reply to it."""
 
-    prompt: tuple[int, ...]
+    ids: tuple[int, ...]
     settings: GenerationSettings
 
 
@@ -75,41 +76,33 @@ class _Reply:
 def generate_replies(
     model: Gemma3,
     tokenizer: Tokenizer,
-    requests: Sequence[Request],
+    prompts: Sequence[Prompt],
     rows: int,
     done: Callable[[int], object] = lambda _: None,
     seed: int = 0,
 ) -> list[str]:
-    """Generate a reply to each request, at most `rows` at a time, in the order of the requests.
+    """Generate a reply to each prompt, at most `rows` at a time, in the order of the prompts.
 
-    A reply ends before a stop string, at a stop token or at its limit. Request i samples with the seed `seed` + i.
+    A reply ends before a stop string, at a stop token or at its limit. Prompt i samples with the seed `seed` + i.
     """
-    if not requests:
+    if not prompts:
         return []
     stops = stop_tokens(tokenizer)
-    replies = [
-        _Reply(
-            number,
-            SequenceState(prompt, settings.sampling, seeded_generator(seed + number), settings.max_new_tokens, stops),
-            settings.until,
-            tokenizer.stream_decoder(),
-        )
-        for number, (prompt, settings) in enumerate(requests)
+    requests = [
+        Request(prompt.ids, prompt.settings.max_new_tokens, prompt.settings.sampling, seed + number, stops=stops)
+        for number, prompt in enumerate(prompts)
     ]
-    texts = [""] * len(replies)
-    rows = min(rows, len(replies))
-    engine = Engine(model, rows, max(reply.sequence.capacity for reply in replies))
-    queue = sorted(replies, key=lambda reply: len(reply.sequence.prompt))  # the longest last, taken first
+    engine = Engine(model, min(rows, len(requests)), max(request.positions for request in requests))
+    texts = [""] * len(requests)
     running: dict[SequenceState, _Reply] = {}
-    while queue or running:
-        free = rows - len(running)
-        if queue and free >= max(1, rows // 4):  # several at once, since each batch of prompts has a cost of its own
-            joining = [queue.pop() for _ in range(min(free, len(queue)))]
-            running |= {reply.sequence: reply for reply in joining}
-            engine.insert([reply.sequence for reply in joining])
+    for number in sorted(range(len(requests)), key=lambda number: -len(requests[number].prompt)):  # the longest first
+        (sequence,) = engine.submit(requests[number])
+        until = prompts[number].settings.until
+        running[sequence] = _Reply(number, sequence, until, tokenizer.stream_decoder())
+    while not engine.idle:
         for sequence in engine.step():
             if running[sequence].take_last_token() and not sequence.finish:
-                engine.evict(sequence)
+                engine.cancel([sequence])
             elif not sequence.finish:
                 continue
             reply = running.pop(sequence)

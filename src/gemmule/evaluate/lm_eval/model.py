@@ -10,7 +10,7 @@ import gemmule
 from gemmule.errors import MissingExtra, ModelError, RecipeError, TokenizerError
 from gemmule.evaluate.choices import score_choices
 from gemmule.evaluate.lm_eval.chat import render_messages
-from gemmule.evaluate.lm_eval.generation import Request, generate_replies, read_generation_settings
+from gemmule.evaluate.lm_eval.generation import Prompt, generate_replies, read_generation_settings
 from gemmule.evaluate.log_probabilities import ContinuationScore, default_runtime, score_continuations
 from gemmule.runtime import Runtime
 
@@ -135,7 +135,7 @@ class HarnessModel:
             if room < 1:
                 raise RecipeError(f"max_gen_toks = {settings.max_new_tokens}: the model reads {self._longest} tokens")
             ids = self.tok_encode(prompt) or [self.prefix_token_id]
-            asked.append(Request(tuple(ids[-room:]), settings))
+            asked.append(Prompt(tuple(ids[-room:]), settings))
         with tqdm(total=len(asked), desc="Generating replies", disable=disable_tqdm) as bar:
             return generate_replies(self._network, self._tokenizer, asked, self._rows or _ROWS, bar.update)
 

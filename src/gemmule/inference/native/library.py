@@ -23,8 +23,8 @@ from gemmule.code_cache import WRITABLE_BY_OTHERS, cache_folder
 from gemmule.files import sha256, sync
 
 SOURCE = Path(__file__).with_name("step.c")
-# Sums may be taken in any order, which is what lets a compiler use vectors; infinities and rounding stay as they are.
-FLAGS = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
+# The order of sums, infinities and rounding stay as they are written.
+FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno")
 OPENMP = "-fopenmp"
 OPTIONAL = (OPENMP, "-mprefer-vector-width=512")  # that not every compiler has
 TIMEOUT = 120  # seconds, per run of the compiler

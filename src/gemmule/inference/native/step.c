@@ -1,9 +1,11 @@
-/* One decoding step of Gemma 3 on a CPU: one token per row in, the logits of each row out.
+/* The forward pass of Gemma 3 on a CPU, for tokens of any sequences: a step reads some tokens of each, and gives logits.
 
-   The forward pass of gemmule/model/gemma3.py for one position per row, which is bound by how fast weights are read:
-   one team of threads per step, each matrix read once, activations in fp32 and in the processor's cache. Plain C11,
-   which the compiler vectorizes. Letters as in gemma3.py; B rows, D hidden size, N and K heads of
-   size H, F MLP width, V vocabulary. library.py compiles it, binding.py has the same structures. */
+   What gemmule/model/gemma3.py computes, with one team of threads per step; each matrix is read once for all tokens,
+   activations are fp32. The result of a token does not depend on the others of its step, bit for bit: every sum has one
+   order, that of its own columns or positions, whatever the size of the tile in which it is computed. So sums are
+   written in vectors of a fixed number of lanes, and the compiler must not reorder them (no -ffast-math).
+   Letters as in gemma3.py; T tokens of the step, D hidden size, N and K heads of size H, F MLP width, V vocabulary.
+   library.py compiles this file, binding.py has the same structures. */
 
 #include <math.h>
 #include <sched.h>
@@ -16,6 +18,8 @@
 #endif
 
 enum { F32, BF16, INT8 };
+enum { LOCAL, GLOBAL, KINDS };
+enum { PAGE = 16 }; /* positions of a page of the KV cache */
 
 typedef struct {
     const void *data;    /* (rows, columns), row by row */
@@ -27,20 +31,38 @@ typedef struct {
     Matrix query, key, value, output, gate, up, down;
     /* Norms are 1 + weight. */
     const float *pre_attention, *post_attention, *pre_mlp, *post_mlp, *query_norm, *key_norm;
-    const float *frequencies; /* (H/2,), radians per position */
-    float *keys, *values;     /* (B, K, capacity, H); position p lies in slot p % capacity */
-    int64_t capacity, window; /* window 0: no limit */
-    float factor;             /* RoPE scaling: positions are divided by it */
+    int64_t kind, offset; /* LOCAL or GLOBAL; where in a page of that kind its keys (K, H, PAGE) and values (K, PAGE, H) lie */
 } Layer;
 
 typedef struct {
-    int64_t batch, width, heads, groups, size, inner, layers;
+    const float *frequencies; /* (H/2,), radians per position */
+    int64_t window;           /* 0: no limit */
+    float factor;             /* RoPE scaling: positions are divided by it */
+} Kind;
+
+typedef struct {
+    int64_t width, heads, groups, size, inner, layers;
     float eps, embedding_scale, query_scale;
     Matrix embedding, head;
     const float *norm;
     const Layer *layer;
+    Kind kinds[KINDS];
     int64_t threads;
 } Model;
+
+typedef struct {
+    float *memory;        /* (pages, floats of a page) */
+    int64_t pages, floats;
+    const int32_t *table; /* (rows, longest / PAGE): the page that holds positions PAGE i ... PAGE i + 15 of a row */
+} Pages;
+
+typedef struct {
+    int64_t count, rows, longest;             /* tokens; sequences; positions that the tables have entries for */
+    const int64_t *tokens, *positions, *row;  /* (T,), positions of a row in ascending order */
+    int64_t outputs;
+    const int64_t *output;                    /* (outputs,): the tokens whose logits are wanted */
+    Pages pages[KINDS];
+} Batch;
 
 /* ---- thread team: dynamic scheduling by shared counters, a barrier between stages ---- */
 
@@ -98,7 +120,59 @@ static int bind_core(const Cores *allowed, int first, int thread, Cores *own) {
 static void restore_cores(const Cores *own) { (void)own; }
 #endif
 
-/* ---- matmuls ---- */
+/* ---- vectors ---- */
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef int32_t Signed __attribute__((vector_size(4 * LANES)));
+
+static inline Floats load(const float *from) { return *(const Floats *)from; }
+
+/* Lanes of two vectors by their indices, those of the second one after those of the first. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define LANES_OF(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LANES_OF(a, b, ...) __builtin_shuffle(a, b, (Signed){__VA_ARGS__})
+#endif
+
+/* The sums of the lanes of four vectors. Of one vector, each half is added to the other, and so on to the last two: the
+   same order for each of the four, so that a sum does not depend on its neighbours. */
+static inline void sum_lanes(const Floats v[4], float *out) {
+    Floats four;
+#if LANES == 16
+    Floats a = LANES_OF(v[0], v[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               LANES_OF(v[0], v[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    Floats b = LANES_OF(v[2], v[3], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               LANES_OF(v[2], v[3], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    four = LANES_OF(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           LANES_OF(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    four += LANES_OF(four, four, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    four += LANES_OF(four, four, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif LANES == 8
+    Floats a = LANES_OF(v[0], v[1], 0, 1, 2, 3, 8, 9, 10, 11) + LANES_OF(v[0], v[1], 4, 5, 6, 7, 12, 13, 14, 15);
+    Floats b = LANES_OF(v[2], v[3], 0, 1, 2, 3, 8, 9, 10, 11) + LANES_OF(v[2], v[3], 4, 5, 6, 7, 12, 13, 14, 15);
+    four = LANES_OF(a, b, 0, 1, 4, 5, 8, 9, 12, 13) + LANES_OF(a, b, 2, 3, 6, 7, 10, 11, 14, 15);
+    four += LANES_OF(four, four, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+    Floats a = LANES_OF(v[0], v[1], 0, 1, 4, 5) + LANES_OF(v[0], v[1], 2, 3, 6, 7);
+    Floats b = LANES_OF(v[2], v[3], 0, 1, 4, 5) + LANES_OF(v[2], v[3], 2, 3, 6, 7);
+    four = LANES_OF(a, b, 0, 2, 4, 6) + LANES_OF(a, b, 1, 3, 5, 7);
+#endif
+    for (int i = 0; i < 4; i++) out[i] = four[i * LANES / 4];
+}
+static inline float sum_of(Floats v) {
+    Floats alone[4] = {v};
+    float sums[4];
+    sum_lanes(alone, sums);
+    return sums[0];
+}
 
 static inline float float_of_bits(uint32_t bits) {
     float value;
@@ -113,39 +187,14 @@ static inline uint32_t magnitude(float value) {
 }
 static inline float from_bf16(uint16_t value) { return float_of_bits((uint32_t)value << 16); }
 
-/* Dot products, one row of a matrix at a time: with several at once a core reads a quarter less from memory. */
-static float dot_f32(const float *w, const float *x, int64_t columns) {
-    float sum = 0;
-    for (int64_t i = 0; i < columns; i++) sum += w[i] * x[i];
-    return sum;
-}
-
-/* Two numbers of bf16 become floats where they lie in their 32 bits; the vector comes as its even and its odd numbers.
-   (A machine whose first byte is the largest has them the other way round, and is not supported.) */
-static float dot_bf16(const uint16_t *w, const float *even, const float *odd, int64_t columns) {
-    float sum = 0, other = 0;
-    for (int64_t i = 0; i < columns / 2; i++) {
-        uint32_t pair;
-        memcpy(&pair, w + 2 * i, sizeof pair);
-        sum += float_of_bits(pair << 16) * even[i];
-        other += float_of_bits(pair & 0xffff0000u) * odd[i];
-    }
-    if (columns % 2) sum += from_bf16(w[columns - 1]) * even[columns / 2];
-    return sum + other;
-}
-
-static int32_t dot_int8(const int8_t *w, const int16_t *x, int64_t columns) {
-    int32_t sum = 0;
-    for (int64_t i = 0; i < columns; i++) sum += (int32_t)(int16_t)w[i] * x[i];
-    return sum;
-}
+/* ---- matmuls ---- */
 
 /* The activations of a matmul, converted for the kind of matrix: for bf16 the even numbers before the odd ones, for
    int8 sixteen bits and one scale per block. So many products of 127 and 32767 fit into the 32 bits of a sum. */
 enum { BLOCK = 512, TASK = 65536 };
 typedef struct {
-    float *numbers; /* (B, columns), of which int8 uses half */
-    float *scales;  /* (B, blocks) */
+    float *numbers; /* (T, columns), of which int8 uses half */
+    float *scales;  /* (T, blocks) */
 } Operand;
 
 static int64_t blocks_of(int64_t columns) { return (columns + BLOCK - 1) / BLOCK; }
@@ -164,67 +213,186 @@ static void quantize_activations(const float *x, int64_t columns, int16_t *numbe
     }
 }
 
-static void prepare_operand(int64_t batch, const Matrix *m, const float *x, const Operand *operand) {
-    int64_t columns = m->columns, evens = (columns + 1) / 2;
-    for (int64_t row = 0; row < batch; row++, x += columns) {
-        float *numbers = operand->numbers + row * columns;
-        if (m->kind == INT8)
-            quantize_activations(x, columns, (int16_t *)numbers, operand->scales + row * blocks_of(columns));
-        if (m->kind == BF16)
-            for (int64_t i = 0; i < columns; i++) numbers[i / 2 + i % 2 * evens] = x[i];
-    }
+/* Row `row` of the operand of matrices of this kind, from x (columns,). */
+static void prepare_operand(int64_t kind, const float *x, int64_t columns, int64_t row, const Operand *operand) {
+    float *numbers = operand->numbers + row * columns;
+    int64_t evens = (columns + 1) / 2;
+    if (kind == F32) memcpy(numbers, x, (size_t)columns * sizeof *x);
+    if (kind == INT8) quantize_activations(x, columns, (int16_t *)numbers, operand->scales + row * blocks_of(columns));
+    if (kind != BF16) return;
+    for (int64_t i = 0; i < columns / 2; i++) numbers[i] = x[2 * i], numbers[evens + i] = x[2 * i + 1];
+    if (columns % 2) numbers[evens - 1] = x[columns - 1];
 }
 
-/* Rows first..first + count of m times row `row` of x, which was prepared for m. */
-static void matmul_rows(const Matrix *m, int64_t first, int64_t count, const float *x, const Operand *operand,
-                        int64_t row, float *out) {
-    int64_t columns = m->columns;
-    const float *numbers = operand->numbers + row * columns, *scales = operand->scales + row * blocks_of(columns);
-    x += row * columns;
-    for (int64_t i = 0; i < count; i++) {
-        int64_t at = (first + i) * columns;
-        if (m->kind == F32) out[i] = dot_f32((const float *)m->data + at, x, columns);
-        if (m->kind == BF16)
-            out[i] = dot_bf16((const uint16_t *)m->data + at, numbers, numbers + (columns + 1) / 2, columns);
-        if (m->kind != INT8) continue;
-        out[i] = 0;
-        for (int64_t skip = 0; skip < columns; skip += BLOCK) {
-            int64_t size = columns - skip < BLOCK ? columns - skip : BLOCK;
-            const int8_t *w = (const int8_t *)m->data + at + skip;
-            out[i] += scales[skip / BLOCK] * (float)dot_int8(w, (const int16_t *)numbers + skip, size);
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+
+/* The largest tiles whose sums stay in the registers, of which there are 32 or 16. */
+#if LANES == 16 || defined(__aarch64__)
+enum { HIGH_F32 = 5, HIGH = 4, WIDE = 4 };
+#else
+enum { HIGH_F32 = 2, HIGH = 2, WIDE = 4 };
+#endif
+
+/* A tile: `high` rows of the operand (columns apart) times `wide` rows of a matrix, out[i * stride + j]. */
+INLINE void tile_f32(const float *w, const float *x, int64_t columns, int high, int wide, float *out, int64_t stride) {
+    Floats sum[HIGH_F32][WIDE] = {0};
+    int64_t c = 0;
+    for (; c + LANES <= columns; c += LANES) {
+        Floats weight[WIDE];
+        UNROLL for (int j = 0; j < wide; j++) weight[j] = load(w + j * columns + c);
+        UNROLL for (int i = 0; i < high; i++) {
+            Floats value = load(x + i * columns + c);
+            UNROLL for (int j = 0; j < wide; j++) sum[i][j] += value * weight[j];
         }
-        out[i] *= m->scales[first + i];
+    }
+    UNROLL for (int i = 0; i < high; i++) {
+        float sums[4];
+        sum_lanes(sum[i], sums);
+        UNROLL for (int j = 0; j < wide; j++) {
+            float rest = 0;
+            for (int64_t d = c; d < columns; d++) rest += x[i * columns + d] * w[j * columns + d];
+            out[i * stride + j] = sums[j] + rest;
+        }
     }
 }
 
-/* Rows per task, enough to make a fetch from the shared counter cheap. */
-static int64_t rows_per_task(const Matrix *m) {
-    int64_t rows = TASK / m->columns;
-    return rows < 1 ? 1 : rows;
+/* Two numbers of bf16 become floats where they lie in their 32 bits.
+   (A machine whose first byte is the largest has them the other way round, and is not supported.) */
+INLINE void tile_bf16(const uint16_t *w, const float *x, int64_t columns, int high, int wide, float *out,
+                      int64_t stride) {
+    Floats even[HIGH_F32][2] = {0}, odd[HIGH_F32][2] = {0};
+    int64_t evens = (columns + 1) / 2, c = 0;
+    for (; c + LANES <= columns / 2; c += LANES) {
+        UNROLL for (int j = 0; j < wide; j++) {
+            Words pairs = *(const Words *)(w + j * columns + 2 * c);
+            Words low = pairs << 16, high_half = pairs & 0xffff0000u;
+            Floats first = (Floats)low, second = (Floats)high_half;
+            UNROLL for (int i = 0; i < high; i++) {
+                even[i][j] += load(x + i * columns + c) * first;
+                odd[i][j] += load(x + i * columns + evens + c) * second;
+            }
+        }
+    }
+    UNROLL for (int i = 0; i < high; i++) {
+        Floats both[4] = {0};
+        float sums[4];
+        UNROLL for (int j = 0; j < wide; j++) both[j] = even[i][j] + odd[i][j];
+        sum_lanes(both, sums);
+        UNROLL for (int j = 0; j < wide; j++) {
+            float rest = 0;
+            const uint16_t *row = w + j * columns;
+            for (int64_t d = c; d < columns / 2; d++) {
+                rest += x[i * columns + d] * from_bf16(row[2 * d]);
+                rest += x[i * columns + evens + d] * from_bf16(row[2 * d + 1]);
+            }
+            if (columns % 2) rest += x[i * columns + evens - 1] * from_bf16(row[columns - 1]);
+            out[i * stride + j] = sums[j] + rest;
+        }
+    }
 }
 
-/* out (B, rows of m) = m times each row of x (B, columns); `next` is the shared counter of rows. */
-static void matmul(atomic_long *next, int64_t batch, const Matrix *m, const float *x, const Operand *operand,
-                   float *out) {
-    prepare_operand(batch, m, x, operand);
-    int64_t piece = rows_per_task(m);
+static int32_t dot_int8(const int8_t *w, const int16_t *x, int64_t columns) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < columns; i++) sum += (int32_t)(int16_t)w[i] * x[i];
+    return sum;
+}
+
+static float row_int8(const Matrix *m, int64_t row, const int16_t *numbers, const float *scales) {
+    float sum = 0;
+    for (int64_t skip = 0; skip < m->columns; skip += BLOCK) {
+        int64_t size = m->columns - skip < BLOCK ? m->columns - skip : BLOCK;
+        const int8_t *w = (const int8_t *)m->data + row * m->columns + skip;
+        sum += scales[skip / BLOCK] * (float)dot_int8(w, numbers + skip, size);
+    }
+    return sum * m->scales[row];
+}
+
+/* `high` rows of the operand from `token` on, times the rows at ... at + wide of m. */
+INLINE void tile(const Matrix *m, int64_t at, const Operand *operand, int64_t token, int high, int wide, float *out,
+                 int64_t stride) {
+    const float *x = operand->numbers + token * m->columns;
+    if (m->kind == F32) tile_f32((const float *)m->data + at * m->columns, x, m->columns, high, wide, out, stride);
+    if (m->kind == BF16)
+        for (int j = 0; j < wide; j += 2) {
+            const uint16_t *w = (const uint16_t *)m->data + (at + j) * m->columns;
+            if (wide == 1) tile_bf16(w, x, m->columns, high, 1, out, stride);
+            else tile_bf16(w, x, m->columns, high, 2, out + j, stride);
+        }
+    if (m->kind != INT8) return;
+    for (int i = 0; i < high; i++, x += m->columns)
+        for (int j = 0; j < wide; j++)
+            out[i * stride + j] =
+                row_int8(m, at + j, (const int16_t *)x, operand->scales + (token + i) * blocks_of(m->columns));
+}
+
+/* `wide` rows of m times all rows of the operand. */
+INLINE void tiles(const Matrix *m, int64_t at, int wide, const Operand *operand, int64_t count, float *out,
+                  int64_t stride) {
+    int64_t t = 0;
+    if (m->kind == F32)
+        for (; t + HIGH_F32 <= count; t += HIGH_F32) tile(m, at, operand, t, HIGH_F32, wide, out + t * stride, stride);
+    else
+        for (; t + HIGH <= count; t += HIGH) tile(m, at, operand, t, HIGH, wide, out + t * stride, stride);
+    for (; t + 2 <= count; t += 2) tile(m, at, operand, t, 2, wide, out + t * stride, stride);
+    if (t < count) tile(m, at, operand, t, 1, wide, out + t * stride, stride);
+}
+
+/* Ask for the rows of the next tile, so that they come from memory while this one is computed. */
+static inline void fetch_ahead(const Matrix *m, int64_t at) {
+    int64_t row = m->columns * (m->kind == F32 ? 4 : m->kind == BF16 ? 2 : 1);
+    const char *from = (const char *)m->data + at * row;
+    for (int64_t i = 0; i < WIDE * row; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+/* out[t * stride + i] = row first + i of m times row t of the operand, for `rows` rows of m and `count` of the operand. */
+static void matmul_rows(const Matrix *m, int64_t first, int64_t rows, const Operand *operand, int64_t count, float *out,
+                        int64_t stride) {
+    int64_t i = 0;
+    /* For a single token one row at a time: with several at once a core reads a quarter less from memory. */
+    if (count > 1)
+        for (; i + WIDE <= rows; i += WIDE) {
+            if (first + i + 2 * WIDE <= m->rows) fetch_ahead(m, first + i + WIDE);
+            tiles(m, first + i, WIDE, operand, count, out + i, stride);
+        }
+    for (; i < rows; i++) tiles(m, first + i, 1, operand, count, out + i, stride);
+}
+
+/* Rows per task: some tasks for each thread, of a size that makes a fetch from the shared counter cheap. */
+static int64_t rows_per_task(const Matrix *m, int size) {
+    int64_t most = TASK / m->columns, share = m->rows / (4 * size), rows = share < most ? share : most;
+    return rows < WIDE ? WIDE : rows / WIDE * WIDE;
+}
+
+typedef struct {
+    Team *team;
+    int me;
+    float *scores; /* (longest,) */
+} Thread;
+
+/* out (T, rows of m) = m times each row of the operand; `next` is the shared counter of rows. */
+static void matmul(const Thread *thread, atomic_long *next, int64_t count, const Matrix *m, const Operand *operand, float *out) {
+    int64_t piece = rows_per_task(m, thread->team->size);
     for (int64_t at; (at = atomic_fetch_add(next, piece)) < m->rows;) {
-        int64_t count = at + piece < m->rows ? piece : m->rows - at;
-        for (int64_t row = 0; row < batch; row++)
-            matmul_rows(m, at, count, x, operand, row, out + row * m->rows + at);
+        int64_t rows = at + piece < m->rows ? piece : m->rows - at;
+        matmul_rows(m, at, rows, operand, count, out + at, m->rows);
     }
 }
 
-/* ---- norm, RoPE, activation, attention ---- */
+/* ---- norm, RoPE, activation ---- */
 
 static void rms_norm(const float *x, const float *gain, int64_t size, float eps, float *out) {
-    float sum = 0;
-    for (int64_t i = 0; i < size; i++) sum += x[i] * x[i];
-    float scale = 1 / sqrtf(sum / (float)size + eps);
-    for (int64_t i = 0; i < size; i++) out[i] = x[i] * scale * gain[i];
+    Floats squares = {0};
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) squares += load(x + i) * load(x + i);
+    float rest = 0;
+    for (; i < size; i++) rest += x[i] * x[i];
+    float scale = 1 / sqrtf((sum_of(squares) + rest) / (float)size + eps);
+    for (i = 0; i < size; i++) out[i] = x[i] * scale * gain[i];
 }
 
-static void rotate(float *x, const float *cosines, const float *sines, int64_t half) {
+static void rotate(float *x, const float *angles, int64_t half) {
+    const float *cosines = angles, *sines = angles + half;
     for (int64_t i = 0; i < half; i++) {
         float first = x[i], second = x[i + half];
         x[i] = first * cosines[i] - second * sines[i];
@@ -250,195 +418,300 @@ static inline float gelu(float x) {
     return x / (1 + fast_exp(-1.5957691216f * (x + 0.044715f * x * x * x)));
 }
 
-/* Attention of one query over the positions first..last in its group's ring; out (H,). */
-static void attend(const float *query, const float *keys, const float *values, int64_t first, int64_t last,
-                   int64_t capacity, int64_t size, float *scores, float *out) {
-    float most = -3e38f, total = 0;
-    for (int64_t p = first; p <= last; p++) {
-        scores[p - first] = dot_f32(keys + p % capacity * size, query, size);
-        if (scores[p - first] > most) most = scores[p - first];
+/* ---- the step: what all threads share, and its stages ---- */
+
+typedef struct {
+    float *x, *normed;                           /* (T, D): the residual stream, and its norm */
+    float *angles[KINDS];                        /* (T, H): cosines, then sines, of each token's position */
+    float *query, *key, *value, *mixed, *output; /* (T, N H), (T, K H), (T, K H), (T, N H), (T, D) */
+    float *gate, *up, *down;                     /* (T, F), (T, F), (T, D) */
+    Operand operand;
+    float *scores; /* (threads, longest) */
+} Shared;
+
+static void embed(const Model *m, int64_t token, float *x) {
+    const Matrix *e = &m->embedding;
+    int64_t from = token * m->width;
+    for (int64_t i = 0; i < m->width; i++) {
+        float value = e->kind == F32    ? ((const float *)e->data)[from + i]
+                      : e->kind == BF16 ? from_bf16(((const uint16_t *)e->data)[from + i])
+                                        : (float)((const int8_t *)e->data)[from + i] * e->scales[token];
+        x[i] = value * m->embedding_scale;
     }
-    memset(out, 0, (size_t)size * sizeof *out);
-    for (int64_t p = first; p <= last; p++) {
-        float weight = expf(scores[p - first] - most);
-        const float *value = values + p % capacity * size;
-        total += weight;
-        for (int64_t i = 0; i < size; i++) out[i] += weight * value[i];
+}
+
+static void find_angles(const Model *m, const Kind *kind, int64_t position, float *angles) {
+    int64_t half = m->size / 2;
+    for (int64_t i = 0; i < half; i++) {
+        float angle = (float)position / kind->factor * kind->frequencies[i];
+        angles[i] = cosf(angle), angles[half + i] = sinf(angle);
     }
+}
+
+/* The first of the two floats of a layer in the page that holds a position: keys (K, H, PAGE), then values (K, PAGE, H). */
+static float *page_of(const Batch *b, const Layer *l, int64_t row, int64_t position) {
+    const Pages *pages = &b->pages[l->kind];
+    return pages->memory + pages->table[row * (b->longest / PAGE) + position / PAGE] * pages->floats + l->offset;
+}
+
+/* Norm and RoPE of one head of one token; keys and values are written into the KV cache. */
+static void norm_and_rotate_head(const Model *m, const Layer *l, const Batch *b, const Shared *s, int64_t item) {
+    int64_t all = m->heads + m->groups, token = item / all, head = item % all, size = m->size;
+    const float *angles = s->angles[l->kind] + token * size;
+    if (head < m->heads) {
+        float *query = s->query + (token * m->heads + head) * size;
+        rms_norm(query, l->query_norm, size, m->eps, query);
+        rotate(query, angles, size / 2);
+        for (int64_t i = 0; i < size; i++) query[i] *= m->query_scale;
+        return;
+    }
+    int64_t group = head - m->heads, position = b->positions[token], slot = position % PAGE;
+    float *key = s->key + (token * m->groups + group) * size;
+    rms_norm(key, l->key_norm, size, m->eps, key);
+    rotate(key, angles, size / 2);
+    float *page = page_of(b, l, b->row[token], position);
+    float *keys = page + group * size * PAGE, *values = page + (m->groups + group) * size * PAGE;
+    for (int64_t i = 0; i < size; i++) keys[i * PAGE + slot] = key[i];
+    memcpy(values + slot * size, s->value + (token * m->groups + group) * size, (size_t)size * sizeof(float));
+}
+
+enum { PARTS = PAGE / LANES }; /* vectors of a page's scores */
+
+/* Scores of one query and the keys (H, PAGE) of a page. */
+static inline void score_page(const float *query, const float *keys, int64_t size, float *scores) {
+    Floats sum[4][PARTS] = {0};
+    for (int64_t i = 0; i + 4 <= size; i += 4)
+        UNROLL for (int chain = 0; chain < 4; chain++) UNROLL for (int part = 0; part < PARTS; part++)
+            sum[chain][part] += query[i + chain] * load(keys + (i + chain) * PAGE + part * LANES);
+    if (size % 4) /* H is even */
+        UNROLL for (int chain = 0; chain < 2; chain++) UNROLL for (int part = 0; part < PARTS; part++)
+            sum[chain][part] += query[size - 2 + chain] * load(keys + (size - 2 + chain) * PAGE + part * LANES);
+    UNROLL for (int part = 0; part < PARTS; part++) {
+        Floats total = (sum[0][part] + sum[1][part]) + (sum[2][part] + sum[3][part]);
+        memcpy(scores + part * LANES, &total, sizeof total);
+    }
+}
+
+enum { COLUMNS = 4 * LANES }; /* of the values, that are summed at once */
+
+/* out (H,) = the values of positions first ... last, times their weights. */
+static void sum_values(const Batch *b, const Layer *l, int64_t row, int64_t group, int64_t groups, int64_t size,
+                       int64_t first, int64_t last, const float *weights, float *out) {
+    int64_t start = first / PAGE * PAGE;
+    for (int64_t column = 0; column < size; column += COLUMNS) {
+        int64_t left = size - column;
+        Floats sum[4] = {0};
+        float rest[COLUMNS] = {0};
+        for (int64_t from = first; from <= last; from = from / PAGE * PAGE + PAGE) {
+            const float *values = page_of(b, l, row, from) + (groups + group) * size * PAGE + column;
+            int64_t end = from / PAGE * PAGE + PAGE - 1;
+            for (int64_t p = from; p <= (end < last ? end : last); p++) {
+                const float *value = values + p % PAGE * size;
+                float weight = weights[p - start];
+                if (left >= COLUMNS) UNROLL for (int i = 0; i < 4; i++) sum[i] += weight * load(value + i * LANES);
+                else for (int64_t i = 0; i < left; i++) rest[i] += weight * value[i];
+            }
+        }
+        if (left >= COLUMNS) memcpy(out + column, sum, sizeof sum);
+        else memcpy(out + column, rest, (size_t)left * sizeof *rest);
+    }
+}
+
+/* Attention of one head of one token over the positions that it sees. */
+static void attend_head(const Model *m, const Layer *l, const Batch *b, const Shared *s, int64_t item, float *scores) {
+    int64_t token = item / m->heads, head = item % m->heads, group = head / (m->heads / m->groups), size = m->size;
+    int64_t row = b->row[token], last = b->positions[token], window = m->kinds[l->kind].window;
+    int64_t first = window && last >= window ? last - window + 1 : 0, start = first / PAGE * PAGE;
+    const float *query = s->query + item * size;
+    float *out = s->mixed + item * size;
+    for (int64_t p = start; p <= last; p += PAGE)
+        score_page(query, page_of(b, l, row, p) + group * size * PAGE, size, scores + p - start);
+    float most = scores[first - start];
+    for (int64_t p = first; p <= last; p++) most = scores[p - start] > most ? scores[p - start] : most;
+    for (int64_t p = first; p <= last; p++) {
+        float below = scores[p - start] - most;
+        scores[p - start] = fast_exp(below) + (below - below); /* NaN where a score is not finite */
+    }
+    for (int64_t p = start; p < first; p++) scores[p - start] = 0;
+    for (int64_t p = last + 1; p % PAGE; p++) scores[p - start] = 0;
+    Floats totals = {0};
+    for (int64_t p = start; p <= last; p += LANES) totals += load(scores + p - start);
+    float total = sum_of(totals);
+    sum_values(b, l, row, group, m->groups, size, first, last, scores, out);
     for (int64_t i = 0; i < size; i++) out[i] /= total;
 }
 
-/* ---- the step ---- */
-
-/* Activations shared by all threads, for all rows. */
-typedef struct {
-    float *query, *key, *value, *mixed, *output, *gate, *up, *down;
-} Shared;
-
-static void embed(const Model *m, const int64_t *tokens, float *x) {
-    const Matrix *e = &m->embedding;
-    for (int64_t row = 0; row < m->batch; row++) {
-        int64_t from = tokens[row] * m->width;
-        for (int64_t i = 0; i < m->width; i++) {
-            float value = e->kind == F32    ? ((const float *)e->data)[from + i]
-                          : e->kind == BF16 ? from_bf16(((const uint16_t *)e->data)[from + i])
-                                            : (float)((const int8_t *)e->data)[from + i] * e->scales[tokens[row]];
-            x[row * m->width + i] = value * m->embedding_scale;
-        }
+/* Add a branch to the residual stream, and norm the stream for the matrix that reads it next. */
+static void add_and_norm(const Model *m, const Shared *s, int64_t token, const float *branch, const float *gain,
+                         const float *next_gain, int64_t kind) {
+    float *x = s->x + token * m->width, *normed = s->normed + token * m->width;
+    if (branch) {
+        rms_norm(branch + token * m->width, gain, m->width, m->eps, normed);
+        for (int64_t i = 0; i < m->width; i++) x[i] += normed[i];
     }
+    rms_norm(x, next_gain, m->width, m->eps, normed);
+    prepare_operand(kind, normed, m->width, token, &s->operand);
 }
 
-/* Norm and RoPE of one head of one row; keys and values are written into the KV cache. */
-static void norm_and_rotate_head(const Model *m, const Layer *l, const Shared *s, int64_t item,
-                                 const int64_t *positions, float *angles) {
-    int64_t all = m->heads + m->groups, row = item / all, head = item % all, half = m->size / 2;
-    int64_t at = positions[row];
-    float *cosines = angles, *sines = angles + half;
-    for (int64_t i = 0; i < half; i++) {
-        float angle = (float)at / l->factor * l->frequencies[i];
-        cosines[i] = cosf(angle), sines[i] = sinf(angle);
-    }
-    if (head < m->heads) {
-        float *query = s->query + (row * m->heads + head) * m->size;
-        rms_norm(query, l->query_norm, m->size, m->eps, query);
-        rotate(query, cosines, sines, half);
-        for (int64_t i = 0; i < m->size; i++) query[i] *= m->query_scale;
-        return;
-    }
-    int64_t group = row * m->groups + head - m->heads;
-    int64_t slot = (group * l->capacity + at % l->capacity) * m->size;
-    rms_norm(s->key + group * m->size, l->key_norm, m->size, m->eps, l->keys + slot);
-    rotate(l->keys + slot, cosines, sines, half);
-    memcpy(l->values + slot, s->value + group * m->size, (size_t)m->size * sizeof(float));
-}
-
-static void attend_head(const Model *m, const Layer *l, const Shared *s, int64_t item, const int64_t *positions,
-                        float *scores) {
-    int64_t row = item / m->heads, head = item % m->heads, last = positions[row];
-    int64_t first = l->window && last >= l->window ? last - l->window + 1 : 0;
-    int64_t ring = (row * m->groups + head / (m->heads / m->groups)) * l->capacity * m->size;
-    attend(s->query + item * m->size, l->keys + ring, l->values + ring, first, last, l->capacity, m->size, scores,
-           s->mixed + item * m->size);
-}
-
-/* Each thread has its own residual stream: cheaper than a barrier. */
-static void add_residual(const Model *m, const float *branch, const float *gain, float *x, float *normed) {
-    for (int64_t row = 0; row < m->batch; row++) {
-        rms_norm(branch + row * m->width, gain, m->width, m->eps, normed);
-        for (int64_t i = 0; i < m->width; i++) x[row * m->width + i] += normed[i];
-    }
-}
-
-static void norm_rows(const Model *m, const float *x, const float *gain, float *out) {
-    for (int64_t row = 0; row < m->batch; row++)
-        rms_norm(x + row * m->width, gain, m->width, m->eps, out + row * m->width);
-}
+/* Each thread has every size-th token of the loop's body. */
+#define EACH_TOKEN(t, count) for (int64_t t = thread->me; t < (count); t += thread->team->size)
 
 enum { COUNTERS = 8 }; /* per layer */
 
-static void block(const Model *m, const Layer *l, const Shared *s, Team *team, atomic_long *next,
-                  const int64_t *positions, float *x, float *h, float *scores, const Operand *operand) {
-    norm_rows(m, x, l->pre_attention, h);
-    matmul(next++, m->batch, &l->query, h, operand, s->query);
-    matmul(next++, m->batch, &l->key, h, operand, s->key);
-    matmul(next++, m->batch, &l->value, h, operand, s->value);
-    barrier(team);
-    for (int64_t item; (item = atomic_fetch_add(next, 1)) < m->batch * (m->heads + m->groups);)
-        norm_and_rotate_head(m, l, s, item, positions, scores);
+static void attention_and_mlp(const Model *m, const Layer *l, const Batch *b, const Shared *s, const Thread *thread,
+                              atomic_long *next) {
+    int64_t count = b->count, mixed = m->heads * m->size;
+    matmul(thread, next++, count, &l->query, &s->operand, s->query);
+    matmul(thread, next++, count, &l->key, &s->operand, s->key);
+    matmul(thread, next++, count, &l->value, &s->operand, s->value);
+    barrier(thread->team);
+    for (int64_t item; (item = atomic_fetch_add(next, 1)) < count * (m->heads + m->groups);)
+        norm_and_rotate_head(m, l, b, s, item);
     next++;
-    barrier(team);
-    for (int64_t item; (item = atomic_fetch_add(next, 1)) < m->batch * m->heads;)
-        attend_head(m, l, s, item, positions, scores);
+    barrier(thread->team);
+    for (int64_t item; (item = atomic_fetch_add(next, 1)) < count * m->heads;)
+        attend_head(m, l, b, s, item, thread->scores);
     next++;
-    barrier(team);
-    matmul(next++, m->batch, &l->output, s->mixed, operand, s->output);
-    barrier(team);
-    add_residual(m, s->output, l->post_attention, x, h);
-
-    norm_rows(m, x, l->pre_mlp, h);
-    prepare_operand(m->batch, &l->gate, h, operand);
-    int64_t piece = rows_per_task(&l->gate);
+    barrier(thread->team);
+    EACH_TOKEN(t, count) prepare_operand(l->output.kind, s->mixed + t * mixed, mixed, t, &s->operand);
+    barrier(thread->team);
+    matmul(thread, next++, count, &l->output, &s->operand, s->output);
+    barrier(thread->team);
+    EACH_TOKEN(t, count) add_and_norm(m, s, t, s->output, l->post_attention, l->pre_mlp, l->gate.kind);
+    barrier(thread->team);
+    int64_t piece = rows_per_task(&l->gate, thread->team->size);
     for (int64_t at; (at = atomic_fetch_add(next, piece)) < m->inner;) {
-        int64_t count = at + piece < m->inner ? piece : m->inner - at;
-        for (int64_t row = 0; row < m->batch; row++) {
-            float *gate = s->gate + row * m->inner + at, *up = s->up + row * m->inner + at;
-            matmul_rows(&l->gate, at, count, h, operand, row, gate);
-            matmul_rows(&l->up, at, count, h, operand, row, up);
-            for (int64_t i = 0; i < count; i++) gate[i] = gelu(gate[i]) * up[i];
+        int64_t rows = at + piece < m->inner ? piece : m->inner - at;
+        matmul_rows(&l->gate, at, rows, &s->operand, count, s->gate + at, m->inner);
+        matmul_rows(&l->up, at, rows, &s->operand, count, s->up + at, m->inner);
+        for (int64_t t = 0; t < count; t++) {
+            float *gate = s->gate + t * m->inner + at, *up = s->up + t * m->inner + at;
+            for (int64_t i = 0; i < rows; i++) gate[i] = gelu(gate[i]) * up[i];
         }
     }
     next++;
-    barrier(team);
-    matmul(next++, m->batch, &l->down, s->gate, operand, s->down);
-    barrier(team);
-    add_residual(m, s->down, l->post_mlp, x, h);
+    barrier(thread->team);
+    EACH_TOKEN(t, count) prepare_operand(l->down.kind, s->gate + t * m->inner, m->inner, t, &s->operand);
+    barrier(thread->team);
+    matmul(thread, next++, count, &l->down, &s->operand, s->down);
+    barrier(thread->team);
 }
 
-static float *allocate(float **free, int64_t count) {
+static void forward(const Model *m, const Batch *b, const Shared *s, const Thread *thread, atomic_long *next,
+                    float *logits) {
+    EACH_TOKEN(t, b->count) {
+        embed(m, b->tokens[t], s->x + t * m->width);
+        for (int kind = 0; kind < KINDS; kind++)
+            find_angles(m, &m->kinds[kind], b->positions[t], s->angles[kind] + t * m->size);
+    }
+    const float *branch = NULL, *gain = NULL;
+    for (int64_t i = 0; i < m->layers; i++, next += COUNTERS) {
+        const Layer *l = &m->layer[i];
+        EACH_TOKEN(t, b->count) add_and_norm(m, s, t, branch, gain, l->pre_attention, l->query.kind);
+        barrier(thread->team);
+        attention_and_mlp(m, l, b, s, thread, next);
+        branch = s->down, gain = l->post_mlp;
+    }
+    EACH_TOKEN(i, b->outputs) {
+        int64_t t = b->output[i];
+        float *x = s->x + t * m->width, *normed = s->normed + t * m->width;
+        rms_norm(branch + t * m->width, gain, m->width, m->eps, normed);
+        for (int64_t c = 0; c < m->width; c++) x[c] += normed[c];
+        rms_norm(x, m->norm, m->width, m->eps, normed);
+        prepare_operand(m->head.kind, normed, m->width, i, &s->operand);
+    }
+    barrier(thread->team);
+    matmul(thread, next, b->outputs, &m->head, &s->operand, logits);
+}
+
+/* ---- memory and checks ---- */
+
+static float *take(float **free, int64_t count) {
     float *taken = *free;
     *free += (count + 15) / 16 * 16;
     return taken;
 }
 
-/* Workspace in floats, shared and per thread; attention scores are of at most `longest` positions. */
-static int64_t shared_floats_of(const Model *m) {
-    return m->batch * (2 * m->heads * m->size + 2 * m->groups * m->size + 2 * m->width + 2 * m->inner) + 8 * 16;
-}
-static int64_t max_columns(const Model *m) {
+static int64_t most_columns(const Model *m) {
     int64_t most = m->heads * m->size > m->inner ? m->heads * m->size : m->inner;
     return m->width > most ? m->width : most;
 }
-static int64_t floats_per_thread(const Model *m, int64_t longest) {
-    int64_t operand = m->batch * (max_columns(m) + blocks_of(max_columns(m)));
-    return 2 * m->batch * m->width + (longest > m->size ? longest : m->size) + operand + 5 * 16;
+
+/* Lay out the workspace; return how many floats it has. */
+static int64_t lay_out(const Model *m, int64_t count, int64_t longest, float *memory, Shared *s) {
+    float *free = memory;
+    int64_t queries = count * m->heads * m->size, keys = count * m->groups * m->size, most = most_columns(m);
+    s->x = take(&free, count * m->width), s->normed = take(&free, count * m->width);
+    for (int kind = 0; kind < KINDS; kind++) s->angles[kind] = take(&free, count * m->size);
+    s->query = take(&free, queries), s->key = take(&free, keys), s->value = take(&free, keys);
+    s->mixed = take(&free, queries), s->output = take(&free, count * m->width);
+    s->gate = take(&free, count * m->inner), s->up = take(&free, count * m->inner);
+    s->down = take(&free, count * m->width);
+    s->operand.numbers = take(&free, count * most), s->operand.scales = take(&free, count * blocks_of(most));
+    s->scores = take(&free, m->threads * longest);
+    return free - memory;
 }
 
-enum { DONE, NO_MEMORY, BAD_TOKEN, BAD_POSITION };
+/* Floats that `step` needs as its workspace. */
+int64_t workspace_floats(const Model *m, int64_t count, int64_t longest) {
+    Shared s;
+    static float nothing;
+    return lay_out(m, count, longest, &nothing, &s);
+}
 
-/* tokens (B,) at positions (B,) -> logits (B, V); the cache holds them afterwards. Tokens are below V, positions below
-   `longest`: nothing is read or written where one is not. */
-int step(const Model *m, const int64_t *tokens, const int64_t *positions, int64_t longest, float *logits) {
-    for (int64_t row = 0; row < m->batch; row++) {
-        if (tokens[row] < 0 || tokens[row] >= m->embedding.rows) return BAD_TOKEN;
-        if (positions[row] < 0 || positions[row] >= longest) return BAD_POSITION;
+enum { DONE, NO_MEMORY, BAD_TOKEN, BAD_POSITION, BAD_PAGE, BAD_OUTPUT };
+
+/* Whether the pages of a kind that a token reads and writes are there. */
+static int has_pages(const Batch *b, const Kind *kind, const Pages *pages, int64_t row, int64_t position) {
+    if (!pages->floats) return 1; /* no layer of this kind */
+    int64_t first = kind->window && position >= kind->window ? position - kind->window + 1 : 0;
+    for (int64_t page = first / PAGE; page <= position / PAGE; page++) {
+        int32_t number = pages->table[row * (b->longest / PAGE) + page];
+        if (number < 0 || number >= pages->pages) return 0;
     }
-    int64_t shared_floats = shared_floats_of(m), own_floats = floats_per_thread(m, longest);
-    float *memory = malloc((size_t)(shared_floats + m->threads * own_floats) * sizeof *memory);
+    return 1;
+}
+
+static int check(const Model *m, const Batch *b) {
+    for (int64_t t = 0; t < b->count; t++) {
+        if (b->tokens[t] < 0 || b->tokens[t] >= m->embedding.rows) return BAD_TOKEN;
+        if (b->row[t] < 0 || b->row[t] >= b->rows || b->positions[t] < 0 || b->positions[t] >= b->longest)
+            return BAD_POSITION;
+        for (int kind = 0; kind < KINDS; kind++)
+            if (!has_pages(b, &m->kinds[kind], &b->pages[kind], b->row[t], b->positions[t])) return BAD_PAGE;
+    }
+    for (int64_t i = 0; i < b->outputs; i++)
+        if (b->output[i] < 0 || b->output[i] >= b->count || (i && b->output[i] <= b->output[i - 1])) return BAD_OUTPUT;
+    return DONE;
+}
+
+/* Read the tokens of a batch, write their keys and values into their pages, and the logits (outputs, V) of those that
+   are wanted. `workspace` has as many floats as `workspace_floats` says. Where something in the batch is out of range,
+   nothing is read or written. */
+int step(const Model *m, const Batch *b, float *workspace, float *logits) {
+    int wrong = check(m, b);
+    if (wrong) return wrong;
     atomic_long *next = calloc((size_t)(m->layers * COUNTERS + 1), sizeof *next);
-    if (!memory || !next) {
-        free(memory), free(next);
-        return NO_MEMORY;
-    }
-    float *left = memory;
-    int64_t queries = m->batch * m->heads * m->size, keys = m->batch * m->groups * m->size;
-    Shared s = {allocate(&left, queries), allocate(&left, keys), allocate(&left, keys), allocate(&left, queries),
-                allocate(&left, m->batch * m->width), allocate(&left, m->batch * m->inner),
-                allocate(&left, m->batch * m->inner), allocate(&left, m->batch * m->width)};
+    if (!next) return NO_MEMORY;
+    Shared s;
+    lay_out(m, b->count, b->longest, workspace, &s);
     Team team = {.size = 1};
     Cores cores;
     int first = first_core(&cores, m->threads);
 #pragma omp parallel num_threads((int)m->threads)
     {
-        int me = 0;
+        Thread thread = {&team, 0, s.scores};
 #ifdef _OPENMP
-        me = omp_get_thread_num();
+        thread.me = omp_get_thread_num();
 #pragma omp single
         team.size = omp_get_num_threads();
 #endif
+        thread.scores += thread.me * b->longest;
         Cores before;
-        int bound = bind_core(&cores, first, me, &before);
-        float *own = memory + shared_floats + me * own_floats;
-        float *x = allocate(&own, m->batch * m->width), *h = allocate(&own, m->batch * m->width);
-        float *scores = allocate(&own, longest > m->size ? longest : m->size);
-        float *scales = allocate(&own, m->batch * blocks_of(max_columns(m)));
-        Operand operand = {own, scales};
-        embed(m, tokens, x);
-        for (int64_t i = 0; i < m->layers; i++)
-            block(m, &m->layer[i], &s, &team, next + i * COUNTERS, positions, x, h, scores, &operand);
-        norm_rows(m, x, m->norm, h);
-        matmul(next + m->layers * COUNTERS, m->batch, &m->head, h, &operand, logits);
+        int bound = bind_core(&cores, first, thread.me, &before);
+        forward(m, b, &s, &thread, next, logits);
         if (bound) restore_cores(&before);
     }
-    free(memory), free(next);
+    free(next);
     return DONE;
 }
