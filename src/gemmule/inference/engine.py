@@ -70,7 +70,7 @@ class Engine:
         samples = [SequenceState(request, sample) for sample in range(request.samples)]
         if not self.cache.could_fit(self._need(request), len(samples)):
             raise ValueError(f"{request.samples} sequences of {request.positions} positions: the KV cache is smaller")
-        self._waiting.append(samples)
+        self._waiting.append([*samples])
         return samples
 
     @property
@@ -196,7 +196,7 @@ class Engine:
     def _sample(self, logits: Tensor, sequences: Sequence[SequenceState]) -> list[int]:
         ids: list[int] = []
         for row, sequence in enumerate(sequences):
-            generator = torch.Generator("cpu").manual_seed((sequence.request.seed or 0) + len(sequence.generated))
+            generator = torch.Generator("cpu").manual_seed(((sequence.request.seed or 0) + len(sequence.generated) + 77 * sequence.sample) % 2**64)
             ids += draw_unchecked(logits[row : row + 1], sequence.request.sampling, [generator]).tolist()
         return ids
 

@@ -1,7 +1,7 @@
 """What was read and said, as a tree of pages: a prompt goes on from the longest beginning that is known."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from gemmule.inference.pages import PAGE, PagePool
@@ -38,9 +38,9 @@ class PrefixTree:
         # Nodes that hold a page of a kind; what was used last comes last, children before their parents.
         self._order: dict[Kind, OrderedDict[Node, None]] = {kind: OrderedDict() for kind in pools}
 
-    def __len__(self) -> int:
-        """The number of nodes."""
-        return max(map(len, self._order.values()), default=0)
+    def nodes(self, kind: Kind) -> Collection[Node]:
+        """Return the nodes that hold a page of a kind, those used longest ago first."""
+        return self._order[kind]
 
     @property
     def root(self) -> Node:
