@@ -1,4 +1,4 @@
-"""The shared library of `step.c`: compiled by the machine's C compiler when it is first needed, cached per user.
+"""Shared libraries of C files: compiled by the machine's C compiler when they are first needed, cached per user.
 
 A cached file is code that will run, so only one that belongs to this user, that nobody else can write, and whose
 content is that which was compiled is loaded. Its name ends with a hash of its content, by which a file that was cut
@@ -23,8 +23,10 @@ from gemmule.code_cache import WRITABLE_BY_OTHERS, cache_folder
 from gemmule.files import sha256, sync
 
 SOURCE = Path(__file__).with_name("step.c")
-# The order of sums, infinities and rounding stay as they are written.
+# The order of sums stays as it is written; a product that is added at once may be rounded once instead of twice.
 FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno")
+# Results are those of the source alone, the same on every processor and with every compiler.
+EXACT_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
 OPENMP = "-fopenmp"
 OPTIONAL = (OPENMP, "-mprefer-vector-width=512")  # that not every compiler has
 TIMEOUT = 120  # seconds, per run of the compiler
@@ -35,8 +37,11 @@ _PARTIAL = ".partial-"
 
 
 @functools.cache
-def load_library() -> "ctypes.CDLL | str":
-    """Return the shared library, from the user's cache folder where it is cached; or the reason why there is none."""
+def load_library(source: Path | None = None, flags: tuple[str, ...] | None = None) -> "ctypes.CDLL | str":
+    """Return the shared library, from the user's cache folder where it is cached; or the reason why there is none.
+
+    It is that of `step.c` with its flags unless others are given.
+    """
     given = os.environ.get("CC", "").strip() or "cc"
     try:
         words = shlex.split(given)
@@ -46,7 +51,7 @@ def load_library() -> "ctypes.CDLL | str":
     if compiler is None:
         return f"no C compiler ({words[0]}) was found"
     try:
-        return _load([compiler, *words[1:]])
+        return _load([compiler, *words[1:]], source or SOURCE, flags or FLAGS)
     except subprocess.CalledProcessError as error:
         reason = error.stderr.decode(errors="replace").strip() or str(error)
     except subprocess.TimeoutExpired:
@@ -56,11 +61,11 @@ def load_library() -> "ctypes.CDLL | str":
     return f"{given} did not compile it: {reason.splitlines()[0]}"
 
 
-def _load(compiler: list[str]) -> ctypes.CDLL:
+def _load(compiler: list[str], source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     # What the compiler knows of this processor, and of itself: a folder may be shared by different machines.
     target = _run(*compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull)
-    recipe = SOURCE.read_bytes() + repr((compiler[1:], FLAGS, OPTIONAL)).encode() + target
-    name = f"step-{hashlib.blake2b(recipe, digest_size=12).hexdigest()}"
+    recipe = source.read_bytes() + repr((compiler[1:], flags, OPTIONAL)).encode() + target
+    name = f"{source.stem}-{hashlib.blake2b(recipe, digest_size=12).hexdigest()}"
     folder = cache_folder()
     for file in _cached(folder, name) if folder else ():
         try:
@@ -69,7 +74,7 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
             continue
     with tempfile.TemporaryDirectory() as private:  # only this user may look into it
         fresh = Path(private) / f"{name}.so"
-        has_openmp = _compile(compiler, fresh)
+        has_openmp = _compile(compiler, fresh, source, flags)
         stored = _store(fresh, folder, name if has_openmp else f"{name}-{SERIAL}") if folder else None
         return ctypes.CDLL(str(stored or fresh))
 
@@ -107,17 +112,29 @@ def _store(fresh: Path, folder: Path, name: str) -> Path | None:
         return None
 
 
-def _compile(compiler: list[str], target: Path) -> bool:
+def _compile(compiler: list[str], target: Path, source: Path, flags: tuple[str, ...]) -> bool:
     """Compile with as many of the optional flags as the compiler knows; return whether OpenMP is one of them."""
     for count in range(len(OPTIONAL), -1, -1):
-        flags = (*FLAGS, *OPTIONAL[:count], "-std=gnu11", "-D_GNU_SOURCE", "-shared", "-fPIC")
+        optional = OPTIONAL[:count]
         try:
-            _run(*compiler, *flags, str(SOURCE), "-o", str(target), "-lm")
+            _run(
+                *compiler,
+                *flags,
+                *optional,
+                "-std=gnu11",
+                "-D_GNU_SOURCE",
+                "-shared",
+                "-fPIC",
+                str(source),
+                "-o",
+                str(target),
+                "-lm",
+            )
             break
         except subprocess.CalledProcessError:
             if not count:
                 raise
-    return OPENMP in flags
+    return OPENMP in optional
 
 
 def _run(*command: str) -> bytes:
