@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemmule.inference.engine import Engine
+from gemmule.inference.engine import Engine, TokenEvent
 from gemmule.inference.kv_cache import CacheSize, exact_size
 from gemmule.inference.native.library import load_library
-from gemmule.inference.requests import Request, SequenceState
+from gemmule.inference.requests import Event, Request, SequenceState
 from gemmule.inference.sampling import SamplingSettings
 from gemmule.model.gemma3 import Gemma3
 from tiny import lively_model, tiny_config
@@ -28,10 +28,10 @@ class RecordingEngine(Engine):
         super().__init__(*arguments, **options)
         self.logits: dict[SequenceState, list[Tensor]] = {}
 
-    def _sample(self, logits: Tensor, sequences: Sequence[SequenceState]) -> list[int]:
-        for row, sequence in enumerate(sequences):
+    def _draw(self, logits: Tensor) -> list[TokenEvent]:
+        for row, sequence in enumerate(self._decoding.values()):
             self.logits.setdefault(sequence, []).append(logits[row].clone())
-        return super()._sample(logits, sequences)
+        return super()._draw(logits)
 
 
 def random_request(draw: random.Random, vocabulary: int) -> Request:
@@ -44,48 +44,72 @@ def random_request(draw: random.Random, vocabulary: int) -> Request:
         top_k=draw.choice((0, 0, 5)),
         top_p=draw.choice((1.0, 0.8)),
         min_p=draw.choice((0.0, 0.1)),
+        repetition_penalty=draw.choice((1.0, 1.3)),
+        presence_penalty=draw.choice((0.0, 0.5)),
+        frequency_penalty=draw.choice((0.0, 0.5)),
+        logit_bias=draw.choice(({}, {3: -100.0, 5: 2.0})),
     )
     stops = frozenset(draw.sample(range(vocabulary), draw.choice((0, 3))))
     return Request(
-        (*beginning, *own), draw.randint(1, 60), sampling, draw.getrandbits(64), draw.choice((1, 1, 1, 2, 4)), stops
+        (*beginning, *own),
+        draw.randint(1, 60),
+        sampling,
+        draw.getrandbits(64),
+        draw.choice((1, 1, 1, 2, 4)),
+        stops,
+        min_new_tokens=draw.choice((0, 0, 10)),
+        log_probabilities=draw.choice((None, 0, 3)),
+        prompt_log_probabilities=draw.choice((None, None, None, 2)),
     )
 
 
-def alone(model: Gemma3, request: Request) -> list[tuple[list[int], Tensor]]:
-    """Return the tokens and logits of each sample in an engine of its own, its prompt read at once."""
+Events = dict[SequenceState, list[Event]]
+
+
+def step(engine: Engine, events: Events) -> None:
+    for sequence, event in engine.step():
+        assert event is not None
+        events.setdefault(sequence, []).append(event)
+
+
+def alone(model: Gemma3, request: Request) -> list[tuple[SequenceState, list[Event], Tensor]]:
+    """Return each sample, its events and logits, in an engine of its own, its prompt read at once."""
     engine = RecordingEngine(model, request.samples, LONGEST, "native", chunk=LONGEST)
-    samples = engine.submit(request)
+    samples, events = engine.submit(request), Events()
     while not engine.idle:
-        engine.step()
-    return [(sample.generated, torch.stack(engine.logits[sample])) for sample in samples]
+        step(engine, events)
+    return [(sample, events[sample], torch.stack(engine.logits[sample])) for sample in samples]
 
 
-def run_crowd(engine: Engine, requests: Sequence[Request], draw: random.Random) -> list[list[SequenceState]]:
-    """Submit requests at random moments, and cancel some; return the samples of each."""
-    waiting, submitted = [*requests], []
+def run_crowd(
+    engine: Engine, requests: Sequence[Request], draw: random.Random
+) -> tuple[list[list[SequenceState]], Events]:
+    """Submit requests at random moments, and cancel some; return the samples of each, and what they got."""
+    waiting, submitted, events = [*requests], [], Events()
     while waiting or not engine.idle:
         for _ in range(draw.choice((0, 0, 1, 3, 8))):
             if waiting:
                 submitted.append(engine.submit(waiting.pop(0)))
         if submitted and draw.random() < 0.1:
             engine.cancel(draw.choice(submitted)[:1])
-        engine.step()
-    return submitted
+        step(engine, events)
+    return submitted, events
 
 
 def check_crowd(model: Gemma3, count: int, seed: int, chunk: int, rows: int, size: CacheSize | None) -> None:
     draw = random.Random(seed)
     requests = [random_request(draw, model.config.vocab_size) for _ in range(count)]
     engine = RecordingEngine(model, rows, LONGEST, "native", size=size, chunk=chunk)
-    crowd = run_crowd(engine, requests, draw)
+    crowd, events = run_crowd(engine, requests, draw)
     finished = cached = 0
     for request, samples in zip(requests, crowd, strict=True):
-        for sample, (tokens, logits) in zip(samples, alone(model, request), strict=True):
+        for sample, (expected, expected_events, logits) in zip(samples, alone(model, request), strict=True):
             length = len(sample.generated)
-            assert sample.finish == "cancelled" or length == len(tokens)
-            assert sample.generated == tokens[:length]
+            assert sample.finish in (expected.finish, "cancelled")
+            assert events.get(sample, []) == expected_events[:length]
             if length:
                 assert torch.equal(torch.stack(engine.logits[sample])[:length], logits[:length])
+                assert sample.prompt_log_probabilities == expected.prompt_log_probabilities
             finished, cached = finished + (sample.finish != "cancelled"), cached + bool(sample.cached)
     assert finished > count / 2
     assert cached

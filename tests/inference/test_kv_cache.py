@@ -115,7 +115,7 @@ def test_a_cache_without_room_makes_requests_wait_in_their_order(model: Gemma3) 
     sequences = [engine.submit(request)[0] for request in requests]
     ended: list[int] = []
     while not engine.idle:
-        for sequence in engine.step():
+        for sequence, _ in engine.step():
             if sequence.finish:
                 ended.append(sequences.index(sequence))
     assert ended == [0, 1, 2, 3, 4]

@@ -2,35 +2,48 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gemmule.errors import ModelError, TokenizerError
+from gemmule.errors import GemmuleError, ModelError, TokenizerError
 from gemmule.inference.kv_cache import CacheSize, KVCache, exact_size
+from gemmule.inference.native.sampler import make_sampler
 from gemmule.inference.requests import Event, Request, SequenceState, requests_of
 from gemmule.inference.runners import Decoding, cache_dtype, choose_decoding, make_runner
-from gemmule.inference.sampling import SamplingSettings, draw_unchecked, refuse_invalid
+from gemmule.inference.sampling import LogProbabilities, Query, SamplingSettings, refuse_invalid
 from gemmule.inference.step_batch import StepBatch
+from gemmule.inference.text_stream import TextStream
 from gemmule.model.config import Kind
 from gemmule.model.gemma3 import Gemma3
 from gemmule.settings import check_recipe
 from gemmule.tokenizer import Tokenizer
 
-# Tokens of prompts per step: few enough on a CPU that those who speak do not wait long. GPUs need more to be busy.
+# Tokens of prompts per step: on a CPU so few that sequences in the middle of a reply do not wait long; GPUs need more
+# to be busy.
 CHUNK_CPU, CHUNK_GPU = 128, 2048
+# Tokens per step of a prompt whose log-probabilities are asked for: there are logits of each.
+SCORED_CHUNK = 16
 # Rows of the KV cache where nothing else is said; more requests wait.
 MAX_ROWS = 64
+
+
+class TokenEvent(NamedTuple):
+    """A token that a sequence got in a step; `event` is None where it failed, which its `error` explains."""
+
+    sequence: SequenceState
+    event: Event | None
 
 
 class Engine:
     """Continues prompts: `submit` requests, then `step` until `idle`.
 
-    A step takes the next token of each sequence that speaks, and pieces of the prompts of those that begin, in the
-    order of their requests. Sequences do not influence each other, and with native decoding on the CPU the tokens of
-    a reply are the same, bit for bit, whatever else the engine does. Requests wait until the KV cache has room for
-    their longest possible reply.
+    A step takes the next token of each sequence that is decoding, and pieces of the prompts of those that begin, in
+    the order of their requests. Sequences do not influence each other, and with native decoding on the CPU the tokens
+    and log-probabilities of a reply are the same, bit for bit, whatever else the engine does. Requests wait until the
+    KV cache has room for their longest possible reply.
     """
 
     def __init__(
@@ -40,12 +53,14 @@ class Engine:
         longest: int,
         decoding: Decoding = "auto",
         *,
+        tokenizer: Tokenizer | None = None,
         size: CacheSize | None = None,
         chunk: int | None = None,
     ) -> None:
         """Make an engine for `max_rows` sequences of `longest` positions; errors as in `choose_decoding`.
 
-        `size` is that of the KV cache, which by default grows with what lies in it.
+        With a tokenizer events have text, and requests may have stop strings and constraints. `size` is that of the KV
+        cache, which by default grows with what lies in it. A step reads at most `chunk` tokens of prompts.
         """
         self._device = model.embedding.weight.device
         self.chunk = chunk or (CHUNK_CPU if self._device.type == "cpu" else CHUNK_GPU)
@@ -55,35 +70,41 @@ class Engine:
             size = exact_size(model.config, max_rows, longest, self.chunk)
         dtype = cache_dtype(model, self.decoding)
         self.cache = KVCache(model.config, max_rows, longest, size, dtype, self._device)
-        self._runner = make_runner(model, self.cache, self.decoding)
+        self._runner, self._sampler = make_runner(model, self.cache, self.decoding), make_sampler(self._device)
+        self._tokenizer, self._vocabulary = tokenizer, model.config.vocab_size
         self._free = list(range(max_rows - 1, -1, -1))
         self._waiting: deque[list[SequenceState]] = deque()  # the samples of each request
         self._reading: dict[int, tuple[list[SequenceState], list[int]]] = {}  # samples and their rows, by the first row
-        self._speaking: dict[int, SequenceState] = {}  # by row
+        self._decoding: dict[int, SequenceState] = {}  # by row
         self.steps = self.tokens_run = 0  # so far
 
     def submit(self, request: Request) -> list[SequenceState]:
-        """Add a request; return its samples. ValueError where the engine has no room for it, ever."""
-        if request.positions > self.longest or request.samples > self.cache.rows:
+        """Add a request; return its samples.
+
+        ValueError where the engine could never hold it, or has no tokenizer for it; RecipeError where its settings
+        name a token that the vocabulary lacks.
+        """
+        sampling, count = request.sampling, request.samples
+        sampling.check_vocabulary(self._vocabulary)
+        if request.needs_text and self._tokenizer is None:
+            raise ValueError("stop strings and constraints need an engine with a tokenizer")
+        if request.positions > self.longest or count > self.cache.rows:
             limits = f"the engine was made for {self.cache.rows} of {self.longest} positions"
-            raise ValueError(f"{request.samples} sequences of up to {request.positions} positions: {limits}")
-        samples = [SequenceState(request, sample) for sample in range(request.samples)]
-        if not self.cache.could_fit(self._need(request), len(samples)):
-            raise ValueError(f"{request.samples} sequences of {request.positions} positions: the KV cache is smaller")
+            raise ValueError(f"{count} sequences of up to {request.positions} positions: {limits}")
+        if not self.cache.could_fit(self._need(request), count):
+            raise ValueError(f"{count} sequences of {request.positions} positions: the KV cache is smaller")
+        samples = [self._new_sequence(request, sample) for sample in range(count)]
         self._waiting.append([*samples])
         return samples
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._waiting or self._reading or self._speaking)
+        return not (self._waiting or self._reading or self._decoding)
 
     @torch.inference_mode()
-    def step(self) -> list[SequenceState]:
-        """Run the model once, and return the sequences that got a token.
-
-        ModelError where the model's logits are not finite.
-        """
+    def step(self) -> list[TokenEvent]:
+        """Run the model once, and return the tokens that sequences got."""
         self._admit()
         batch, finished_prompts = self._plan()
         if not len(batch.tokens):
@@ -92,14 +113,10 @@ class Engine:
         self.steps, self.tokens_run = self.steps + 1, self.tokens_run + len(batch.tokens)
         for row in dict.fromkeys(batch.rows.tolist()):
             self.cache.settle(row)
-        sources = [*self._speaking]  # the row whose logits each sequence draws from
+        self._score_prompts(batch, logits)
+        sources = [*self._decoding]  # the row whose logits each sequence draws from
         for row in finished_prompts:
-            samples, rows = self._reading.pop(row)
-            for sample, own in zip(samples, rows, strict=True):
-                if own != row:
-                    self.cache.fork(row, own)
-                self._speaking[own] = sample
-                sources.append(row)
+            sources += [row] * self._begin_decoding(row)
         if not sources:
             return []
         order = {row: index for index, row in enumerate(batch.rows[batch.outputs].tolist())}
@@ -110,8 +127,8 @@ class Engine:
 
     def cancel(self, samples: Iterable[SequenceState]) -> None:
         """End sequences before they are finished, wherever they are; their rows are free at once."""
-        gone = {*samples}
-        for waiting in [*self._waiting]:
+        gone = {sequence for sequence in samples if not sequence.finish}
+        for waiting in self._waiting:
             waiting[:] = [each for each in waiting if each not in gone]
         self._waiting = deque(waiting for waiting in self._waiting if waiting)
         for row, (reading, rows) in [*self._reading.items()]:
@@ -120,12 +137,15 @@ class Engine:
                 self.cache.finish(row, len(rows))
                 self._free += rows
             # Otherwise the others need the prompt: what is cancelled leaves when it has been read.
-        for row, sequence in [*self._speaking.items()]:
-            if sequence in gone:
-                del self._speaking[row]
-                self._leave(row)
         for sequence in gone:
-            sequence.finish = sequence.finish or "cancelled"
+            sequence.finish = "cancelled"
+        self._drop_finished()
+
+    def _new_sequence(self, request: Request, sample: int) -> SequenceState:
+        if self._tokenizer is None:
+            return SequenceState(request, sample)
+        constraint = None
+        return SequenceState(request, sample, TextStream(self._tokenizer, request.stop_strings), constraint)
 
     def _need(self, request: Request) -> dict[Kind, int]:
         return self.cache.need(request.positions, self.chunk)
@@ -140,7 +160,8 @@ class Engine:
                 return
             self._waiting.popleft()
             rows = [self._free.pop() for _ in samples]
-            known = self.cache.begin(rows[0], request.prompt, need, len(samples))
+            anew = request.prompt_log_probabilities is not None
+            known = self.cache.begin(rows[0], request.prompt, need, len(samples), anew=anew)
             for sample in samples:
                 sample.cached = known
             self._reading[rows[0]] = samples, rows
@@ -152,53 +173,108 @@ class Engine:
         rows: list[int] = []
         outputs: list[int] = []
         ended: list[int] = []
-        for row, sequence in self._speaking.items():
-            outputs.append(len(tokens))
+        for row, sequence in self._decoding.items():
             token = sequence.generated[-1]
+            outputs.append(len(tokens))
             positions.append(self.cache.extend(row, (token,)))
             tokens.append(token)
             rows.append(row)
         left = self.chunk
         for row, (samples, _) in self._reading.items():
-            if not left:
+            if left <= 0:
                 break
-            prompt = samples[0].request.prompt
-            first = self.cache.length(row)
-            piece = prompt[first : first + left]
+            request, first = samples[0].request, self.cache.length(row)
+            scored = request.prompt_log_probabilities is not None
+            piece = request.prompt[first : first + (min(left, SCORED_CHUNK) if scored else left)]
             self.cache.extend(row, piece)
             tokens += piece
             positions += range(first, first + len(piece))
             rows += [row] * len(piece)
             left -= len(piece)
-            if first + len(piece) == len(prompt):
-                outputs.append(len(tokens) - 1)
+            done = first + len(piece) == len(request.prompt)
+            if done:
                 ended.append(row)
+            if scored:
+                outputs += range(len(tokens) - len(piece), len(tokens))
+            elif done:
+                outputs.append(len(tokens) - 1)
         return StepBatch(*(np.array(each, dtype=np.int64) for each in (tokens, positions, rows, outputs))), ended
 
-    def _draw(self, logits: Tensor) -> list[SequenceState]:
-        """Append a token to each sequence that speaks, from its row of the logits; let those that end leave."""
-        advanced = [*self._speaking.values()]
-        ids = self._sample(logits, advanced)
-        refuse_invalid(ids)
-        for sequence, token in zip(advanced, ids, strict=True):
-            if sequence.finish is None:  # or it was cancelled while its prompt was read
-                sequence.append(token)
-        for row, sequence in [*self._speaking.items()]:
+    def _score_prompts(self, batch: StepBatch, logits: Tensor) -> None:
+        """Keep the log-probabilities of the prompt tokens that were asked for."""
+        asked: list[tuple[SequenceState, Query]] = []
+        rows, positions = batch.rows[batch.outputs].tolist(), batch.positions[batch.outputs].tolist()
+        for index, (row, position) in enumerate(zip(rows, positions, strict=True)):
+            if row not in self._reading:
+                continue
+            first = self._reading[row][0][0]
+            top_n = first.request.prompt_log_probabilities
+            if top_n is not None and position + 1 < len(first.request.prompt):
+                asked.append((first, Query(index, first.request.prompt[position + 1], top_n)))
+        found = self._sampler.log_probabilities(logits, [query for _, query in asked])
+        for (sequence, _), each in zip(asked, found, strict=True):
+            sequence.prompt_log_probabilities.append(each)
+
+    def _begin_decoding(self, row: int) -> int:
+        """Let the samples of a prompt that has been read go on, each in a row of its own; return how many there are."""
+        samples, rows = self._reading.pop(row)
+        for sample, own in zip(samples, rows, strict=True):
+            sample.prompt_log_probabilities = samples[0].prompt_log_probabilities
+            if own != row:
+                self.cache.fork(row, own)
+            self._decoding[own] = sample
+        return len(samples)
+
+    def _draw(self, logits: Tensor) -> list[TokenEvent]:
+        """Append a token to each sequence that is decoding, from its row of the logits; let those that end leave."""
+        sequences = [*self._decoding.values()]
+        ids = self._sampler.draw_rows(logits, [sequence.next_row() for sequence in sequences]).tolist()
+        queries = [
+            Query(row, ids[row], sequence.request.log_probabilities)
+            for row, sequence in enumerate(sequences)
+            if sequence.request.log_probabilities is not None and ids[row] >= 0
+        ]
+        scores = dict(
+            zip((query.row for query in queries), self._sampler.log_probabilities(logits, queries), strict=True)
+        )
+        events = [
+            TokenEvent(sequence, _append(sequence, token, scores.get(row)))
+            for row, (sequence, token) in enumerate(zip(sequences, ids, strict=True))
+            if not sequence.finish  # it may have been cancelled while its prompt was read
+        ]
+        self._drop_finished()
+        return events
+
+    def _drop_finished(self) -> None:
+        for row, sequence in [*self._decoding.items()]:
             if sequence.finish:
-                del self._speaking[row]
-                self._leave(row)
-        return [sequence for sequence in advanced if sequence.finish != "cancelled"]
+                del self._decoding[row]
+                self.cache.finish(row)
+                self._free.append(row)
 
-    def _leave(self, row: int) -> None:
-        self.cache.finish(row)
-        self._free.append(row)
 
-    def _sample(self, logits: Tensor, sequences: Sequence[SequenceState]) -> list[int]:
-        ids: list[int] = []
-        for row, sequence in enumerate(sequences):
-            generator = torch.Generator("cpu").manual_seed(((sequence.request.seed or 0) + len(sequence.generated) + 77 * sequence.sample) % 2**64)
-            ids += draw_unchecked(logits[row : row + 1], sequence.request.sampling, [generator]).tolist()
-        return ids
+def _append(sequence: SequenceState, token: int, scores: LogProbabilities | None) -> Event | None:
+    """Append what was drawn; None where it is no token."""
+    if sequence.request.max_new_tokens == 0:
+        sequence.finish = "length"
+        return Event(token, "", "length")
+    try:
+        refuse_invalid([token])
+    except GemmuleError as error:
+        sequence.fail(error)
+        return None
+    return sequence.append(token, scores)
+
+
+def run_alone(engine: Engine, request: Request) -> Iterator[Event]:
+    """Yield the events of a request of one sample in an engine that has no other; raise what it fails with."""
+    (sequence,) = engine.submit(request)
+    while not engine.idle:
+        for _, event in engine.step():
+            if event is None:
+                assert sequence.error is not None
+                raise sequence.error
+            yield event
 
 
 def stream_tokens(
@@ -221,23 +297,31 @@ def stream_tokens(
     engine = Engine(model, len(requests), max(each.positions for each in requests), decoding)
     sequences = [engine.submit(request)[0] for request in requests]
     while not engine.idle:
-        advanced = {*engine.step()}
-        if advanced:
-            yield [each.generated[-1] if each in advanced else None for each in sequences]
+        if tokens := _tokens_by_sequence(engine):
+            yield [tokens.get(sequence) for sequence in sequences]
 
 
 def reply_to_all(
     model: Gemma3, requests: Sequence[Request], decoding: Decoding = "auto", max_rows: int = MAX_ROWS
 ) -> list[list[int]]:
-    """Return the tokens of a reply to each request, the stop token included; ModelError as in `Engine.step`."""
+    """Return the tokens of a reply to each request, the stop token included; ModelError as in `stream_tokens`."""
     if not requests:
         return []
     rows = min(max_rows, len(requests))
     engine = Engine(model, rows, max(each.positions for each in requests), decoding)
     sequences = [engine.submit(request)[0] for request in requests]
     while not engine.idle:
-        engine.step()
+        _tokens_by_sequence(engine)
     return [sequence.generated for sequence in sequences]
+
+
+def _tokens_by_sequence(engine: Engine) -> dict[SequenceState, int]:
+    """Step; return the tokens, and raise what a sequence fails with."""
+    events = engine.step()
+    for sequence, _ in events:
+        if sequence.error is not None:
+            raise sequence.error
+    return {sequence: event.token for sequence, event in events if event is not None}
 
 
 def generate(
@@ -259,20 +343,12 @@ def generate(
     """
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     sampling = check_recipe(given, SamplingSettings, "of the options")
-    decoder = tokenizer.stream_decoder()
     ids = encode_prompt(model, tokenizer, prompt)
     limit = min(max_new_tokens, model.config.max_position_embeddings - len(ids))
     if limit < 1:
         return
     request = Request(tuple(ids), limit, sampling, seed, stops=stop_tokens(tokenizer))
-    engine = Engine(model, 1, request.positions, decoding)
-    (sequence,) = engine.submit(request)
-    while not engine.idle:
-        if not engine.step():
-            continue
-        token, finish = sequence.generated[-1], sequence.finish
-        text = "" if finish == "stop" else decoder.feed(token)
-        yield Event(token, text + decoder.end() if finish else text, finish)
+    yield from run_alone(Engine(model, 1, request.positions, decoding, tokenizer=tokenizer), request)
 
 
 def complete(

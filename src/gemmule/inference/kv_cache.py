@@ -65,7 +65,6 @@ class KVCache:
         self.tables = {kind: np.zeros((rows, columns), dtype=np.int32) for kind in KINDS}
         self.window_pages = window_pages(config)
         self.tree = PrefixTree(self.pools, self.window_pages)
-        self.reuse = True  # whether what is in the tree is looked for
         self._rows: dict[int, _Row] = {}
         self._reserved = dict.fromkeys(kinds, 0)
         self._spacing = _SPACING * max(1, self.window_pages)
@@ -99,12 +98,15 @@ class KVCache:
         """Return how many tokens of a sequence lie in the cache."""
         return len(self._rows[row].tokens)
 
-    def begin(self, row: int, prompt: Sequence[int], need: dict[Kind, int], sequences: int = 1) -> int:
+    def begin(
+        self, row: int, prompt: Sequence[int], need: dict[Kind, int], sequences: int = 1, *, anew: bool = False
+    ) -> int:
         """Begin a sequence that holds at most `need`; return how many tokens of its prompt are known already.
 
-        Room is promised to so many `sequences`, the others of which will be its forks.
+        `anew` takes none of them from the tree. Room is promised to so many `sequences`, the others of which will be
+        its forks.
         """
-        found = self.tree.find(prompt) if self.reuse else []
+        found = [] if anew else self.tree.find(prompt)
         known = len(found) * PAGE
         begun = {kind: self._first_page(kind, known) for kind in self.pools}
         own = _Row(list(prompt[:known]), [self.tree.root, *found], (len(prompt) - 1) // PAGE, need, begun)

@@ -1,12 +1,11 @@
 """Replies to prompts that end at stop strings, many side by side; a free row is given to the next prompt."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from gemmule.errors import RecipeError
 from gemmule.inference.engine import Engine, stop_tokens
-from gemmule.inference.requests import Request, SequenceState
+from gemmule.inference.requests import Request
 from gemmule.inference.sampling import SamplingSettings
 from gemmule.model.gemma3 import Gemma3
 from gemmule.settings import check_recipe
@@ -49,30 +48,6 @@ def read_generation_settings(options: Mapping[str, Any], max_new_tokens: int) ->
     return GenerationSettings(limit, until, check_recipe(known, SamplingSettings, "of generation_kwargs"))
 
 
-@dataclass(eq=False)
-class _Reply:
-    """A reply that is being generated."""
-
-    number: int
-    sequence: SequenceState
-    until: tuple[str, ...]
-    pieces: Any  # the streaming decoder of its tokens
-    text: str = field(default="")
-
-    def take_last_token(self) -> bool:
-        """Add the text of the last token; return whether a stop string is there."""
-        finish = self.sequence.finish
-        if finish != "stop":
-            self.text += self.pieces.feed(self.sequence.generated[-1])
-        if finish:
-            self.text += self.pieces.end()
-        return any(each in self.text for each in self.until)
-
-    def cut_text(self) -> str:
-        """Return the text before the first stop string."""
-        return min((self.text.partition(each)[0] for each in self.until), key=len, default=self.text)
-
-
 def generate_replies(
     model: Gemma3,
     tokenizer: Tokenizer,
@@ -89,23 +64,20 @@ def generate_replies(
         return []
     stops = stop_tokens(tokenizer)
     requests = [
-        Request(prompt.ids, prompt.settings.max_new_tokens, prompt.settings.sampling, seed + number, stops=stops)
-        for number, prompt in enumerate(prompts)
+        Request(ids, own.max_new_tokens, own.sampling, seed + number, stops=stops, stop_strings=own.until)
+        for number, (ids, own) in enumerate(prompts)
     ]
-    engine = Engine(model, min(rows, len(requests)), max(request.positions for request in requests))
+    longest = max(request.positions for request in requests)
+    engine = Engine(model, min(rows, len(requests)), longest, tokenizer=tokenizer)
+    longest_first = sorted(range(len(requests)), key=lambda number: -len(requests[number].prompt))
+    numbers = {engine.submit(requests[number])[0]: number for number in longest_first}
     texts = [""] * len(requests)
-    running: dict[SequenceState, _Reply] = {}
-    for number in sorted(range(len(requests)), key=lambda number: -len(requests[number].prompt)):  # the longest first
-        (sequence,) = engine.submit(requests[number])
-        until = prompts[number].settings.until
-        running[sequence] = _Reply(number, sequence, until, tokenizer.stream_decoder())
     while not engine.idle:
-        for sequence in engine.step():
-            if running[sequence].take_last_token() and not sequence.finish:
-                engine.cancel([sequence])
-            elif not sequence.finish:
-                continue
-            reply = running.pop(sequence)
-            texts[reply.number] = reply.cut_text()
-            done(1)
+        for sequence, event in engine.step():
+            if event is None:
+                assert sequence.error is not None
+                raise sequence.error
+            texts[numbers[sequence]] += event.text
+            if event.finish:
+                done(1)
     return texts

@@ -1,0 +1,6 @@
+"""placeholder"""
+
+from typing import Any
+
+Constraint = Any
+ConstraintSpec = Any
