@@ -8,21 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemmule.errors import ModelError, RecipeError
-from gemmule.inference import decode as decode_module
-from gemmule.inference.runners import Decoding, static_step
-from gemmule.inference.engine import (
-    Engine,
-    Event,
-    SequenceState,
-    complete,
-    encode_prompt,
-    generate,
-    seeded_generator,
-    stop_tokens,
-    stream_tokens,
-)
+from gemmule.inference import runners
+from gemmule.inference.engine import Engine, complete, encode_prompt, generate, reply_to_all, stop_tokens, stream_tokens
 from gemmule.inference.native.library import load_library
-from gemmule.inference.sampling import SamplingSettings
+from gemmule.inference.requests import Event, Request, SequenceState
+from gemmule.inference.runners import Decoding, static_step
+from gemmule.inference.sampling import Query as LogProbabilityQuery
+from gemmule.inference.sampling import SamplingSettings, log_probabilities
 from gemmule.model.gemma3 import Gemma3, OutputHead
 from gemmule.tokenizer import Tokenizer
 from tiny import lively_model, tiny_config
@@ -59,9 +51,9 @@ def parrot(model: Gemma3, script: Sequence[int]) -> Gemma3:
     def forward(
         tokens: torch.Tensor, positions: torch.Tensor, documents: torch.Tensor, cache: object, output_head: OutputHead
     ) -> torch.Tensor:
-        logits = torch.full((tokens.shape[0], 1, model.config.vocab_size), float("-inf"))
-        logits[:, :, next(said)] = 0.0
-        return logits
+        hidden = torch.zeros(*tokens.shape, model.config.vocab_size)
+        hidden[:, -1, next(said)] = 1e9
+        return output_head(hidden, torch.eye(model.config.vocab_size))
 
     model.forward = forward  # type: ignore[method-assign, assignment]
     return model
@@ -130,30 +122,25 @@ DECODINGS = ["plain", "compiled", pytest.param("native", marks=needs_compiler)]
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the static step of the compiled decoder without compiling it."""
-    monkeypatch.setattr(decode_module, "_compiled_step", lambda tuned: static_step)
-    monkeypatch.setattr(decode_module, "reason_not_to_compile", lambda device: None)
+    """Run the static step of the compiled runner without compiling it."""
+    monkeypatch.setattr(runners, "_compiled_step", lambda tuned: static_step)
+    monkeypatch.setattr(runners, "reason_not_to_compile", lambda device: None)
 
 
-def sequence(prompt: Sequence[int], count: int, seed: int = 0, stop: int = -1, **sampling: Any) -> SequenceState:
+def request(prompt: Sequence[int], count: int, seed: int = 0, stop: int = -1, **sampling: Any) -> Request:
     chosen = SamplingSettings(**sampling) if sampling else GREEDY
-    return SequenceState(prompt, chosen, seeded_generator(seed), count, frozenset({stop}))
+    return Request(tuple(prompt), count, chosen, seed, stops=frozenset({stop}))
 
 
-def run_together(engine: Engine, arrivals: dict[int, list[SequenceState]]) -> None:
-    """Step until all are finished; at each step number, the sequences that arrive then are inserted as one batch."""
+def run_together(engine: Engine, arrivals: dict[int, list[Request]]) -> list[SequenceState]:
+    """Step until all are finished; requests are submitted at the step of their number. Return their sequences."""
+    sequences: list[SequenceState] = []
     for number in range(200):
-        if number in arrivals:
-            engine.insert(arrivals[number])
-        if engine.sequences:
-            assert engine.step()
-    assert not engine.sequences
-
-
-def alone(model: Gemma3, like: SequenceState, seed: int) -> list[int]:
-    """Return what a sequence generates when it is the only one."""
-    steps = stream_tokens(model, [like.prompt], like.max_new_tokens, like.stops, like.sampling, seed, "plain")
-    return rows(list(steps))[0]
+        for each in arrivals.get(number, ()):
+            sequences += engine.submit(each)
+        engine.step()
+    assert engine.idle
+    return sequences
 
 
 @pytest.mark.usefixtures("eager")
@@ -163,14 +150,13 @@ def test_sequences_that_join_and_leave_generate_what_each_does_alone(window: int
     model = lively_model(tiny_config(sliding_window=window))
     prompts = [[2, 40, 41, 42, 43, 44, 45, 46, 47, 11], [2], [2, 30, 31], [2, 20, 21, 22], [9, 8, 7, 6, 5, 4], [3, 1]]
     limits = [12, 30, 1, 7, 20, 9]
-    states = [sequence(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    asked = [request(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
     engine = Engine(model, 4, 40, decoding)
-    run_together(engine, {0: states[:2], 3: states[2:4], 12: [states[4]], 13: [states[5]]})
+    states = run_together(engine, {0: asked[:2], 3: asked[2:4], 12: [asked[4]], 13: [asked[5]]})
     for state, prompt, limit in zip(states, prompts, limits, strict=True):
         assert state.generated == greedily(model, prompt, limit)
-        assert (state.finish, state.position) == ("length", len(prompt) + limit)
-    engine.insert([again := sequence(prompts[0], 5)])
-    run_together(engine, {})
+        assert state.finish == "length"
+    (again,) = run_together(engine, {0: [request(prompts[0], 5)]})
     assert again.generated == states[0].generated[:5], "an engine that ran empty can be filled again"
 
 
@@ -184,10 +170,10 @@ def test_draws_depend_on_the_seed_of_the_sequence_alone(decoding: Decoding) -> N
         {"temperature": 0.9},
         {"temperature": 0.0},
     ]
-    states = [sequence([2, 30 + row], 15, row, **each) for row, each in enumerate(settings)]
-    run_together(Engine(model, 4, 40, decoding), {0: states[2:], 2: [states[1]], 5: [states[0]]})
-    for row, state in enumerate(states):
-        assert state.generated == alone(model, state, row)
+    asked = [request([2, 30 + row], 15, row, **each) for row, each in enumerate(settings)]
+    states = run_together(Engine(model, 4, 40, decoding), {0: asked[2:], 2: [asked[1]], 5: [asked[0]]})
+    alone = [reply_to_all(model, [each], "plain")[0] for each in (*asked[2:], asked[1], asked[0])]
+    assert [state.generated for state in states] == alone
 
 
 def test_rows_of_a_batch_draw_with_consecutive_seeds(speaker: Gemma3) -> None:
@@ -199,38 +185,96 @@ def test_rows_of_a_batch_draw_with_consecutive_seeds(speaker: Gemma3) -> None:
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("decoding", DECODINGS)
-def test_a_sequence_that_is_evicted_leaves_the_others_alone(decoding: Decoding) -> None:
+def test_a_sequence_that_is_cancelled_leaves_the_others_alone(decoding: Decoding) -> None:
     model = lively_model(tiny_config())
-    states = [sequence(prompt, 12) for prompt in PROMPTS[1:]]
     engine = Engine(model, 3, 30, decoding)
-    engine.insert(states)
+    states = [engine.submit(request(prompt, 12))[0] for prompt in PROMPTS[1:]]
     for _ in range(3):
         engine.step()
-    engine.evict(states[1])
-    while engine.sequences:
-        assert states[1] not in engine.step()
+    engine.cancel([states[1]])
+    while not engine.idle:
+        assert states[1] not in {state for state, _ in engine.step()}
     assert [len(state.generated) for state in states] == [12, 3, 12]
+    assert [state.finish for state in states] == ["length", "cancelled", "length"]
     for state, prompt in zip(states, PROMPTS[1:], strict=True):
         assert state.generated == greedily(model, prompt, 12)[: len(state.generated)]
 
 
 def test_each_sequence_has_its_own_stop_tokens_and_limit(speaker: Gemma3) -> None:
     expected = greedily(speaker, PROMPTS[2], 12)
-    states = [sequence(PROMPTS[2], 12), sequence(PROMPTS[2], 12, stop=expected[4]), sequence(PROMPTS[2], 3)]
-    run_together(Engine(speaker, 3, 20), {0: states})
+    asked = [request(PROMPTS[2], 12), request(PROMPTS[2], 12, stop=expected[4]), request(PROMPTS[2], 3)]
+    states = run_together(Engine(speaker, 3, 20), {0: asked})
     assert [state.finish for state in states] == ["length", "stop", "length"]
     assert states[0].generated == expected
     assert states[1].generated == expected[: expected.index(expected[4]) + 1]
     assert states[2].generated == expected[:3]
 
 
+def test_no_stop_token_is_drawn_before_the_minimum(speaker: Gemma3) -> None:
+    usual = greedily(speaker, PROMPTS[2], 12)
+    stops = frozenset(usual)
+    (state,) = run_together(
+        Engine(speaker, 1, 30), {0: [Request(tuple(PROMPTS[2]), 20, GREEDY, 0, stops=stops, min_new_tokens=7)]}
+    )
+    assert not stops & {*state.generated[:7]}
+    assert len(state.generated) >= 8
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_log_probabilities_are_those_of_the_model_before_any_rule(decoding: Decoding) -> None:
+    model = lively_model(tiny_config())
+    prompt = tuple(range(5, 40))
+    asked = Request(
+        prompt, 9, SamplingSettings(temperature=3, top_k=4, repetition_penalty=1.5), 1,
+        log_probabilities=3, prompt_log_probabilities=2,
+    )  # fmt: skip
+    engine = Engine(model, 2, 60, decoding)
+    run_together(engine, {0: [request(prompt, 2)]})
+    (state,), events = engine.submit(asked), []
+    while not engine.idle:
+        events += [event for _, event in engine.step() if event]
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *state.generated]]))[0]
+    ids = [*prompt[1:], *state.generated]
+    tops = [2] * (len(prompt) - 1) + [3] * 9
+    queries = [LogProbabilityQuery(row, token, top) for row, (token, top) in enumerate(zip(ids, tops, strict=True))]
+    expected = log_probabilities(logits, queries)
+    found = [*state.prompt_log_probabilities, *(event.log_probabilities for event in events)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours is not None
+        assert ours.token == pytest.approx(theirs.token, abs=1e-4)
+        assert [token for token, _ in ours.likeliest] == [token for token, _ in theirs.likeliest]
+
+
+def test_a_prompt_can_be_scored_without_a_reply(speaker: Gemma3) -> None:
+    engine = Engine(speaker, 1, 20)
+    (state,) = engine.submit(Request((2, 30, 31), 0, GREEDY, 0, prompt_log_probabilities=0))
+    while not engine.idle:
+        engine.step()
+    assert len(state.prompt_log_probabilities) == 2
+    assert (state.generated, state.finish) == ([], "length")
+
+
 def test_an_engine_refuses_more_than_it_was_made_for(speaker: Gemma3) -> None:
     engine = Engine(speaker, 2, 10)
     with pytest.raises(ValueError, match="1 sequences of up to 11 positions: the engine was made for 2 of 10"):
-        engine.insert([sequence([2, 3], 10)])
-    engine.insert([sequence([2], 10)])
+        engine.submit(request([2, 3], 10))
+    engine.submit(request([2], 10))
     with pytest.raises(ValueError, match="3 sequences of up to 9 positions"):
-        engine.insert([sequence([2], 9), sequence([3], 9)])
+        engine.submit(Request((2,), 9, samples=3))
+    with pytest.raises(ValueError, match="need an engine with a tokenizer"):
+        engine.submit(Request((2,), 9, stop_strings=("x",)))
+
+
+def test_a_sequence_whose_logits_are_not_finite_fails_alone() -> None:
+    model = lively_model(tiny_config())
+    with torch.no_grad():
+        model.embedding.weight[7] = 1e38  # finite, but what follows from it is not
+    engine = Engine(model, 2, 20)
+    states = run_together(engine, {0: [request([3, 7], 5), request([3, 8], 5)]})
+    assert states[0].finish == "error"
+    assert "logits are not finite" in str(states[0].error)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])

@@ -56,8 +56,8 @@ class Request:
                 raise RecipeError(f"{name} = {getattr(self, name)}: must be at least {least}")
         if self.seed is None:
             object.__setattr__(self, "seed", secrets.randbits(63))
-        elif not 0 <= self.seed <= LARGEST_SEED:
-            raise RecipeError(f"seed = {self.seed}: must be from 0 to {LARGEST_SEED}")
+        else:
+            _check_seed(self.seed)
 
     @property
     def positions(self) -> int:
@@ -134,8 +134,15 @@ def requests_of(
     seed: int | None,
 ) -> list[Request]:
     """Return a request for each prompt; the i-th has the seed `seed` + i."""
+    if seed is not None:
+        _check_seed(seed)
     seeds = [None if seed is None else (seed + number) % (LARGEST_SEED + 1) for number in range(len(prompts))]
     return [
         Request(tuple(prompt), max_new_tokens, sampling, own, stops=stops)
         for prompt, own in zip(prompts, seeds, strict=True)
     ]
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed <= LARGEST_SEED:
+        raise RecipeError(f"seed = {seed}: must be from 0 to {LARGEST_SEED}")
