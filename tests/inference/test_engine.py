@@ -372,7 +372,8 @@ def test_complete_returns_prompts_with_their_continuations(speaker: Gemma3, tiny
 
 def test_complete_leaves_end_tokens_out(tiny_tokenizer: Tokenizer, says: Callable[[Sequence[int]], Gemma3]) -> None:
     fox = tiny_tokenizer.encode(" fox")[1:]
-    assert complete(says([*fox, 1]), tiny_tokenizer, ["the", "a"], 9, GREEDY) == ["the fox", "a fox"]
+    for prompt in ("the", "a"):
+        assert complete(says([*fox, 1]), tiny_tokenizer, [prompt], 9, GREEDY) == [f"{prompt} fox"]
 
 
 def test_complete_of_nothing_is_nothing(speaker: Gemma3, tiny_tokenizer: Tokenizer) -> None:
