@@ -1,6 +1,0 @@
-"""placeholder"""
-
-from typing import Any
-
-Constraint = Any
-ConstraintSpec = Any
