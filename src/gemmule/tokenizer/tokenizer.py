@@ -153,7 +153,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, specials: bool = False) -> str:
         """Decode ids; special tokens are skipped unless `specials` is true."""
-        if not self._pieces.concatenate:
+        if not self.concatenates:
             text: str = self._library.decode(list(ids), skip_special_tokens=not specials)
             return text
         written = self._pieces.specials if specials else {}
@@ -167,7 +167,7 @@ class Tokenizer:
 
     def stream_decoder(self) -> TextStream:
         """Return a streaming decoder; special tokens are skipped."""
-        if self._pieces.concatenate:
+        if self.concatenates:
             return PieceStream(self.piece, drop_first_space=self._pieces.drop_first_space)
         return RedecodingStream(self.decode)
 
@@ -183,6 +183,16 @@ class Tokenizer:
         """Return the bytes that an id stands for within a text; special tokens and unknown ids have none."""
         text = self._library.id_to_token(token) if 0 <= token < self.vocab_size else None
         return b"" if text is None else self._pieces.text(text, token)
+
+    @property
+    def concatenates(self) -> bool:
+        """Whether decoding concatenates the pieces of the ids; not so where a token's text depends on its neighbors."""
+        return self._pieces.concatenate
+
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """The names of the special tokens by id."""
+        return {index: name.decode() for index, name in self._pieces.specials.items()}
 
     @cached_property
     def description(self) -> dict[str, Any]:
