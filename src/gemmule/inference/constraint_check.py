@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 Kind = Literal["json_schema", "regex", "grammar"]
 
+DEAD_END = "NoExtensionBias"  # llguidance: no token can come next, and the grammar is not complete
 # JSON's own rule allows whitespace without end, in which a small model stays. This is enough to indent.
 _WHITESPACE = r" |\n\n?[ \t]{0,20}"
 # Of the child. Its stack is an eighth of the one that threads of the parent have, where the same grammar is used later.
 _CPU_SECONDS, _WALL_SECONDS = 3, 60
 _MEMORY, _STACK = 512 << 20, 1 << 20  # bytes
 _STEPS = 64  # tokens that the child lets the grammar accept
-_DEAD_END = "NoExtensionBias"  # llguidance: no token can come next, and the grammar is not complete
 _MARK = b"\xff"  # llguidance: what follows is the name of a special token
 
 
@@ -94,14 +94,12 @@ def compile_grammar(kind: Kind, text: str, vocabulary: "LLTokenizer") -> "LLMatc
         raise ConstraintError(sentence_of(str(error))) from None
     limits = LLParserLimits(max_lexer_states=20_000, max_grammar_size=50_000, verbose_errors=False)
     matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
-    accepting = not matcher.is_error() and matcher.is_accepting()
-    if not matcher.is_error():
-        matcher.compute_bitmask()
+    mask = int.from_bytes(matcher.compute_bitmask(), "little")
     problem = sentence_of(matcher.get_error())
-    if problem == _DEAD_END or (matcher.is_stopped() and not accepting and not problem):
-        raise ConstraintError("no text satisfies it")
-    if problem:
+    if problem and problem != DEAD_END:
         raise ConstraintError(problem)
+    if problem or not mask & ~sum(1 << stop for stop in vocabulary.eos_tokens):
+        raise ConstraintError("no text satisfies it, or only the empty one")
     return matcher
 
 
@@ -160,7 +158,7 @@ def _compile_and_walk(job: Job) -> Verdict:
         if matcher.is_stopped() or not allowed or not matcher.consume_token(allowed[step * 7919 % len(allowed)]):
             break
     problem = sentence_of(matcher.get_error())
-    if problem and problem != _DEAD_END:
+    if problem and problem != DEAD_END:
         return Verdict(f"it is too complex: {problem}", 0)
     return Verdict(None, peak_memory() - before)
 

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from gemmule.errors import MissingExtra, RecipeError, TokenizerError
 from gemmule.inference.constraint_check import (
+    DEAD_END,
     ConstraintError,
     Job,
     Kind,
@@ -31,7 +32,7 @@ LONGEST = 1 << 16  # bytes of a schema, regular expression or grammar
 DEEPEST = 64  # levels of objects and lists in a schema
 _CACHED = 32  # compiled grammars that a compiler keeps,
 _LARGEST_CACHED = 16 << 20  # of at most as many bytes
-_CANONICAL = 512  # characters of a text that a grammar forces, beyond which its tokens need not be canonical
+_CANONICAL = 512  # characters of a forced text whose canonical tokens are looked up; the next token is what counts
 _NOT_ALLOWED = "doesn't satisfy the grammar"  # in llguidance's message
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 
@@ -91,8 +92,8 @@ class ConstraintCompiler:
         # llguidance appends a stop token where there is none, and a grammar's <[*]> is any token, with text or without.
         self._within = np.packbits(np.arange(words * 32) < vocab_size, bitorder="little").view(np.int32)
         stops = sorted(stop for stop in stop_tokens if stop < vocab_size)
-        table = TokenTable(pieces, stops[0] if stops else None, self._tokenize)
-        self._tokenizer, self._vocab_size, self._specials = tokenizer, vocab_size, list(specials.values())
+        self._vocab_size, self._specials = vocab_size, list(specials.values())
+        table = TokenTable(pieces, stops[0] if stops else None, _CanonicalTokens(tokenizer, pieces))
         self._vocabulary = LLTokenizer(table, eos_token=stops or None)
         self._compiled: OrderedDict[ConstraintSpec, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
@@ -129,15 +130,25 @@ class ConstraintCompiler:
                 self._compiled.popitem(last=False)
         return matcher.deep_copy()
 
-    def _tokenize(self, text: str) -> list[int]:
-        """Return the canonical tokens of a text within a reply; others where it is long, or those do not spell it."""
-        if len(text) > _CANONICAL:
-            return self._vocabulary.greedy_tokenize(text)
-        ids = self._tokenizer.encode(text)[self._tokenizer.adds_bos :]
-        spelt = b"".join(map(self._tokenizer.piece, ids)) == text.encode()
-        if spelt and all(token < self._vocab_size for token in ids):
-            return ids
-        return self._vocabulary.greedy_tokenize(text)
+
+class _CanonicalTokens:
+    """The tokens of a text within a reply, to which a mask is narrowed where a grammar forces that text."""
+
+    def __init__(self, tokenizer: Tokenizer, pieces: Sequence[bytes]) -> None:
+        self._tokenizer, self._count = tokenizer, len(pieces)
+        self._of_byte = {piece[0]: index for index, piece in enumerate(pieces) if len(piece) == 1}
+
+    def __call__(self, text: str) -> list[int]:
+        """Return tokens that spell a text, canonical ones at its beginning, where the tokenizer leaves it as it is."""
+        beginning, rest = text[:_CANONICAL], text[_CANONICAL:]
+        ids = self._tokenizer.encode(beginning)[self._tokenizer.adds_bos :]
+        spelt = b"".join(map(self._tokenizer.piece, ids)) == beginning.encode()
+        if not spelt or max(ids, default=0) >= self._count:
+            return self._in_bytes(text)
+        return ids + self._in_bytes(rest)
+
+    def _in_bytes(self, text: str) -> list[int]:
+        return [self._of_byte[byte] for byte in text.encode() if byte in self._of_byte]
 
 
 class Constraint:
@@ -154,7 +165,7 @@ class Constraint:
         """
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise self._too_complex()
+            raise self._failure()
         return np.frombuffer(mask, dtype=np.int32, count=len(self._within)) & self._within
 
     def accept(self, token: int) -> None:
@@ -166,7 +177,7 @@ class Constraint:
             return
         if _NOT_ALLOWED in self._matcher.get_error():
             raise ValueError(f"token {token} is not allowed by the constraint")
-        raise self._too_complex()
+        raise self._failure()
 
     @property
     def complete(self) -> bool:
@@ -175,11 +186,14 @@ class Constraint:
 
     @property
     def finished(self) -> bool:
-        """Whether no text may come any more, so that the reply ends; it may be so before the first token."""
+        """Whether no text may come any more, so that the reply ends; not so before its first token."""
         return self._matcher.is_stopped()
 
-    def _too_complex(self) -> RecipeError:
-        return RecipeError(f"{self._kind}: it is too complex for this reply: {sentence_of(self._matcher.get_error())}")
+    def _failure(self) -> RecipeError:
+        problem = sentence_of(self._matcher.get_error())
+        if problem == DEAD_END:
+            return RecipeError(f"{self._kind}: no token of the vocabulary can continue this reply")
+        return RecipeError(f"{self._kind}: it is too complex for this reply: {problem}")
 
 
 def _checked(kind: Kind, text: str) -> str:
