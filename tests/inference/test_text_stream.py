@@ -59,6 +59,15 @@ def test_shown_text_is_the_whole_cut_at_the_first_stop_string(ids: list[int], st
     assert ("".join(shown), stopped) == cut(TOKENIZER.decode(ids), stops)
 
 
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=3, max_size=8), min_size=1, max_size=3))
+@example("aaab", ["aab"])
+@example("abaabab", ["abab"])
+@example("aabaaabaaac", ["aabaaac"])
+def test_stop_strings_that_begin_within_themselves_are_found(text: str, stops: list[str]) -> None:
+    shown, stopped = reply(in_bytes(text.encode()), stops)
+    assert ("".join(shown), stopped) == cut(text, stops)
+
+
 @given(IDS, st.lists(SMALL_TEXTS, max_size=4), IDS)
 def test_what_was_shown_stays_right_whatever_follows(ids: list[int], stops: list[str], others: list[int]) -> None:
     shown, stopped = reply(ids, stops)
