@@ -47,7 +47,7 @@ def random_request(draw: random.Random, vocabulary: int) -> Request:
         repetition_penalty=draw.choice((1.0, 1.3)),
         presence_penalty=draw.choice((0.0, 0.5)),
         frequency_penalty=draw.choice((0.0, 0.5)),
-        logit_bias=draw.choice(({}, {3: -100.0, 5: 2.0})),
+        logit_bias=draw.choice(((), ((3, -100.0), (5, 2.0)))),
     )
     stops = frozenset(draw.sample(range(vocabulary), draw.choice((0, 3))))
     return Request(

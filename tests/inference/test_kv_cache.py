@@ -40,7 +40,8 @@ def held(cache: KVCache) -> dict[str, int]:
 def test_the_twelfth_turn_of_a_conversation_computes_its_own_tokens_and_at_most_16_more(model: Gemma3) -> None:
     """So does going back to the sixth turn, going on there, and returning to the twelfth."""
     engine = Engine(model, 2, 2000, "plain")
-    said, turns = [2], []
+    said: list[int] = [2]
+    turns: list[list[int]] = []
     for turn in range(12):
         said += [3 + (turn * 7 + i) % 40 for i in range(30)]
         new = len(said) - (len(turns[-1]) if turns else 0)
@@ -138,7 +139,7 @@ def test_a_cancelled_request_gives_its_row_and_pages_back_at_once(model: Gemma3)
     while not engine.idle:
         engine.step()
     assert [each.finish for each in (*running, *reading, *queued, late)] == ["cancelled"] * 3 + ["length"]
-    assert held(engine.cache) == {kind: len(engine.cache.tree.nodes(kind)) for kind in engine.cache.pools}  # type: ignore[arg-type]
+    assert held(engine.cache) == {kind: len(engine.cache.tree.nodes(kind)) for kind in engine.cache.pools}
 
 
 def test_an_empty_page_holds_nothing_of_an_earlier_sequence() -> None:

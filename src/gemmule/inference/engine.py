@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 
 from gemmule.errors import GemmuleError, ModelError, TokenizerError
+from gemmule.inference.constraints import Constraint, ConstraintCompiler, ConstraintSpec
 from gemmule.inference.kv_cache import CacheSize, KVCache, exact_size
 from gemmule.inference.native.sampler import make_sampler
 from gemmule.inference.requests import Event, Request, SequenceState, requests_of
 from gemmule.inference.runners import Decoding, cache_dtype, choose_decoding, make_runner
-from gemmule.inference.sampling import LogProbabilities, Query, SamplingSettings, refuse_invalid
+from gemmule.inference.sampling import LogProbabilities, Query, Row, SamplingSettings, refuse_invalid
 from gemmule.inference.step_batch import StepBatch
 from gemmule.inference.text_stream import TextStream
 from gemmule.model.config import Kind
@@ -72,6 +74,8 @@ class Engine:
         self.cache = KVCache(model.config, max_rows, longest, size, dtype, self._device)
         self._runner, self._sampler = make_runner(model, self.cache, self.decoding), make_sampler(self._device)
         self._tokenizer, self._vocabulary = tokenizer, model.config.vocab_size
+        self._constraints: ConstraintCompiler | None = None
+        self._constraints_lock = Lock()
         self._free = list(range(max_rows - 1, -1, -1))
         self._waiting: deque[list[SequenceState]] = deque()  # the samples of each request
         self._reading: dict[int, tuple[list[SequenceState], list[int]]] = {}  # samples and their rows, by the first row
@@ -96,6 +100,18 @@ class Engine:
         samples = [self._new_sequence(request, sample) for sample in range(count)]
         self._waiting.append([*samples])
         return samples
+
+    def compile_constraint(self, spec: ConstraintSpec) -> Constraint:
+        """Compile a constraint, which takes 0.1 s the first time; any thread may do that before `submit` does.
+
+        RecipeError where it is none.
+        """
+        with self._constraints_lock:
+            if self._constraints is None:
+                assert self._tokenizer is not None
+                stops = stop_tokens(self._tokenizer)
+                self._constraints = ConstraintCompiler(self._tokenizer, self._vocabulary, stops)
+        return self._constraints.compile(spec)
 
     @property
     def idle(self) -> bool:
@@ -144,7 +160,7 @@ class Engine:
     def _new_sequence(self, request: Request, sample: int) -> SequenceState:
         if self._tokenizer is None:
             return SequenceState(request, sample)
-        constraint = None
+        constraint = None if request.constraint is None else self.compile_constraint(request.constraint)
         return SequenceState(request, sample, TextStream(self._tokenizer, request.stop_strings), constraint)
 
     def _need(self, request: Request) -> dict[Kind, int]:
@@ -228,19 +244,20 @@ class Engine:
     def _draw(self, logits: Tensor) -> list[TokenEvent]:
         """Append a token to each sequence that is decoding, from its row of the logits; let those that end leave."""
         sequences = [*self._decoding.values()]
-        ids = self._sampler.draw_rows(logits, [sequence.next_row() for sequence in sequences]).tolist()
+        rows = [_next_row(sequence) for sequence in sequences]
+        ids = self._sampler.draw_rows(logits, [row or _ANY for row in rows]).tolist()
         queries = [
-            Query(row, ids[row], sequence.request.log_probabilities)
-            for row, sequence in enumerate(sequences)
-            if sequence.request.log_probabilities is not None and ids[row] >= 0
+            Query(index, ids[index], sequence.request.log_probabilities)
+            for index, sequence in enumerate(sequences)
+            if sequence.request.log_probabilities is not None and ids[index] >= 0
         ]
         scores = dict(
             zip((query.row for query in queries), self._sampler.log_probabilities(logits, queries), strict=True)
         )
         events = [
-            TokenEvent(sequence, _append(sequence, token, scores.get(row)))
-            for row, (sequence, token) in enumerate(zip(sequences, ids, strict=True))
-            if not sequence.finish  # it may have been cancelled while its prompt was read
+            TokenEvent(sequence, _append(sequence, token, scores.get(index)))
+            for index, (sequence, token) in enumerate(zip(sequences, ids, strict=True))
+            if sequence.finish != "cancelled"  # while its prompt was read
         ]
         self._drop_finished()
         return events
@@ -253,17 +270,34 @@ class Engine:
                 self._free.append(row)
 
 
-def _append(sequence: SequenceState, token: int, scores: LogProbabilities | None) -> Event | None:
-    """Append what was drawn; None where it is no token."""
-    if sequence.request.max_new_tokens == 0:
-        sequence.finish = "length"
-        return Event(token, "", "length")
+# How a token is drawn that nobody takes.
+_ANY = Row(SamplingSettings(temperature=0))
+
+
+def _next_row(sequence: SequenceState) -> Row | None:
+    """Return how the next token of a sequence is drawn; None where it is finished, or fails."""
+    if sequence.finish is not None or sequence.request.max_new_tokens == 0:
+        return None
     try:
-        refuse_invalid([token])
+        return sequence.next_row()
     except GemmuleError as error:
         sequence.fail(error)
         return None
-    return sequence.append(token, scores)
+
+
+def _append(sequence: SequenceState, token: int, scores: LogProbabilities | None) -> Event | None:
+    """Append what was drawn; None where the sequence fails."""
+    if sequence.request.max_new_tokens == 0:
+        sequence.finish = "length"
+        return Event(None, "", "length")
+    if sequence.error is not None:
+        return None
+    try:
+        refuse_invalid([token])
+        return sequence.append(token, scores)
+    except GemmuleError as error:
+        sequence.fail(error)
+        return None
 
 
 def run_alone(engine: Engine, request: Request) -> Iterator[Event]:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+
 from gemmule.errors import GemmuleError, RecipeError
 from gemmule.inference.constraints import Constraint, ConstraintSpec
 from gemmule.inference.sampling import LogProbabilities, Row, SamplingSettings, uniform
@@ -16,9 +18,9 @@ PLAIN = SamplingSettings()
 
 
 class Event(NamedTuple):
-    """One generated token, and the text that it completed."""
+    """One generated token, and the text that it completed; no token where none was asked for."""
 
-    token: int
+    token: int | None
     text: str
     # The finish reason: "stop" after a stop token or stop string, "length" at the limit, None before the last token.
     finish: str | None
@@ -88,16 +90,19 @@ class SequenceState:
         self._row = Row(self.request.sampling, self.request.prompt)
 
     def next_row(self) -> Row:
-        """Return how its next token is drawn."""
+        """Return how its next token is drawn; RecipeError where its constraint has become too complex."""
         row, request, index = self._row, self.request, len(self.generated)
         assert request.seed is not None
         row.uniform = uniform(request.seed, self.sample, index)
         row.excluded = request.stops if index < request.min_new_tokens else ()
-        row.allowed = None if self.constraint is None else self.constraint.allowed()
+        row.allowed = None if self.constraint is None else torch.from_numpy(self.constraint.allowed())
         return row
 
     def append(self, token: int, log_probabilities: LogProbabilities | None = None) -> Event:
-        """Add a generated token, and finish where it is a stop token, completes a stop string, or is the last one."""
+        """Add a generated token, and finish where it is a stop token, completes a stop string, or is the last one.
+
+        RecipeError where its constraint has become too complex.
+        """
         self.generated.append(token)
         self._row.append(token)
         text = ""
@@ -111,6 +116,7 @@ class SequenceState:
             self.finish = "length"
         if self.finish and self.stream is not None:
             text += self.stream.end()
+            self.finish = "stop" if self.stream.stopped else self.finish
         return Event(token, text, self.finish, log_probabilities)
 
     def fail(self, error: GemmuleError) -> None:
