@@ -82,7 +82,8 @@ def random_row(source: random.Random) -> tuple[Tensor, Row]:
     if source.random() < 0.2:
         logits[torch.rand(vocabulary, generator=torch.Generator().manual_seed(source.randrange(99))) < 0.3] = -INF
     prompt, reply = ([source.randrange(vocabulary) for _ in range(9)] for _ in range(2))
-    row = Row(random_settings(source, vocabulary), prompt, reply, uniform=source.random())
+    number = source.choice([source.random(), 1e-6 * source.random(), 1 - 1e-6 * source.random()])
+    row = Row(random_settings(source, vocabulary), prompt, reply, uniform=number)
     if source.random() < 0.2:
         row.excluded = frozenset(source.randrange(vocabulary) for _ in range(3))
     if source.random() < 0.2:
@@ -158,10 +159,22 @@ def test_a_row_is_drawn_bit_for_bit_as_it_is_alone(settings: dict[str, Any], thr
         middle = (low + high) / 2
         low, high = (middle, high) if alone(middle) == first else (low, middle)
     for number in (low, high):
-        expected = alone(number)
+        row.uniform = number
+        expected = [NATIVE.draw_rows(logits[at : at + 1], rows[at : at + 1]).item() for at in range(64)]
         for count in (1, 2, 5):
             threads(count)
-            assert NATIVE.draw_rows(logits, rows)[place] == expected
+            assert NATIVE.draw_rows(logits, rows).tolist() == expected
+
+
+def test_threads_have_memory_of_their_own(threads: Any) -> None:
+    logits = numbers(4, 24, 100_000)
+    rows = [Row(SamplingSettings(**SETTINGS[at % 8]), [at], [3, at], uniform=uniform(0, at, 0)) for at in range(24)]
+    threads(1)
+    queries = [Query(at, at, 20) for at in range(24)]
+    expected = NATIVE.draw_rows(logits, rows).tolist(), NATIVE.log_probabilities(logits, queries)
+    threads(4)
+    for _ in range(20):
+        assert (NATIVE.draw_rows(logits, rows).tolist(), NATIVE.log_probabilities(logits, queries)) == expected
 
 
 @pytest.mark.parametrize(
@@ -194,6 +207,20 @@ def test_the_largest_temperatures_are_uniform(temperature: float) -> None:
     logits = torch.cat((numbers(0, 100), torch.full((28,), -INF)))
     rows = [Row(SamplingSettings(temperature=temperature), uniform=(at + 0.5) / 100) for at in range(100)]
     assert NATIVE.draw_rows(logits.expand(100, -1), rows).tolist() == list(range(100))
+
+
+@pytest.mark.parametrize("temperature", [1, 2, 0.7])
+@pytest.mark.parametrize("distance", [-0.5, -0.25, -2.0])
+def test_min_p_agrees_on_a_token_that_lies_exactly_at_it(temperature: float, distance: float) -> None:
+    exact, answers = math.exp(distance / temperature), set()
+    for likeliest in (0.5, 1000.5, -3000.5):
+        logits, share = torch.tensor([[likeliest, likeliest + distance, likeliest + 2 * distance]]), exact * (1 - 8e-16)
+        for _ in range(20):
+            rows = [Row(SamplingSettings(temperature=temperature, min_p=share), uniform=LAST)]
+            answers.add(draw_rows(logits, rows).item())
+            assert NATIVE.draw_rows(logits, rows).item() == draw_rows(logits, rows).item()
+            share = math.nextafter(share, 1)
+    assert answers == {0, 1}
 
 
 @pytest.mark.parametrize("vocabulary", [1, 16, 17, 100, 262_144])

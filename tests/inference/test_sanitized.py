@@ -1,4 +1,4 @@
-"""The C file under AddressSanitizer and UndefinedBehaviorSanitizer: no access out of bounds, nothing undefined."""
+"""The C files under AddressSanitizer and UndefinedBehaviorSanitizer: no access out of bounds, nothing undefined."""
 
 import os
 import shutil
@@ -8,13 +8,21 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("sanitized_steps.py")
+# What each script must have done at least.
 ENOUGH = {
-    "all_shapes": 3000,
-    "hostile_tokens_and_positions": 35,
-    "hostile_weights": 1000,
-    "hostile_constants": 200,
-    "misaligned_weights": 60,
+    "sanitized_steps.py": {
+        "all_shapes": 3000,
+        "hostile_tokens_and_positions": 35,
+        "hostile_weights": 1000,
+        "hostile_constants": 200,
+        "misaligned_weights": 60,
+    },
+    "sanitized_draws.py": {
+        "all_sizes": 5000,
+        "hostile_settings": 6000,
+        "hostile_logits": 1000,
+        "hostile_tokens": 40,
+    },
 }
 
 
@@ -30,7 +38,8 @@ def runtime(name: str) -> str | None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(runtime("libasan.so") is None, reason="the C compiler here has no AddressSanitizer")
-def test_no_shape_token_position_weight_or_constant_leads_c_astray(tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", ENOUGH)
+def test_no_input_leads_c_astray(script: str, tmp_path: Path) -> None:
     # The second, so that exceptions of torch find their way.
     preloaded = ":".join(filter(None, (runtime("libasan.so"), runtime("libstdc++.so.6") or runtime("libstdc++.so"))))
     environment = os.environ | {
@@ -40,10 +49,10 @@ def test_no_shape_token_position_weight_or_constant_leads_c_astray(tmp_path: Pat
         "CC": "cc",
     }
     environment.pop("OMP_NUM_THREADS", None)
-    command = [sys.executable, str(SCRIPT)]
+    command = [sys.executable, str(Path(__file__).with_name(script))]
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr[-6000:]
     counts = {name: int(count) for name, count in (line.split() for line in told.stdout.splitlines())}
-    assert counts.keys() == ENOUGH.keys()
-    for name, least in ENOUGH.items():
+    assert counts.keys() == ENOUGH[script].keys()
+    for name, least in ENOUGH[script].items():
         assert counts[name] >= least, counts

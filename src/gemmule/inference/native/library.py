@@ -26,7 +26,7 @@ SOURCE = Path(__file__).with_name("step.c")
 # The order of sums stays as it is written; a product that is added at once may be rounded once instead of twice.
 FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno")
 # Results are those of the source alone, the same on every processor and with every compiler.
-EXACT_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
+EXACT_FLAGS: tuple[str, ...] = ("-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
 OPENMP = "-fopenmp"
 OPTIONAL = (OPENMP, "-mprefer-vector-width=512")  # that not every compiler has
 TIMEOUT = 120  # seconds, per run of the compiler

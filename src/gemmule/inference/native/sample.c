@@ -261,9 +261,8 @@ static Last select_last(const float *values, const double *weights, int64_t coun
         int64_t bin = span >> shift;
         for (; bin >= 0 && above + bins[bin] < budget; bin--) above += bins[bin];
         if (bin < 0) return (Last){low, count};
-        int64_t end = low + ((bin + 1) << shift) - 1;
         low = (int32_t)(low + (bin << shift));
-        high = end < high ? (int32_t)end : high;
+        high = (int32_t)(low + ((int64_t)1 << shift) - 1);
         if (shift) continue;
         Last last = {low, 0};
         for (int64_t i = 0; i < count && above < budget; i++)
