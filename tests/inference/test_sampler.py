@@ -20,6 +20,7 @@ from gemmule.inference.sampling import (
     MIN_TEMPERATURE,
     NO_CANDIDATE,
     REFERENCE,
+    RULES,
     Query,
     Row,
     SamplingSettings,
@@ -72,6 +73,12 @@ def random_settings(source: random.Random, vocabulary: int) -> SamplingSettings:
         "logit_bias": {source.randrange(vocabulary): source.choice([-100, -1.5, 0.1, 3]) for _ in range(4)},
     }
     return SamplingSettings(**{name: value for name, value in given.items() if source.random() < 0.4})
+
+
+def test_every_rule_is_compared() -> None:
+    source = random.Random(0)
+    changed = set().union(*(random_settings(source, 20).model_fields_set for _ in range(50)))
+    assert changed == set(RULES), "each is one more case in sample.c, sampler.py and random_settings"
 
 
 def random_row(source: random.Random) -> tuple[Tensor, Row]:
@@ -164,6 +171,16 @@ def test_a_row_is_drawn_bit_for_bit_as_it_is_alone(settings: dict[str, Any], thr
         for count in (1, 2, 5):
             threads(count)
             assert NATIVE.draw_rows(logits, rows).tolist() == expected
+
+
+def test_the_bits_are_those_of_the_source_whatever_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even with the vectors of another machine."""
+    monkeypatch.setattr(sampler, "FLAGS", ("-O1", *(flag for flag in sampler.FLAGS if flag[:2] not in ("-O", "-m"))))
+    logits, other = numbers(0, 40, 3001), NativeSampler()
+    queries = [Query(at, at, 20) for at in range(40)]
+    assert other.log_probabilities(logits, queries) == NATIVE.log_probabilities(logits, queries)
+    rows = [Row(SamplingSettings(**SETTINGS[at % 8]), [at], uniform=uniform(2, at, 0)) for at in range(40)]
+    assert other.draw_rows(logits, rows).equal(NATIVE.draw_rows(logits, rows))
 
 
 def test_threads_have_memory_of_their_own(threads: Any) -> None:

@@ -86,7 +86,7 @@ STORYTELLING = SamplingSettings(temperature=0.7, min_p=0.1)
 
 
 class History:
-    """The distinct tokens of a prompt and its reply, and how often the reply has each: what penalties depend on."""
+    """The distinct tokens of a prompt and its reply, with their counts in the reply: what penalties depend on."""
 
     __slots__ = ("_places", "counts", "tokens")
 

@@ -34,7 +34,7 @@ typedef struct {
 typedef struct {
     const Settings *settings;
     double uniform;
-    const int32_t *tokens, *counts; /* distinct tokens of prompt and reply, and how often the reply has each */
+    const int32_t *tokens, *counts; /* distinct tokens of prompt and reply, with their counts in the reply */
     int64_t token_count;
     const int32_t *excluded;
     int64_t excluded_count;
