@@ -452,6 +452,6 @@ def test_log_probabilities_are_those_of_the_model() -> None:
     (unknown,) = log_probabilities(torch.tensor([[NAN, 1.0]]), [Query(0, 1, 1)])
     assert math.isnan(unknown.token)
     assert unknown.likeliest == ()
-    for query in (Query(2, 0), Query(0, 5), Query(0, -1)):
+    for query in (Query(2, 0), Query(-1, 0), Query(0, 5), Query(0, -1)):
         with pytest.raises(IndexError):
             log_probabilities(logits, [query])

@@ -317,10 +317,11 @@ def probabilities(logits: Tensor, row: Row) -> Tensor:
 
 
 def draw_rows(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Draw a token of each row of logits (B,V), as ids (B,) on their device, without synchronizing with a GPU.
+    """Draw a token of each row of logits (B,V), as ids (B,) on their device.
 
-    INVALID for a row whose logits are not finite: NaN or infinity for some token, or minus infinity for all.
-    NO_CANDIDATE where its exclusions leave no token. IndexError for a token that the vocabulary lacks.
+    A GPU is waited for only where a row has biases, penalties or exclusions, which are copied to it. INVALID for a
+    row whose logits are not finite: NaN or infinity for some token, or minus infinity for all; NO_CANDIDATE where its
+    exclusions leave no token. IndexError for a token that the vocabulary lacks.
     """
     if len(rows) != len(logits):
         raise ValueError(f"{len(rows)} rows to draw from logits of {len(logits)}")
@@ -370,7 +371,8 @@ def log_probabilities(logits: Tensor, queries: Sequence[Query]) -> list[LogProba
 
 
 def _log_probabilities(logits: Tensor, query: Query) -> LogProbabilities:
-    _index(logits, [query.token])
+    if query.row < 0 or not 0 <= query.token < len(logits):
+        raise IndexError(f"{query}: the vocabulary has {len(logits)}")
     if not logits.max().isfinite():
         return LogProbabilities(math.nan, ())
     known = logits.double().log_softmax(dim=-1)
