@@ -311,8 +311,9 @@ def against_others(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def in_rows(options: argparse.Namespace) -> dict[str, Any]:
     """Compare the decoding methods on batches of several rows."""
-    from gemmule.formats.opening import open_model
     from gemmule.inference.native.decoder import MAX_ROWS
+
+    from gemmule.formats.opening import open_model
 
     ids = open_model(options.model)[1].encode(PROMPT)
     backends = {

@@ -30,8 +30,8 @@ import torch
 from decode import gemmule_backend
 from gemmule.compiler import compile_block
 from gemmule.formats.opening import open_model
-from gemmule.inference.runners import Decoding
 from gemmule.inference.engine import stream_tokens
+from gemmule.inference.runners import Decoding
 from gemmule.inference.sampling import SamplingSettings
 from gemmule.model.attention import KERNELS, AttentionMask, packed_mask
 from gemmule.model.gemma3 import Gemma3

@@ -16,9 +16,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from gemmule.inference.decode import prefill
 from torch import Tensor
 
-from gemmule.inference.decode import prefill
 from gemmule.inference.kv_cache import BatchCache
 from gemmule.inference.native import decoder as native
 from gemmule.inference.native import library

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from gemmule.inference.decode import CompiledDecoder, Decoder, Decoding, StaticCache, make_decoder, prefill, static_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from gemmule.errors import DeviceError, ModelError
 from gemmule.inference import decode as decode_module
-from gemmule.inference.decode import CompiledDecoder, Decoder, Decoding, StaticCache, make_decoder, prefill, static_step
 from gemmule.inference.engine import stream_tokens
 from gemmule.inference.huge_pages import move_to_huge_pages
 from gemmule.inference.kv_cache import BatchCache

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from gemmule.errors import DeviceError
-from gemmule.inference.runners import Decoding
 from gemmule.inference.engine import stream_tokens
 from gemmule.inference.native import library
 from gemmule.inference.native.library import load_library
+from gemmule.inference.runners import Decoding
 from gemmule.inference.sampling import SamplingSettings
 from tiny import lively_model, tiny_config
 

@@ -12,11 +12,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from gemmule.errors import DeviceError
-from gemmule.inference.runners import Decoding, slow_decoding_reason
 from gemmule.inference.engine import stream_tokens
 from gemmule.inference.huge_pages import move_to_huge_pages
 from gemmule.inference.modifications import find_modification
 from gemmule.inference.quantize import quantize
+from gemmule.inference.runners import Decoding, slow_decoding_reason
 from gemmule.inference.sampling import SamplingSettings
 from gemmule.model.gemma3 import MLP, Gemma3
 from tiny import lively_model, tiny_config

@@ -18,7 +18,6 @@ from gemmule.inference.sampling import (
     Query,
     Row,
     SamplingSettings,
-    draw,
     draw_rows,
     log_probabilities,
     probabilities,
@@ -44,6 +43,14 @@ PROMPT, REPLY = (1, 2), (2, 0, 0)
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def draw(logits: torch.Tensor, settings: SamplingSettings, numbers: torch.Generator) -> torch.Tensor:
+    """Draw a token per row with numbers from a generator; raise what cannot be drawn."""
+    lots = torch.rand(len(logits), generator=numbers, dtype=torch.float64).tolist()
+    drawn = draw_rows(logits, [Row(settings, uniform=lot) for lot in lots])
+    refuse_invalid(drawn.tolist())
+    return drawn
 
 
 def chances(**settings: Any) -> list[float]:
@@ -182,12 +189,11 @@ def test_what_is_ruled_out_is_never_drawn(seed: int) -> None:
     assert set(drawn.tolist()) <= {1, 3}
 
 
-def test_every_uniform_number_draws_a_token_that_is_not_masked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The smallest and the largest number that torch.rand can return."""
+def test_every_uniform_number_draws_a_token_that_is_not_masked() -> None:
+    """The smallest and the largest number."""
     logits = torch.tensor([[float("-inf"), 0.0, 1.0, float("-inf")]])
     for lot, token in ((0.0, 1), (1 - 2**-53, 2)):
-        monkeypatch.setattr(torch, "rand", lambda *_, lot=lot, **__: torch.tensor([[lot]], dtype=torch.float64))
-        assert draw(logits, SamplingSettings(), generator()).tolist() == [token]
+        assert draw_rows(logits, [Row(SamplingSettings(), uniform=lot)]).tolist() == [token]
 
 
 def test_temperature_zero_takes_the_likeliest_whatever_the_seed() -> None:
@@ -421,13 +427,6 @@ def test_as_many_rows_as_logits() -> None:
     assert draw_rows(torch.zeros(0, 5), []).tolist() == []
     with pytest.raises(ValueError, match="2 rows to draw from logits of 1"):
         draw_rows(LOGITS, [row(), row()])
-
-
-def test_penalties_are_refused_where_they_would_be_ignored() -> None:
-    with pytest.raises(
-        RecipeError, match="repetition_penalty, presence_penalty, frequency_penalty: not supported here"
-    ):
-        draw(LOGITS, SamplingSettings(presence_penalty=1), generator())
 
 
 @given(st.integers(0, 99), st.sampled_from([{}, {"temperature": 0.5, "top_k": 7, "min_p": 0.01}, {"top_p": 0.8}]))

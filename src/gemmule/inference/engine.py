@@ -355,7 +355,7 @@ def _tokens_by_sequence(engine: Engine) -> dict[SequenceState, int]:
     for sequence, _ in events:
         if sequence.error is not None:
             raise sequence.error
-    return {sequence: event.token for sequence, event in events if event is not None}
+    return {sequence: event.token for sequence, event in events if event is not None and event.token is not None}
 
 
 def generate(

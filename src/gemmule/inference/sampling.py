@@ -147,7 +147,6 @@ def uniform(seed: int, sample: int, index: int) -> float:
 
 
 Rule = Callable[[Tensor, Row], Tensor]
-Generators = torch.Generator | Sequence[torch.Generator]
 
 
 def logit_bias(logits: Tensor, row: Row) -> Tensor:
@@ -403,43 +402,3 @@ def refuse_invalid(ids: list[int]) -> None:
         raise RecipeError(
             "no token can be drawn: the grammar and the minimum length exclude all of the vocabulary; allow one"
         )
-
-
-def draw(logits: Tensor, settings: SamplingSettings, generators: Generators) -> Tensor:
-    """Sample one token id per row of logits (B,V), as (B,), with one generator for all rows or one per row.
-
-    Generators are on the CPU. ModelError where a row's logits are not finite: NaN or infinity for some token, or minus
-    infinity for all.
-    """
-    chosen = draw_unchecked(logits, settings, generators)
-    refuse_invalid(chosen.tolist())
-    return chosen
-
-
-def draw_unchecked(logits: Tensor, settings: SamplingSettings, generators: Generators) -> Tensor:
-    """Sample without synchronizing with a GPU; a row whose logits are not finite gets INVALID.
-
-    RecipeError for penalties, which depend on what was drawn before: that is what `draw_rows` knows.
-    """
-    if settings.penalizes:
-        raise RecipeError("repetition_penalty, presence_penalty, frequency_penalty: not supported here; leave them out")
-    highest = logits.max(dim=-1)  # on the CPU three times as fast as argmax; the value is NaN if any logit is
-    if settings.temperature == 0 and not settings.logit_bias:
-        chosen = highest.indices
-    else:
-        chosen = _sample(logits, settings, generators)
-    return chosen.where(highest.values.isfinite(), INVALID)
-
-
-def _sample(logits: Tensor, settings: SamplingSettings, generators: Generators) -> Tensor:
-    cumulative = probabilities(logits.double(), Row(settings)).cumsum(dim=-1)
-    # Below the last sum, so that a token of probability zero at the end is never reached.
-    number = _uniform(len(logits), generators).to(logits.device)
-    return torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True).squeeze(-1)
-
-
-def _uniform(rows: int, generators: Generators) -> Tensor:
-    """Return one number in [0, 1) per row, (B,1)."""
-    if isinstance(generators, torch.Generator):
-        return torch.rand(rows, 1, generator=generators, dtype=torch.float64, device="cpu")
-    return torch.cat([torch.rand(1, 1, generator=each, dtype=torch.float64, device="cpu") for each in generators])
