@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemmule.errors import GemmuleError, ModelError, TokenizerError
+from gemmule.errors import DeviceError, GemmuleError, ModelError, TokenizerError
 from gemmule.inference.constraints import Constraint, ConstraintCompiler, ConstraintSpec
 from gemmule.inference.kv_cache import CacheSize, KVCache, exact_size
 from gemmule.inference.native.sampler import make_sampler
@@ -33,7 +33,10 @@ MAX_ROWS = 64
 
 
 class TokenEvent(NamedTuple):
-    """A token that a sequence got in a step; `event` is None where it failed, which its `error` explains."""
+    """A token that a sequence got in a step; `event` is None where it ended without one.
+
+    It failed then, which its `error` explains, or no token was asked for.
+    """
 
     sequence: SequenceState
     event: Event | None
@@ -71,7 +74,11 @@ class Engine:
         if self.decoding == "compiled" and size is None:  # for static shapes
             size = exact_size(model.config, max_rows, longest, self.chunk)
         dtype = cache_dtype(model, self.decoding)
-        self.cache = KVCache(model.config, max_rows, longest, size, dtype, self._device)
+        try:
+            self.cache = KVCache(model.config, max_rows, longest, size, dtype, self._device)
+        except (RuntimeError, MemoryError) as error:  # torch has no other name for it
+            reason = f"no memory for a KV cache of {max_rows:,} x {longest:,} positions"
+            raise DeviceError(f"decoding {self.decoding!r}: {reason}; make fewer tokens, or use 'plain'") from error
         self._runner, self._sampler = make_runner(model, self.cache, self.decoding), make_sampler(self._device)
         self._tokenizer, self._vocabulary = tokenizer, model.config.vocab_size
         self._constraints: ConstraintCompiler | None = None
@@ -289,8 +296,7 @@ def _append(sequence: SequenceState, token: int, scores: LogProbabilities | None
     """Append what was drawn; None where the sequence fails."""
     if sequence.request.max_new_tokens == 0:
         sequence.finish = "length"
-        return Event(None, "", "length")
-    if sequence.error is not None:
+    if sequence.finish is not None:
         return None
     try:
         refuse_invalid([token])
@@ -355,7 +361,7 @@ def _tokens_by_sequence(engine: Engine) -> dict[SequenceState, int]:
     for sequence, _ in events:
         if sequence.error is not None:
             raise sequence.error
-    return {sequence: event.token for sequence, event in events if event is not None and event.token is not None}
+    return {sequence: event.token for sequence, event in events if event is not None}
 
 
 def generate(
