@@ -84,7 +84,7 @@ class Engine:
         self._constraints: ConstraintCompiler | None = None
         self._constraints_lock = Lock()
         self._free = list(range(max_rows - 1, -1, -1))
-        self._waiting: deque[list[SequenceState]] = deque()  # the samples of each request
+        self._queue: deque[list[SequenceState]] = deque()  # the samples of each request
         self._reading: dict[int, tuple[list[SequenceState], list[int]]] = {}  # samples and their rows, by the first row
         self._decoding: dict[int, SequenceState] = {}  # by row
         self.steps = self.tokens_run = 0  # so far
@@ -105,7 +105,7 @@ class Engine:
         if not self.cache.could_fit(self._need(request), count):
             raise ValueError(f"{count} sequences of {request.positions} positions: the KV cache is smaller")
         samples = [self._new_sequence(request, sample) for sample in range(count)]
-        self._waiting.append([*samples])
+        self._queue.append([*samples])
         return samples
 
     def compile_constraint(self, spec: ConstraintSpec) -> Constraint:
@@ -123,7 +123,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._waiting or self._reading or self._decoding)
+        return not (self._queue or self._reading or self._decoding)
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
@@ -145,15 +145,15 @@ class Engine:
         order = {row: index for index, row in enumerate(batch.rows[batch.outputs].tolist())}
         index = [order[row] for row in sources]
         if index != list(range(len(logits))):
-            logits = logits[torch.tensor(index, device=logits.device)]
+            logits = logits[torch.tensor(index, dtype=torch.long, device=logits.device)]
         return self._draw(logits)
 
     def cancel(self, samples: Iterable[SequenceState]) -> None:
         """End sequences before they are finished, wherever they are; their rows are free at once."""
         gone = {sequence for sequence in samples if not sequence.finish}
-        for waiting in self._waiting:
-            waiting[:] = [each for each in waiting if each not in gone]
-        self._waiting = deque(waiting for waiting in self._waiting if waiting)
+        for queued in self._queue:
+            queued[:] = [each for each in queued if each not in gone]
+        self._queue = deque(queued for queued in self._queue if queued)
         for row, (reading, rows) in [*self._reading.items()]:
             if gone.issuperset(reading):
                 del self._reading[row]
@@ -175,13 +175,13 @@ class Engine:
 
     def _admit(self) -> None:
         """Give rows to the requests that wait, in order, while there is room."""
-        while self._waiting:
-            samples = self._waiting[0]
+        while self._queue:
+            samples = self._queue[0]
             request = samples[0].request
             need = self._need(request)
             if len(samples) > len(self._free) or not self.cache.fits(need, len(samples)):
                 return
-            self._waiting.popleft()
+            self._queue.popleft()
             rows = [self._free.pop() for _ in samples]
             anew = request.prompt_log_probabilities is not None
             known = self.cache.begin(rows[0], request.prompt, need, len(samples), anew=anew)
