@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from serving import Served, save_model, serving
 
 from gemmule.tokenizer import Tokenizer
-from serving import Served, save_model, serving
 
 
 @pytest.fixture(scope="session")

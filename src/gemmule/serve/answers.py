@@ -24,6 +24,9 @@ class Format(Protocol):
     def first_chunk(self) -> dict[str, Any] | None:
         """Return the chunk that is sent before any token."""
 
+    def prompt_ids(self) -> dict[str, Any]:
+        """Return the ids of the prompt as a field of the whole reply, where asked for and not in the choices."""
+
     def chunks(self, choice: int, part: Part) -> Iterator[dict[str, Any]]:
         """Yield what a part adds to a choice."""
 
@@ -71,6 +74,7 @@ async def whole(generation: Generation, format_: Format) -> dict[str, Any]:
             choices[choice].join(part)
     answer = generation.head(format_.whole_kind)
     answer["choices"] = [format_.whole(choice, part) for choice, part in choices.items()]
+    answer |= format_.prompt_ids()
     answer["usage"] = generation.usage()
     if generation.body.timings:
         answer["timings"] = generation.timings()

@@ -27,7 +27,7 @@ class ChatFormat:
         return {"choices": roles} | self.prompt_ids()
 
     def prompt_ids(self) -> dict[str, Any]:
-        """Return the ids of the prompt, where asked for."""
+        """Return the ids of the prompt as a field of the whole reply, where asked for."""
         asked = self._generation.body.return_token_ids
         return {"prompt_token_ids": list(self._generation.prompts[0].ids)} if asked else {}
 

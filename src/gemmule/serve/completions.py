@@ -25,6 +25,10 @@ class CompletionFormat:
         """Return the chunk that is sent before any token: none."""
         return None
 
+    def prompt_ids(self) -> dict[str, Any]:
+        """Return nothing: each choice has the ids of its prompt."""
+        return {}
+
     def chunks(self, choice: int, part: Part) -> Iterator[dict[str, Any]]:
         """Yield what a part adds to a choice: text and tokens, then the end alone."""
         fresh = choice not in self._begun

@@ -173,10 +173,11 @@ class EngineThread:
             reply.engine.cancel(reply.sequences)
 
     def _step(self, engine: Engine) -> list[Delivery]:
+        began = time.monotonic()
         events = engine.step()
         moment = time.monotonic()
         self._metrics.observe_step(len(events))
-        self._note_admissions(engine, moment)
+        self._note_admissions(engine, began)
         deliveries: list[Delivery] = []
         for event in events:
             found = self._readers.get(event.sequence)

@@ -183,7 +183,7 @@ async def check_constraint(generation: Generation) -> None:
     body = generation.body
     param = "regex" if body.regex is not None else "grammar" if body.grammar is not None else "response_format"
     try:
-        await asyncio.to_thread(generation.served.engine.check_constraint, constraint)
+        await asyncio.to_thread(generation.served.engine.compile_constraint, constraint)
     except UserError as error:
         raise invalid(param, str(error)) from None
 

@@ -24,7 +24,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 _WILDCARDS = ("0.0.0.0", "::")
-_OPEN = ("/health",)  # without an API key, for probes
+OPEN_PATHS = ("/health",)  # without an API key, for probes
 # Of a body over the limit so much is read and dropped, so that a client that first sends all of it gets its answer.
 _DROPPED = 4
 _SAFETY = [
@@ -106,7 +106,7 @@ class Guard:
         navigates = headers.get(b"sec-fetch-mode") == b"navigate" and scope["method"] in ("GET", "HEAD")
         if headers.get(b"sec-fetch-site") == b"cross-site" and not navigates and not origin:
             raise ApiError(403, "a web page of another site may not ask this server", code="foreign_origin")
-        if self._settings.api_keys and scope["path"] not in _OPEN:
+        if self._settings.api_keys and scope["path"] not in OPEN_PATHS:
             self._check_key(headers.get(b"authorization", b""))
 
     def _check_key(self, given: bytes) -> None:

@@ -64,6 +64,7 @@ class ServedModel:
             # Whether a reply depends on the request alone, bit for bit.
             "reproducible": self.engine.decoding == "native",
             "fingerprint": self.fingerprint,
+            "checkpoint": self.path.name,
         }
 
     def token_bytes(self, token: int) -> bytes:

@@ -16,6 +16,7 @@ from gemmule.serve.app import Service, make_app
 from gemmule.serve.connection import limited_connection
 from gemmule.serve.engine_thread import EngineThread
 from gemmule.serve.failures import unavailable
+from gemmule.serve.follow import check_followed, follow
 from gemmule.serve.settings import ServerSettings
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ class GemmuleServer:
     def __init__(self, settings: ServerSettings, write: Callable[[str], None] | None = None) -> None:
         self.settings, self.service = settings, Service(settings)
         self._socket = listen(settings.host, settings.port)
+        host, port = self._socket.getsockname()[:2]
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         limits = settings.limits
         config = uvicorn.Config(
             make_app(self.service, write),
@@ -56,14 +59,8 @@ class GemmuleServer:
         self._uvicorn = _Server(config)
         self._ended: asyncio.Event | None = None
 
-    @property
-    def address(self) -> str:
-        """The URL under which the server is reached."""
-        host, port = self._socket.getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-    async def serve(self, on_ready: Callable[[], None] = lambda: None) -> None:
-        """Answer until `drain` or a failure of the engine, which is raised."""
+    async def serve(self, on_ready: Callable[[], None] = lambda: None, note: Callable[[str], None] = log.info) -> None:
+        """Answer until `drain` or a failure of the engine, which is raised; `note` gets what happens meanwhile."""
         self._ended = asyncio.Event()
         loop, service = asyncio.get_running_loop(), self.service
 
@@ -79,11 +76,14 @@ class GemmuleServer:
         engine.start()
         serving = asyncio.create_task(self._uvicorn.serve([self._socket]))
         ended = asyncio.create_task(self._ended.wait())
+        following = asyncio.create_task(follow(engine, self.settings, note)) if self.settings.follow else None
         await asyncio.wait((serving, ended), return_when=asyncio.FIRST_COMPLETED)
         self._uvicorn.should_exit = True
         await serving
         engine.stop(_FLUSH_SECONDS)
-        ended.cancel()
+        for task in (ended, following):
+            if task is not None:
+                task.cancel()
         if service.failed is not None:
             raise service.failed
 
@@ -127,6 +127,8 @@ def listen(host: str, port: int) -> socket.socket:
 def run(settings: ServerSettings, note: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; a second one ends at once. Raises what the engine's thread failed with."""
     sys.setswitchinterval(_SWITCH_SECONDS)
+    if settings.follow:
+        check_followed(settings)
     write = _write_line if settings.access_log else None
     server = GemmuleServer(settings, write)
 
@@ -145,7 +147,7 @@ def run(settings: ServerSettings, note: Callable[[str], None]) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, _on_signal, server, number, note)
         note(f"listening on {server.address}")
-        await server.serve(ready)
+        await server.serve(ready, note)
 
     asyncio.run(main())
 
