@@ -124,7 +124,7 @@ def settings_for(*models: Path | str, limits: Mapping[str, Any] | None = None, *
 
 @contextmanager
 def serving(*models: Path | str, limits: Mapping[str, Any] | None = None, **changes: Any) -> Iterator[Served]:
-    """Run a server while the block runs, then drain it."""
+    """Run a server while the block runs, then drain it; raises what it ended with."""
     lines: list[str] = []
     settings = settings_for(*models, limits=limits, **changes)
     ready, started = threading.Event(), threading.Event()
@@ -136,7 +136,15 @@ def serving(*models: Path | str, limits: Mapping[str, Any] | None = None, **chan
         started.set()
         await server.serve(ready.set)
 
-    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            asyncio.run(main())
+        except BaseException as failure:
+            failures.append(failure)
+
+    thread = threading.Thread(target=run)
     thread.start()
     started.wait(60)
     served = running[0]
@@ -144,6 +152,9 @@ def serving(*models: Path | str, limits: Mapping[str, Any] | None = None, **chan
     try:
         yield served
     finally:
-        served.loop.call_soon_threadsafe(served.server.drain)
+        if not served.loop.is_closed():
+            served.loop.call_soon_threadsafe(served.server.drain)
         thread.join(60)
         assert not thread.is_alive()
+    for failure in failures:
+        raise failure

@@ -56,7 +56,7 @@ async def stream(generation: Generation, format_: Format, limits: Limits) -> Asy
             continue
         if not parts:
             break
-        yield b"".join(encoded(each) for choice, part in parts.items() for each in format_.chunks(choice, part))
+        yield b"".join(encoded(each) for choice, part in parts for each in format_.chunks(choice, part))
     if counted or body.timings:
         last = head | {"choices": []}
         last |= {"usage": generation.usage()} if counted else {}
@@ -70,7 +70,7 @@ async def whole(generation: Generation, format_: Format) -> dict[str, Any]:
     reply = generation.reply
     choices = {choice: Part() for choice in range(reply.choices)}
     while parts := await reply.parts():
-        for choice, part in parts.items():
+        for choice, part in parts:
             choices[choice].join(part)
     answer = generation.head(format_.whole_kind)
     answer["choices"] = [format_.whole(choice, part) for choice, part in choices.items()]

@@ -14,7 +14,7 @@ from gemmule.serve.chat import ChatFormat
 from gemmule.serve.completions import CompletionFormat
 from gemmule.serve.engine_thread import EngineThread
 from gemmule.serve.failures import ApiError, unavailable
-from gemmule.serve.generation import Generation, check_constraint, make_generation, queue_full, token_text
+from gemmule.serve.generation import Generation, check_constraint, make_generation, token_text
 from gemmule.serve.guard import App, Guard, Record
 from gemmule.serve.metrics import Metrics
 from gemmule.serve.models import ServedModel
@@ -40,7 +40,7 @@ class Service:
         self.engine: EngineThread | None = None
         self.ready = self.draining = False
         self.failed: BaseException | None = None
-        self.replies: set[Reply] = set()  # that are not over
+        self.replies: dict[Reply, str] = {}  # that are not over, with their models
 
     def refusal(self) -> ApiError | None:
         """Return why new requests are not taken now, or None."""
@@ -72,24 +72,31 @@ class Service:
         if (refusal := self.refusal()) is not None:
             raise refusal
         assert self.engine is not None
-        waiting = sum(reply.left for reply in self.replies if reply.times.admitted is None)
-        if waiting and waiting + generation.reply.choices > self.limits.queue:
-            raise queue_full(waiting, self.limits)
+        self._check_queue(generation)
         record.model = generation.served.id
         record.prompt_tokens = sum(len(prompt.ids) for prompt in generation.prompts)
-        self.replies.add(generation.reply)
+        self.replies[generation.reply] = generation.served.id
         try:
             await self.engine.submit(generation.served, generation.reply)
         except BaseException:
-            self.replies.discard(generation.reply)
+            del self.replies[generation.reply]
             raise
+
+    def _check_queue(self, generation: Generation) -> None:
+        """Raise ApiError where too many sequences of the model run and wait already."""
+        served, wanted = generation.served, generation.reply.choices
+        unfinished = sum(reply.left for reply, model in self.replies.items() if model == served.id)
+        most = served.engine.cache.rows + self.limits.queue
+        if unfinished and unfinished + wanted > most:
+            message = f"{unfinished} replies of {served.id} run and wait, at most {most} may; try again later"
+            raise ApiError(429, message, code="queue_full")
 
     def end(self, generation: Generation, record: Record, outcome: str) -> None:
         """Let go of a generation, however it ended."""
         reply = generation.reply
         if reply not in self.replies:
             return
-        self.replies.discard(reply)
+        del self.replies[reply]
         if not reply.over and self.engine is not None:
             self.engine.cancel(reply)
         record.outcome, record.cached_tokens = outcome, sum(reply.cached)

@@ -3,7 +3,6 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,7 @@ from gemmule.errors import RecipeError, UserError
 from gemmule.inference.constraints import ConstraintSpec
 from gemmule.inference.requests import Request
 from gemmule.inference.sampling import LogProbabilities, SamplingSettings
-from gemmule.serve.failures import ApiError, invalid
+from gemmule.serve.failures import invalid
 from gemmule.serve.models import ServedModel
 from gemmule.serve.prompts import Prompt, check_ids
 from gemmule.serve.protocol import CompletionBody, Sampled
@@ -204,14 +203,3 @@ def unique_alternatives(served: ServedModel, scores: LogProbabilities, token: in
     for each, score in (*scores.likeliest, (token, scores.token)):
         found.setdefault(token_text(served, each), finite(score))
     return found
-
-
-def prompt_ids_of(prompts: Sequence[Prompt], choice: int, samples: int) -> list[int]:
-    """Return the ids of the prompt that a choice answers."""
-    return [*prompts[choice // samples].ids]
-
-
-def queue_full(waiting: int, limits: Limits) -> ApiError:
-    """Return the error of a queue that takes no more."""
-    message = f"{waiting} sequences wait, the limit is {limits.queue}; try again later"
-    return ApiError(429, message, code="queue_full")

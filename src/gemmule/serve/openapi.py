@@ -28,14 +28,17 @@ def describe(settings: ServerSettings) -> Schema:
         schemas |= schema.pop("$defs", {})
         schemas[body.__name__] = schema
         streams = path.startswith("/v1/")
-        answer = {"content": {JSON: {"schema": _refer(_ANSWER_OF[path])}}, "description": "The answer."}
+        content: Schema = {JSON: {"schema": _refer(_ANSWER_OF[path])}}
         if streams:
-            answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+            content["text/event-stream"] = {"schema": {"type": "string"}}
         paths[path] = {
             "post": {
                 "operationId": path.rpartition("/")[2] if path != "/v1/chat/completions" else "chat_completions",
                 "requestBody": {"required": True, "content": {JSON: {"schema": _refer(body.__name__)}}},
-                "responses": {"200": answer, **_errors(400, 404, 408, 413, 415, 429, 500, 503)},
+                "responses": {
+                    "200": {"description": "The answer.", "content": content},
+                    **_errors(400, 404, 408, 413, 415, 429, 500, 503),
+                },
             }
         }
     for path, name in _ANSWER_OF.items():

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,23 +25,24 @@ class Update(NamedTuple):
     moment: float  # time.monotonic() at the end of its step
 
 
+# Tokens of each choice that wait as parts of their own; more are joined, since then the client is slow.
+_SEPARATE = 16
+
+
 @dataclass
 class Part:
-    """What a choice got since something of it was last taken: a token, or several where the client was slow."""
+    """What a choice got: a token, or several where the client was slow."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     scores: list[LogProbabilities] = field(default_factory=list)
     finish: str | None = None
 
-    def add(self, update: Update) -> None:
-        """Join the next token."""
-        self.text += update.text
-        if update.token is not None:
-            self.tokens.append(update.token)
-        if update.scores is not None:
-            self.scores.append(update.scores)
-        self.finish = update.finish
+    @classmethod
+    def of(cls, update: Update) -> "Part":
+        """Return the part of one token."""
+        tokens = [] if update.token is None else [update.token]
+        return cls(update.text, tokens, [] if update.scores is None else [update.scores], update.finish)
 
     def join(self, later: "Part") -> None:
         """Add what came after it."""
@@ -79,7 +80,7 @@ class Reply:
         self.left = self.choices
         self.gaps: list[float] = []  # seconds between tokens of a choice, until metrics take them
         self._last: dict[int, float] = {}  # by choice
-        self._parts: dict[int, Part] = {}
+        self._parts: list[tuple[int, Part]] = []  # with their choices
         self._ready = asyncio.Event()
         # The engine thread's own, which the event loop does not touch.
         self.sequences: list[SequenceState] = []
@@ -100,7 +101,9 @@ class Reply:
         self.times.last = update.moment
         if update.finish:
             self.left -= 1
-        self._parts.setdefault(update.choice, Part()).add(update)
+        self._parts.append((update.choice, Part.of(update)))
+        if len(self._parts) > _SEPARATE * self.choices:
+            self._parts = [*join_parts(self._parts).items()]
         self._ready.set()
 
     def fail(self, error: ApiError) -> None:
@@ -114,8 +117,8 @@ class Reply:
         """Whether nothing more will come."""
         return self.error is not None or not self.left
 
-    async def parts(self, seconds: float | None = None) -> dict[int, Part]:
-        """Wait for what comes next, and return it by choice; nothing where the reply is over. Raises its error.
+    async def parts(self, seconds: float | None = None) -> list[tuple[int, Part]]:
+        """Wait for what comes next, and return it with its choices; nothing where the reply is over. Raises its error.
 
         TimeoutError after so many seconds.
         """
@@ -123,7 +126,18 @@ class Reply:
             async with asyncio.timeout(seconds):
                 await self._ready.wait()
         self._ready.clear()
-        parts, self._parts = self._parts, {}
+        parts, self._parts = self._parts, []
         if not parts and self.error is not None:
             raise self.error
         return parts
+
+
+def join_parts(parts: Iterable[tuple[int, Part]]) -> dict[int, Part]:
+    """Join the parts of each choice."""
+    joined: dict[int, Part] = {}
+    for choice, part in parts:
+        if choice in joined:
+            joined[choice].join(part)
+        else:
+            joined[choice] = part
+    return joined

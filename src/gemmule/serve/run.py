@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
-from gemmule.errors import OutputError
+from gemmule.errors import GemmuleError, OutputError, UserError
 from gemmule.serve.app import Service, make_app
 from gemmule.serve.connection import limited_connection
 from gemmule.serve.engine_thread import EngineThread
@@ -125,7 +125,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(settings: ServerSettings, note: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT; a second one ends at once. Raises what the engine's thread failed with."""
+    """Serve until SIGTERM or SIGINT; a second one ends at once. GemmuleError where the engine failed."""
     sys.setswitchinterval(_SWITCH_SECONDS)
     if settings.follow:
         check_followed(settings)
@@ -149,7 +149,12 @@ def run(settings: ServerSettings, note: Callable[[str], None]) -> None:
         note(f"listening on {server.address}")
         await server.serve(ready, note)
 
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except UserError:
+        raise
+    except Exception as error:
+        raise GemmuleError(f"the engine failed: {error!r:.200}; its traceback stands above") from None
 
 
 def _on_signal(server: GemmuleServer, number: int, note: Callable[[str], None]) -> None:
