@@ -68,8 +68,8 @@ def running(server: Served) -> float:
     return figure(server, 'gemmule_sequences_running{model="long"}')
 
 
-def waiting(server: Served) -> float:
-    return figure(server, 'gemmule_sequences_waiting{model="long"}')
+def queued(server: Served) -> float:
+    return figure(server, 'gemmule_sequences_queued{model="long"}')
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -86,16 +86,16 @@ def test_a_client_that_leaves_the_queue_is_forgotten(busy: Served) -> None:
     first = begin(busy, endless(stream=True, n=2))
     wait_until(lambda: running(busy) == 2)
     second = begin(busy, endless(stream=True, n=2))
-    wait_until(lambda: waiting(busy) == 2)
+    wait_until(lambda: queued(busy) == 2)
     second.close()
-    wait_until(lambda: waiting(busy) == 0)
+    wait_until(lambda: queued(busy) == 0)
     first.close()
     wait_until(lambda: running(busy) == 0)
 
 
 def test_a_full_queue_is_429_and_takes_more_later(busy: Served) -> None:
     open_ = [begin(busy, endless(stream=True, n=2)) for _ in range(2)]
-    wait_until(lambda: waiting(busy) == 2)
+    wait_until(lambda: queued(busy) == 2)
     answer = busy.complete(prompt="Mia")
     assert (answer.status, answer.error["code"]) == (429, "queue_full")
     assert int(answer.headers["retry-after"]) > 0
@@ -229,7 +229,7 @@ def test_a_failure_of_the_engine_reaches_every_stream(
             ]
             for thread in threads:
                 thread.start()
-            wait_until(lambda: running(server) + waiting(server) == 3)
+            wait_until(lambda: running(server) + queued(server) == 3)
             failing.set()
             for thread in threads:
                 thread.join(60)

@@ -61,23 +61,15 @@ def serve(
     """
     try:
         from gemmule.serve.run import run
-        from gemmule.serve.settings import Limits, ServerSettings, name_models, read_api_keys
+        from gemmule.serve.settings import Limits, ServerSettings, name_models
     except ModuleNotFoundError as error:
         raise MissingExtra((error.name or "fastapi").partition(".")[0], "serve", "gemmule serve") from None
 
-    keys: tuple[bytes, ...] = ()
-    if api_key_file is not None:
-        try:
-            keys = read_api_keys(api_key_file.read_bytes(), f"--api-key-file {api_key_file}")
-        except OSError as error:
-            raise UserError(f"--api-key-file {api_key_file}: cannot be read: {error.strerror}") from None
-    elif given := os.environb.get(KEY_VARIABLE.encode()):
-        keys = read_api_keys(given, KEY_VARIABLE)
     settings = ServerSettings(
         models=name_models(models),
         host=host,
         port=port,
-        api_keys=keys,
+        api_keys=read_keys(api_key_file),
         allowed_hosts=frozenset(allow_host or ()),
         allowed_origins=frozenset(allow_origin or ()),
         limits=Limits(queue=max_queue, samples=min(64, max_rows)),
@@ -94,6 +86,19 @@ def serve(
         access_log=access_log,
     )
     run(settings, lambda sentence: typer.echo(sentence, err=True))
+
+
+def read_keys(file: Path | None) -> tuple[bytes, ...]:
+    """Return the API keys of a file, or of the environment; UserError where they cannot be."""
+    from gemmule.serve.settings import read_api_keys
+
+    if file is not None:
+        try:
+            return read_api_keys(file.read_bytes(), f"--api-key-file {file}")
+        except OSError as error:
+            raise UserError(f"--api-key-file {file}: cannot be read: {error.strerror}") from None
+    given = os.environb.get(KEY_VARIABLE.encode())
+    return read_api_keys(given, KEY_VARIABLE) if given else ()
 
 
 def read_size(text: str) -> int:

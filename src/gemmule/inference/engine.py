@@ -119,7 +119,7 @@ class Engine:
         return not (self._waiting or self._reading or self._decoding)
 
     @property
-    def waiting(self) -> list[SequenceState]:
+    def queued(self) -> list[SequenceState]:
         """The sequences that have no row yet, in their order."""
         return [sequence for samples in self._waiting for sequence in samples]
 

@@ -83,16 +83,16 @@ async def whole(generation: Generation, format_: Format) -> dict[str, Any]:
 
 async def unless_gone(receive: Receive, awaited: Coroutine[Any, Any, T]) -> T:
     """Return what is awaited; ClientGone where the client goes away first."""
-    gone, waiting = asyncio.create_task(disconnected(receive)), asyncio.create_task(awaited)
+    gone, pending = asyncio.create_task(disconnected(receive)), asyncio.create_task(awaited)
     try:
-        await asyncio.wait((gone, waiting), return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
+        await asyncio.wait((gone, pending), return_when=asyncio.FIRST_COMPLETED)
+        if not pending.done():
             raise ClientGone
-        return waiting.result()
+        return pending.result()
     finally:
-        for task in (gone, waiting):
+        for task in (gone, pending):
             task.cancel()
-        await asyncio.gather(gone, waiting, return_exceptions=True)
+        await asyncio.gather(gone, pending, return_exceptions=True)
 
 
 def json_response(content: Any, status: int = 200) -> Response:

@@ -110,12 +110,12 @@ class EngineThread:
         if not isinstance(error, UserError):
             log.exception("the engine's thread failed")
         failed = ApiError(500, "the engine failed; the server ends", code="engine_failed")
-        waiting = {id(reply): reply for reply, _ in self._readers.values()}
+        readers = {id(reply): reply for reply, _ in self._readers.values()}
         for each in self._inbox:
             if isinstance(each, _Submission):
-                waiting[id(each.reply)] = each.reply
+                readers[id(each.reply)] = each.reply
                 self._call(_refuse, each.accepted, failed)
-        for reply in waiting.values():
+        for reply in readers.values():
             self._call(reply.fail, failed)
         self._call(self._on_failure, error)
 
@@ -189,9 +189,9 @@ class EngineThread:
         """Note which sequences got a row in this step, and what of their prompts was read anew."""
         if not self._unadmitted:
             return
-        waiting = set(engine.waiting)
+        queued = set(engine.queued)
         for sequence, reply in [*self._unadmitted.items()]:
-            if sequence in waiting:
+            if sequence in queued:
                 continue
             del self._unadmitted[sequence]
             reply.times.admitted = reply.times.admitted or moment

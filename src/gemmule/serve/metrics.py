@@ -24,7 +24,7 @@ class Metrics:
         ProcessCollector(registry=registry)
         self.requests = Counter("gemmule_requests", "Answered requests.", ["endpoint", "outcome"], registry=registry)
         self.running = Gauge("gemmule_sequences_running", "Sequences that have a row.", ["model"], registry=registry)
-        self.waiting = Gauge("gemmule_sequences_waiting", "Sequences that wait.", ["model"], registry=registry)
+        self.queued = Gauge("gemmule_sequences_queued", "Sequences in the queue.", ["model"], registry=registry)
         self.cache = Gauge("gemmule_cache_bytes", "Held pages of the KV cache.", ["model"], registry=registry)
         self.read = Counter("gemmule_prompt_tokens", "Prompt tokens that were computed.", registry=registry)
         self.cached = Counter("gemmule_cached_tokens", "Prompt tokens from the cache.", registry=registry)
@@ -44,7 +44,7 @@ class Metrics:
         """Note how full the engines are."""
         for engine, served in engines.items():
             self.running.labels(served.id).set(engine.running)
-            self.waiting.labels(served.id).set(len(engine.waiting))
+            self.queued.labels(served.id).set(len(engine.queued))
             self.cache.labels(served.id).set(engine.cache.used_bytes)
 
     def observe_step(self, tokens: int) -> None:

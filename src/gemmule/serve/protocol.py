@@ -1,6 +1,7 @@
 """Bodies of requests: their fields, and what is wrong with those that are refused."""
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -141,9 +142,9 @@ class Sampled(Body):
     prompt_cache_retention: Ignored = None
 
     @property
+    @abstractmethod
     def new_tokens(self) -> int | None:
         """How many tokens were asked for at most."""
-        raise NotImplementedError
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -151,9 +152,9 @@ class Sampled(Body):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
+    @abstractmethod
     def likeliest(self) -> int | None:
         """How many alternatives are told beside each token; None where no log-probabilities are."""
-        raise NotImplementedError
 
     def problems(self) -> Iterator[ApiError]:
         """Yield what is wrong with fields together."""

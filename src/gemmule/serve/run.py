@@ -113,15 +113,15 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(1024)
+        bound_socket = socket.socket(family, kind, protocol)
+        bound_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound_socket.bind(address)
+        bound_socket.listen(1024)
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(f"--host {host} --port {port}: {reason}; name another, or --port 0 for a free one") from None
-    listening.setblocking(False)
-    return listening
+    bound_socket.setblocking(False)
+    return bound_socket
 
 
 def run(settings: ServerSettings, note: Callable[[str], None]) -> None:
