@@ -110,18 +110,25 @@ class GemmuleServer:
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket; OutputError where the address cannot be had."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        bound_socket = socket.socket(family, kind, protocol)
-        bound_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound_socket.bind(address)
-        bound_socket.listen(1024)
+        return _bind(host, port)
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(f"--host {host} --port {port}: {reason}; name another, or --port 0 for a free one") from None
-    bound_socket.setblocking(False)
-    return bound_socket
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = found[0]
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(1024)
+    except OSError:
+        bound.close()
+        raise
+    bound.setblocking(False)
+    return bound
 
 
 def run(settings: ServerSettings, note: Callable[[str], None]) -> None:
