@@ -21,6 +21,7 @@ from gemmule.cli.import_ import import_
 from gemmule.cli.plan import plan
 from gemmule.cli.prepare import prepare
 from gemmule.cli.report import report
+from gemmule.cli.serve import serve
 from gemmule.cli.settings import settings
 from gemmule.cli.train import train
 from gemmule.errors import GemmuleError
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "prepare": prepare,
     "generate": generate,
+    "serve": serve,
     "evaluate": evaluate,
     "report": report,
     "explain": explain,

@@ -125,6 +125,16 @@ class Engine:
         """Whether there is nothing to do."""
         return not (self._queue or self._reading or self._decoding)
 
+    @property
+    def queued(self) -> list[SequenceState]:
+        """The sequences that have no row yet, in their order."""
+        return [sequence for samples in self._queue for sequence in samples]
+
+    @property
+    def running(self) -> int:
+        """How many sequences have a row."""
+        return self.cache.rows - len(self._free)
+
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
         """Run the model once, and return the tokens that sequences got."""

@@ -1,5 +1,6 @@
 """Pages of the KV cache: keys and values of 16 positions, counted by who holds them."""
 
+import mmap
 from collections.abc import Sequence
 
 import torch
@@ -28,8 +29,7 @@ class PagePool:
     ) -> None:
         self.layers = [layer for layer, own in enumerate(config.layer_kinds) if own == kind]
         self.layer_numbers = 2 * config.num_key_value_heads * config.head_dim * PAGE
-        # The operating system gives memory to the pages that are written, not before.
-        self.memory = torch.zeros(pages + 1, len(self.layers) * self.layer_numbers, dtype=dtype, device=device)
+        self.memory = _zeros(pages + 1, len(self.layers) * self.layer_numbers, dtype, device)
         self.grows = grows
         self._holders = [0] * (pages + 1)
         self._free = list(range(pages, 0, -1))
@@ -70,8 +70,9 @@ class PagePool:
             self._free.append(page)
 
     def _grow(self) -> None:
-        first = len(self.memory)
-        self.memory = torch.cat((self.memory, torch.zeros_like(self.memory)))
+        first, held = len(self.memory), self.memory
+        self.memory = _zeros(2 * first, held.shape[1], held.dtype, held.device)
+        self.memory[:first] = held
         self._holders += [0] * first
         self._free = list(range(len(self.memory) - 1, first - 1, -1))
 
@@ -102,6 +103,21 @@ class PagePool:
         values = self.memory[:, first + half : first + 2 * half].view(-1, groups, PAGE, size)
         keys[pages, :, :, slots] = new[0].transpose(1, 2).to(keys.dtype)
         values[pages, :, slots] = new[1].transpose(1, 2).to(values.dtype)
+
+
+def _zeros(pages: int, numbers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros (pages, numbers); on the CPU they take memory once they are written, unlike those of torch.zeros.
+
+    MemoryError where the system does not promise so much.
+    """
+    size = pages * numbers * dtype.itemsize
+    if device.type != "cpu" or not size:
+        return torch.zeros(pages, numbers, dtype=dtype, device=device)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, ValueError) as error:
+        raise MemoryError(f"{size:,} bytes: {error}") from None
+    return torch.frombuffer(memory, dtype=dtype).view(pages, numbers)
 
 
 def layer_offsets(pools: Sequence[PagePool], layers: int) -> list[int]:

@@ -1,0 +1,100 @@
+"""From a generation to its HTTP response, in the format of either endpoint."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from typing import Any, Protocol, TypeVar
+
+from starlette.responses import Response
+
+from gemmule.serve.generation import Generation
+from gemmule.serve.replies import Part
+from gemmule.serve.settings import Limits
+from gemmule.serve.streams import DONE, KEEP_ALIVE, ClientGone, Receive, disconnected, event
+
+T = TypeVar("T")
+
+
+class Format(Protocol):
+    """The objects of a reply, as an endpoint has them."""
+
+    whole_kind: str
+    chunk_kind: str
+
+    def first_chunk(self) -> dict[str, Any] | None:
+        """Return the chunk that is sent before any token."""
+
+    def prompt_ids(self) -> dict[str, Any]:
+        """Return the ids of the prompt as a field of the whole reply, where asked for and not in the choices."""
+
+    def chunks(self, choice: int, part: Part) -> Iterator[dict[str, Any]]:
+        """Yield what a part adds to a choice."""
+
+    def whole(self, choice: int, part: Part) -> dict[str, Any]:
+        """Return a choice of the whole reply."""
+
+
+async def stream(generation: Generation, format_: Format, limits: Limits) -> AsyncIterator[bytes]:
+    """Yield the events of a reply, those that came together at once; comments while nothing comes."""
+    body, reply = generation.body, generation.reply
+    options = body.stream_options
+    counted = bool(options and options.include_usage)
+    head = generation.head(format_.chunk_kind) | ({"usage": None} if counted else {})
+    # What each event begins with, encoded once.
+    prefix = b"data: " + json.dumps(head, separators=(",", ":")).encode()[:-1] + b',"choices":['
+
+    def encoded(choice: dict[str, Any]) -> bytes:
+        return prefix + json.dumps(choice, separators=(",", ":")).encode() + b"]}\n\n"
+
+    if (first := format_.first_chunk()) is not None:
+        yield event(head | first)
+    while True:
+        try:
+            parts = await reply.parts(limits.keep_alive_seconds)
+        except TimeoutError:
+            yield KEEP_ALIVE
+            continue
+        if not parts:
+            break
+        yield b"".join(encoded(each) for choice, part in parts for each in format_.chunks(choice, part))
+    if counted or body.timings:
+        last = head | {"choices": []}
+        last |= {"usage": generation.usage()} if counted else {}
+        last |= {"timings": generation.timings()} if body.timings else {}
+        yield event(last)
+    yield DONE
+
+
+async def whole(generation: Generation, format_: Format) -> dict[str, Any]:
+    """Return the whole reply; ApiError where it fails."""
+    reply = generation.reply
+    choices = {choice: Part() for choice in range(reply.choices)}
+    while parts := await reply.parts():
+        for choice, part in parts:
+            choices[choice].join(part)
+    answer = generation.head(format_.whole_kind)
+    answer["choices"] = [format_.whole(choice, part) for choice, part in choices.items()]
+    answer |= format_.prompt_ids()
+    answer["usage"] = generation.usage()
+    if generation.body.timings:
+        answer["timings"] = generation.timings()
+    return answer
+
+
+async def unless_gone(receive: Receive, awaited: Coroutine[Any, Any, T]) -> T:
+    """Return what is awaited; ClientGone where the client goes away first."""
+    gone, pending = asyncio.create_task(disconnected(receive)), asyncio.create_task(awaited)
+    try:
+        await asyncio.wait((gone, pending), return_when=asyncio.FIRST_COMPLETED)
+        if not pending.done():
+            raise ClientGone
+        return pending.result()
+    finally:
+        for task in (gone, pending):
+            task.cancel()
+        await asyncio.gather(gone, pending, return_exceptions=True)
+
+
+def json_response(content: Any, status: int = 200) -> Response:
+    """Return a response of JSON."""
+    return Response(json.dumps(content, ensure_ascii=False).encode(), status, media_type="application/json")

@@ -1,0 +1,137 @@
+"""Models that are served: loaded, measured, with an engine each."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gemmule
+from gemmule.errors import TokenizerError, UserError
+from gemmule.inference.engine import CHUNK_CPU, CHUNK_GPU, Engine, run_alone, stop_tokens
+from gemmule.inference.huge_pages import move_to_huge_pages
+from gemmule.inference.quantize import quantize
+from gemmule.inference.requests import Request
+from gemmule.inference.runners import cache_dtype, choose_decoding
+from gemmule.model.finite import refuse_nonfinite_weights
+from gemmule.model.gemma3 import Gemma3
+from gemmule.serve.cache_size import SHARE, CacheBound, available_memory, cache_bound
+from gemmule.serve.settings import ModelSpec, ServerSettings
+from gemmule.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True, eq=False)
+class ServedModel:
+    """A model with its engine; the engine is for the engine's thread alone, all else is never changed."""
+
+    id: str
+    path: Path
+    tokenizer: Tokenizer
+    engine: Engine
+    bound: CacheBound
+    context: int
+    vocab_size: int
+    parameters: int
+    format: str
+    chats: bool
+    stops: frozenset[int]
+    fingerprint: str
+    created: int
+    _bytes: dict[int, bytes] = field(default_factory=dict)
+
+    def described(self) -> dict[str, Any]:
+        """Return the model as /v1/models lists it."""
+        return {
+            "id": self.id,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "gemmule",
+            "context": self.context,
+            "max_model_len": self.context,  # its name in vLLM
+            "parameters": self.parameters,
+            "format": self.format,
+            "decoding": self.engine.decoding,
+            "chats": self.chats,
+            # Whether a reply depends on the request alone, bit for bit.
+            "reproducible": self.engine.decoding == "native",
+            "fingerprint": self.fingerprint,
+            "checkpoint": self.path.name,
+        }
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; a special token has its name."""
+        known = self._bytes.get(token)
+        if known is None:
+            known = self.tokenizer.piece(token) or self.tokenizer.decode([token], specials=True).encode()
+            self._bytes[token] = known
+        return known
+
+
+def load_model(spec: ModelSpec, settings: ServerSettings, count: int = 1) -> ServedModel:
+    """Open one of `count` models and warm its engine; UserError where it cannot be served as the settings ask."""
+    network, tokenizer, path = gemmule.load_with_path(spec.model, settings.device)
+    refuse_nonfinite_weights(network, str(path))
+    if settings.chat and (tokenizer.start_of_turn_id is None or tokenizer.end_of_turn_id is None):
+        raise TokenizerError(f"MODEL {spec.model}: --chat needs a vocabulary with turn tokens; leave it out")
+    decoding = choose_decoding(network, settings.decoding)
+    fingerprint = model_fingerprint(network, tokenizer, decoding, settings.int8)
+    parameters, format_ = sum(each.numel() for each in network.parameters()), _format_of(network)
+    network = move_to_huge_pages(quantize(network) if settings.int8 else network)
+    longest = network.config.max_position_embeddings
+    if settings.context is not None:
+        if settings.context > longest:
+            raise UserError(f"--context {settings.context}: MODEL {spec.model} has {longest:,} positions")
+        longest = settings.context
+    device = network.embedding.weight.device
+    chunk = settings.chunk or (CHUNK_CPU if device.type == "cpu" else CHUNK_GPU)
+    given = settings.cache_bytes
+    available = int(available_memory(device) * SHARE / count) if given is None else given
+    bound = cache_bound(network.config, available, settings.max_rows, longest, chunk, cache_dtype(network, decoding))
+    engine = Engine(network, settings.max_rows, longest, decoding, tokenizer=tokenizer, size=bound.size, chunk=chunk)
+    warm(engine)
+    return ServedModel(
+        id=spec.id,
+        path=path,
+        tokenizer=tokenizer,
+        engine=engine,
+        bound=bound,
+        context=longest,
+        vocab_size=network.config.vocab_size,
+        parameters=parameters,
+        format="int8" if settings.int8 else format_,
+        chats=settings.chat or tokenizer.chat_template is not None,
+        stops=stop_tokens(tokenizer),
+        fingerprint=fingerprint,
+        created=int(time.time()),
+    )
+
+
+def warm(engine: Engine) -> None:
+    """Run two tokens through an engine, so that the first request finds compiled code."""
+    for _ in run_alone(engine, Request((0,), 2)):
+        pass
+
+
+def model_fingerprint(network: Gemma3, tokenizer: Tokenizer, decoding: str, int8: bool) -> str:
+    """Return a hash of all that decides a reply beside the request: weights, vocabulary, version, decoding."""
+    settings = {"version": gemmule.__version__, "decoding": decoding, "int8": int8, "tokenizer": tokenizer.fingerprint}
+    found = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
+    state: Mapping[str, torch.Tensor] = network.state_dict()
+    for name, tensor in sorted(state.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return f"fp_{found.hexdigest()}"
+
+
+def _format_of(network: Gemma3) -> str:
+    dtype = network.embedding.weight.dtype
+    return _FORMATS.get(dtype, str(dtype).removeprefix("torch."))
