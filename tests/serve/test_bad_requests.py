@@ -53,7 +53,7 @@ def test_what_is_no_json_object_is_told_so(server: Served, body: bytes) -> None:
         ("seed", 2**70, "invalid_value"),
         ("seed", -1, "invalid_value"),
         ("max_tokens", -1, "invalid_value"),
-        ("min_tokens", 99, "invalid_value"),
+        ("min_tokens", -1, "invalid_value"),
         ("stop", "", "invalid_value"),
         ("stop", ["a", ""], None),
         ("stop", ["x"] * 17, "invalid_value"),
@@ -169,6 +169,12 @@ def test_the_context_is_told_with_the_tokens(server: Served) -> None:
 def test_fields_without_meaning_here_pass(server: Served, field: str) -> None:
     assert server.complete(prompt="Mia", max_tokens=1, **{field: "x"}).status == 200
     assert server.chat(max_tokens=1, **{field: "x"}).status == 200
+
+
+def test_an_unknown_field_is_refused_whatever_it_holds(server: Served) -> None:
+    assert server.complete(prompt="Mia", temperatur=None).error["param"] == "temperatur"
+    assert server.chat(messages=[USER | {"foo": None}]).error["param"] == "messages[0].foo"
+    assert server.chat(messages=[USER | {"tool_calls": None, "audio": None}], tools=None, max_tokens=1).status == 200
 
 
 def test_null_is_the_default(server: Served) -> None:

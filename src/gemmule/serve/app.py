@@ -20,7 +20,15 @@ from gemmule.serve.metrics import Metrics
 from gemmule.serve.models import ServedModel
 from gemmule.serve.openapi import describe
 from gemmule.serve.prompts import Prompt, chat_ids, check_ids, completion_prompts, encode_text
-from gemmule.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, read_body
+from gemmule.serve.protocol import (
+    TOKEN_ID_BOUND,
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    read_body,
+)
 from gemmule.serve.replies import Reply
 from gemmule.serve.settings import ServerSettings
 from gemmule.serve.streams import ClientGone, EventStream
@@ -286,4 +294,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/openapi.json")
     async def openapi() -> Response:
         """Describe the API."""
-        return json_response(describe(service.settings))
+        models = service.engine.models.values() if service.engine is not None else ()
+        return json_response(
+            describe(service.settings, min((each.vocab_size for each in models), default=TOKEN_ID_BOUND))
+        )
