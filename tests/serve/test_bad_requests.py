@@ -1,6 +1,7 @@
 """What bad input gets: each line of the table in docs/serve.md."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -175,6 +176,14 @@ def test_an_unknown_field_is_refused_whatever_it_holds(server: Served) -> None:
     assert server.complete(prompt="Mia", temperatur=None).error["param"] == "temperatur"
     assert server.chat(messages=[USER | {"foo": None}]).error["param"] == "messages[0].foo"
     assert server.chat(messages=[USER | {"tool_calls": None, "audio": None}], tools=None, max_tokens=1).status == 200
+
+
+def test_megabytes_of_text_are_refused_before_they_are_encoded(server: Served) -> None:
+    began = time.monotonic()
+    answer = server.complete(prompt="The owl saw the key. " * 350_000)
+    assert answer.error["code"] == "context_length_exceeded"
+    assert server.chat(messages=[{"role": "user", "content": "x" * 7_000_000}]).error["param"] == "messages"
+    assert time.monotonic() - began < 3
 
 
 def test_null_is_the_default(server: Served) -> None:

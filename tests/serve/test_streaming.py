@@ -133,7 +133,7 @@ def test_a_client_that_takes_nothing_is_given_up(busy: Served) -> None:
 
 
 def update(choice: int, token: int, text: str, finish: str | None = None) -> Update:
-    return Update(choice, token, text, None, finish, 0, (), time.monotonic())
+    return Update(choice, token, text, finish, None, 0, (), time.monotonic())
 
 
 def test_what_waits_for_a_slow_client_is_joined() -> None:

@@ -114,7 +114,7 @@ class Service:
 
 def make_app(service: Service, write: Callable[[str], None] | None = None) -> App:
     """Return the application behind its guard; `write` gets the lines of the access log."""
-    app = FastAPI(title="Gemmule", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="Gemmule", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _add_generation(app, service)
     _add_tokens(app, service)
     _add_information(app, service)
@@ -190,9 +190,9 @@ async def _read(request: Request, schema: type[B]) -> B:
     return await asyncio.to_thread(read_body, content, schema)
 
 
-async def _prompts(content: int, function: Callable[[], list[Prompt]]) -> list[Prompt]:
-    """Encode prompts, large ones in another thread."""
-    return function() if content < _LARGE else await asyncio.to_thread(function)
+async def _prompts(request: Request, encode: Callable[[], list[Prompt]]) -> list[Prompt]:
+    """Encode the prompts of a request, large ones in another thread."""
+    return encode() if len(await request.body()) < _LARGE else await asyncio.to_thread(encode)
 
 
 async def _answer(service: Service, request: Request, generation: Generation, format_: Format) -> Response:
@@ -223,8 +223,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Continue prompts."""
         body = await _read(request, CompletionBody)
         served = service.model(body.model)
-        size = int(request.headers.get("content-length") or _LARGE)
-        prompts = await _prompts(size, lambda: completion_prompts(served, body))
+        prompts = await _prompts(request, lambda: completion_prompts(served, body))
         generation = make_generation("cmpl", served, body, prompts, service.limits)
         return await _answer(service, request, generation, CompletionFormat(generation))
 
@@ -233,8 +232,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Answer a conversation."""
         body = await _read(request, ChatBody)
         served = service.model(body.model)
-        size = int(request.headers.get("content-length") or _LARGE)
-        prompts = await _prompts(size, lambda: [Prompt(chat_ids(served, body.messages), "")])
+        prompts = await _prompts(request, lambda: [Prompt(chat_ids(served, body.messages), "")])
         generation = make_generation("chatcmpl", served, body, prompts, service.limits)
         return await _answer(service, request, generation, ChatFormat(generation))
 

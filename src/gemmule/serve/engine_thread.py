@@ -205,20 +205,8 @@ class EngineThread:
         if said is None:
             self._cancel(reply)
             return reply, _error_of(sequence.error)
-        drawn = sequence.request.max_new_tokens > 0
-        first = len(sequence.generated) <= 1
-        scores = sequence.prompt_log_probabilities if first else ()
-        update = Update(
-            choice,
-            said.token if drawn else None,
-            said.text,
-            said.log_probabilities if drawn else None,
-            said.finish,
-            sequence.cached,
-            scores,
-            moment,
-        )
-        return reply, update
+        before = sequence.prompt_log_probabilities if len(sequence.generated) <= 1 else ()
+        return reply, Update(choice, *said, sequence.cached, before, moment)
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         try:

@@ -18,8 +18,8 @@ class Update(NamedTuple):
     choice: int
     token: int | None  # None where only the prompt was read
     text: str
-    scores: LogProbabilities | None
     finish: str | None
+    scores: LogProbabilities | None
     cached: int  # tokens of the prompt that were known already
     prompt_scores: Sequence[LogProbabilities]  # with the first token of the first sample
     moment: float  # time.monotonic() at the end of its step
