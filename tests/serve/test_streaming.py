@@ -144,7 +144,7 @@ def test_what_waits_for_a_slow_client_is_joined() -> None:
         reply.deliver(update(1, 8, "Tom"))
         assert await reply.parts() == [(0, Part("Mi", [5])), (0, Part("a", [6])), (1, Part("Tom", [8]))]
         with pytest.raises(TimeoutError):
-            await reply.parts(0.01)
+            await asyncio.wait_for(reply.parts(), 0.01)
         for token in range(70):
             reply.deliver(update(token % 2, token, f"{token} "))
         reply.deliver(update(0, 9, ".", "stop"))

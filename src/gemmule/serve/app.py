@@ -201,7 +201,8 @@ async def _answer(service: Service, request: Request, generation: Generation, fo
     await unless_gone(request.receive, service.begin(generation, record))
     if generation.body.stream:
         return EventStream(
-            stream(generation, format_, limits),
+            stream(generation, format_),
+            keep_alive_seconds=limits.keep_alive_seconds,
             stalled_seconds=limits.stalled_seconds,
             on_end=lambda outcome: service.end(generation, record, outcome),
         )

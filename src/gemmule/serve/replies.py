@@ -117,14 +117,10 @@ class Reply:
         """Whether nothing more will come."""
         return self.error is not None or not self.left
 
-    async def parts(self, seconds: float | None = None) -> list[tuple[int, Part]]:
-        """Wait for what comes next, and return it with its choices; nothing where the reply is over. Raises its error.
-
-        TimeoutError after so many seconds.
-        """
+    async def parts(self) -> list[tuple[int, Part]]:
+        """Wait for what comes next, and return it with its choices; nothing where the reply is over. Raises its error."""
         if not self._parts and not self.over:
-            async with asyncio.timeout(seconds):
-                await self._ready.wait()
+            await self._ready.wait()
         self._ready.clear()
         parts, self._parts = self._parts, []
         if not parts and self.error is not None:
