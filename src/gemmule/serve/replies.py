@@ -26,7 +26,7 @@ class Update(NamedTuple):
 
 
 # Tokens of each choice that wait as parts of their own; more are joined, since then the client is slow.
-_SEPARATE = 16
+_SEPARATE = 128
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Reply:
         return self.error is not None or not self.left
 
     async def parts(self) -> list[tuple[int, Part]]:
-        """Wait for what comes next, and return it with its choices; nothing where the reply is over. Raises its error."""
+        """Wait for what comes next, and return it with its choices; nothing at the end. Raises the reply's error."""
         if not self._parts and not self.over:
             await self._ready.wait()
         self._ready.clear()

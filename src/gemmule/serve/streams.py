@@ -72,6 +72,7 @@ class EventStream(Response):
     async def _send(self, send: Send) -> str:
         """Send everything; return the outcome."""
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        self._written, self._writing = time.monotonic(), False
         outcome = "done"
         try:
             async for content in self._events:
