@@ -311,7 +311,6 @@ def against_others(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def in_rows(options: argparse.Namespace) -> dict[str, Any]:
     """Compare the decoding methods on batches of several rows."""
-    from gemmule.inference.native.decoder import MAX_ROWS
 
     from gemmule.formats.opening import open_model
 
@@ -328,7 +327,6 @@ def in_rows(options: argparse.Namespace) -> dict[str, Any]:
         )
         for rows in options.rows
         for way in ("native", "plain")
-        if way == "plain" or rows <= MAX_ROWS
     }
     found = compare(backends, ids, options.tokens, options.trials)
     for name, figures in found.items():

@@ -64,7 +64,7 @@ class Bench:
 
     def gaps(self, long: int) -> dict[str, float]:
         """Return milliseconds between two tokens of a reply, while a long prompt is read."""
-        engine = self.engine(9, long + 10)
+        engine = self.engine(9, long + 40)
         running = [engine.submit(self.request(20, long))[0] for _ in range(8)]
         for _ in range(20):
             engine.step()

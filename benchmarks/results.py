@@ -12,6 +12,7 @@ validation text of a run should be evaluated first: `gemmule evaluate RUN`.
 import argparse
 import json
 import shutil
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,12 @@ _NATS_PER_BIT = 0.6931471805599453
 
 INTRODUCTION = """# Results
 
-Made from run folders by `python benchmarks/results.py`; what it reads is kept in `docs/results`, and
-`gemmule report docs/results/story` shows one of them as a page. Times are those of the machine that
-is named, and differ from day to day on hosted machines. Bits per byte do not depend on the
-tokenizer, nats per token do.
+Made from run folders by `python benchmarks/results.py`; what it reads is kept in `docs/results`,
+and `gemmule report docs/results/story` shows one of them as a page. Times are those of the machine
+that is named, and differ from day to day on hosted machines. Bits per byte do not depend on the
+tokenizer, nats per token do. Those of the table are of `gemmule evaluate`, each document alone;
+while it trains, a run validates rows that are cut from all documents together, which is a little
+harder.
 """
 
 PUBLISHED_NOTE = """## What others published on TinyStories
@@ -91,23 +94,24 @@ def kept_runs() -> list[RunFacts]:
 
 def _row(facts: RunFacts) -> Iterator[str]:
     last, best = facts.last, headline(facts)
-    bits, interval = last.get("val_bits_per_byte"), "not measured"
+    bits, nats, interval = last.get("val_bits_per_byte"), last.get("val_loss"), "not measured"
     if best is not None and best[1].name == "bits_per_byte" and best[1].low is not None:
         bits, interval = best[1].value, f"{figure(best[1].low)} to {figure(best[1].high)}"
+        nats = facts.evaluations[best[0]].get("loss")
     above = facts.above_floor
     yield f"[{facts.name}](#{facts.name})"
     yield figure(parameter_count(facts))
     yield figure(facts.step)
     yield figure(bits)
     yield interval
-    yield figure(last.get("val_loss"))
+    yield figure(nats)
     yield "unknown" if above is None else f"{above:+.1%}"
 
 
 def _section(facts: RunFacts) -> Iterator[str]:
     yield f"## {facts.name}"
     yield ""
-    yield from verdict(facts)
+    yield _wrapped(" ".join(verdict(facts)))
     yield ""
     yield f"- Machine: {machine(facts.environment)}"
     yield f"- Recipe, resolved: [recipe.toml](results/{facts.name}/recipe.toml)"
@@ -115,6 +119,10 @@ def _section(facts: RunFacts) -> Iterator[str]:
     if (facts.run.path / "loss.svg").is_file():
         yield ""
         yield f"![Loss of {facts.name} by step](results/{facts.name}/loss.svg)"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, width=100, break_long_words=False, break_on_hyphens=False)
 
 
 def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,11 +1,12 @@
 import random
 
 import pytest
+import torch
 
-from gemmule.evaluate.choices import score_choices
+from gemmule.evaluate.choices import _ContextCache, score_choices
 from gemmule.evaluate.log_probabilities import score_continuations
 from gemmule.model.gemma3 import Gemma3
-from tiny import lively_model, tiny_config
+from tiny import greatest_difference, lively_model, some_tokens, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +50,19 @@ def test_an_empty_continuation_costs_nothing(model: Gemma3) -> None:
     scores = score_choices(model, [([1, 2], []), ([1, 2], [3])], 100)
     assert scores[0].log_probability == 0.0
     assert scores[1] == score_continuations(model, [([1, 2], [3])])[0]
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 40])
+def test_each_continuation_sees_its_own_context_and_no_padding(window: int) -> None:
+    model = lively_model(tiny_config(sliding_window=window))
+    contexts, padding, counts = some_tokens(model.config, rows=3, length=9), torch.tensor([[0], [4], [8]]), [2, 1, 3]
+    positions, cache = torch.arange(9) - padding, _ContextCache(model.config)
+    continuations = some_tokens(model.config, rows=6, length=4, seed=2)
+    with torch.no_grad():
+        model(contexts, positions, torch.where(positions < 0, -1, 0), cache)
+        cache.repeat(counts)
+        assert cache.next_positions.tolist() == [9, 9, 5, 1, 1, 1]
+        logits = model(continuations, cache.next_positions[:, None] + torch.arange(4), None, cache)
+        for own, row, continuation in zip(logits, (0, 0, 1, 2, 2, 2), continuations, strict=True):
+            text = torch.cat((contexts[row, int(padding[row]) :], continuation))
+            assert greatest_difference(own, model(text[None])[0, -4:]) < 1e-4

@@ -19,7 +19,7 @@ import torch
 from sanitized_steps import SANITIZE
 from torch import Tensor
 
-from gemmule.inference.native import sampler
+from gemmule.inference.native import library, sampler
 from gemmule.inference.sampling import Query, Row, SamplingSettings
 
 HOSTILE = [math.nan, math.inf, -math.inf, -1.0, 0.0, 5e-324, 1e-40, 0.3, 1.0, 2.5, 1e300]
@@ -128,6 +128,6 @@ def hostile_tokens() -> int:
 
 
 if __name__ == "__main__":
-    sampler.FLAGS = (*sampler.FLAGS, *SANITIZE)
+    library.FLAGS = (*library.FLAGS, *SANITIZE)
     for scenario in (all_sizes, hostile_settings, hostile_logits, hostile_tokens):
         sys.stdout.write(f"{scenario.__name__} {scenario()}\n")

@@ -9,33 +9,39 @@ many steps were made. `test_sanitized.py` starts it.
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import numpy as np
 import torch
-from gemmule.inference.decode import prefill
-from torch import Tensor
 
-from gemmule.inference.kv_cache import BatchCache
-from gemmule.inference.native import decoder as native
+from gemmule.inference import kv_cache
 from gemmule.inference.native import library
+from gemmule.inference.pages import KINDS, PAGE
 from gemmule.inference.quantize import Int8, quantize
+from gemmule.inference.step_batch import StepBatch
 from gemmule.model.gemma3 import Gemma3
-from tiny import lively_model, some_tokens, tiny_config
+from readings import Reading, one_by_one, some_plan, some_texts
+from tiny import lively_model, tiny_config
 
 SANITIZE = ("-g", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
-LENGTH, PROMPT = 40, 9
+LENGTHS = (40, 1, 23, 2, 17)
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {},
     "window 1": {"sliding_window": 1},
+    "window of a page": {"sliding_window": PAGE},
+    "window of a page and one": {"sliding_window": PAGE + 1},
     "window beyond the text": {"sliding_window": 64},
     "untied": {"tie_word_embeddings": False},
+    "all local": {"sliding_window_pattern": 9},
+    "all global": {"sliding_window_pattern": 1},
     "three heads, one key head": {"num_attention_heads": 3, "num_key_value_heads": 1},
     "head_dim 2": {"head_dim": 2, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "head_dim 74": {"head_dim": 74},
     "odd sizes": {"hidden_size": 20, "intermediate_size": 37, "head_dim": 6, "vocab_size": 51},
     "more than one block of int8": {"intermediate_size": 1037, "vocab_size": 703},
     "smallest": {
@@ -54,59 +60,84 @@ CONSTANTS: list[dict[str, Any]] = [
     {"rms_norm_eps": 1e-300},
     {"rms_norm_eps": 1e300},
     {"query_pre_attn_scalar": 10**300},
+    {"sliding_window": 2**61},
     {"sliding_window": 2**62},
     {"sliding_window": 10**30},
 ]
+NUMBERS = (-1, 80, 10**9, 2**31, 2**32, 2**62, -(2**63), 2**63 - 1)
+PAGES = (0, -1, 5, 1000, 2**31 - 1, -(2**31))
 VALUES = [math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-40, -1e-45, 0.0]
 PRECISIONS: dict[str, Callable[[Gemma3], Gemma3]] = {"fp32": Gemma3.float, "bf16": Gemma3.bfloat16, "int8": quantize}
 
 
-def decoder(model: Gemma3, rows: int = 1, padding: int = 0) -> native.NativeDecoder:
-    cache, before = BatchCache(model.config), torch.tensor([0] * (rows - 1) + [padding])
-    with torch.inference_mode():
-        tokens = some_tokens(model.config, rows=rows, length=PROMPT)
-        prefill(model, tokens, torch.arange(PROMPT) - before[:, None], cache)
-        made = native.NativeDecoder(model, LENGTH)
-        made.insert(cache)
-        return made
-
-
-def steps(model: Gemma3, rows: int = 1, padding: int = 0) -> Iterator[Tensor]:
-    made = decoder(model, rows, padding)
-    before = torch.tensor([0] * (rows - 1) + [padding])
-    tokens = some_tokens(model.config, rows=rows, length=LENGTH)
-    for at in range(PROMPT, LENGTH):
-        yield made.step(tokens[:, at], at - before)
+def steps(model: Gemma3, seed: int, lengths: Sequence[int] = LENGTHS) -> tuple[int, bool]:
+    """Read texts in steps of single tokens and of pieces; return how many, and whether all logits are finite."""
+    reading, plan = Reading(model, "native", some_texts(model, lengths)), some_plan(lengths, seed, most=12)
+    for counts in plan:
+        reading.step(counts)
+    for row in range(len(lengths)):
+        reading.cache.finish(row)
+    return len(plan), all(bool(logits.isfinite().all()) for row in reading.logits for logits in row)
 
 
 def all_shapes() -> int:
     count = 0
-    for (name, precision), rows in itertools.product(itertools.product(SHAPES, PRECISIONS), (1, 2, 3, 4)):
+    for (name, precision), seed in itertools.product(itertools.product(SHAPES, PRECISIONS), range(3)):
         torch.set_num_threads(1 + count % 3)
-        model = PRECISIONS[precision](lively_model(tiny_config(num_hidden_layers=3, **SHAPES[name])))
-        for logits in steps(model, rows, padding=rows):
-            assert logits.isfinite().all(), (name, precision)
-            count += 1
+        made, finite = steps(
+            PRECISIONS[precision](lively_model(tiny_config(num_hidden_layers=3, **SHAPES[name]))), seed
+        )
+        assert finite, (name, precision)
+        count += made
     return count
 
 
-def hostile_tokens_and_positions() -> int:
+def all_numbers_of_rows() -> int:
+    """Of every way to cut tokens into tiles, one text alone among them."""
     count = 0
-    for rows, number in itertools.product((1, 4), (-1, LENGTH, 10**9, 2**31, 2**62, -(2**63), 2**63 - 1)):
-        made = decoder(lively_model(tiny_config(num_hidden_layers=3)), rows)
-        places = torch.tensor([PROMPT] * (rows - 1) + [number])
-        for tokens in (places + 7, torch.full((rows,), 48 + number % 100)):
-            made._next = made._next and [PROMPT] * rows
-            try:
-                made.step(tokens, torch.tensor([PROMPT] * rows))
-            except IndexError:
-                count += 1
-        made._next, made._capacity, made._allocated = places.tolist(), 2**63, LENGTH  # past the checks of Python
-        made._allocate = lambda *_: None  # type: ignore[method-assign]
-        try:
-            made.step(torch.full((rows,), 5), places)
-        except IndexError:
+    for precision, rows in itertools.product(PRECISIONS, range(1, 14)):
+        model = PRECISIONS[precision](lively_model(tiny_config(num_hidden_layers=3)))
+        reading = Reading(model, "native", some_texts(model, [3] * rows))
+        for counts in (dict.fromkeys(range(rows), 1), dict.fromkeys(range(rows), 2)):
+            reading.step(counts)
             count += 1
+        alone = Reading(model, "native", reading.texts)
+        for counts in one_by_one([3] * rows):
+            alone.step(counts)
+        for pair in zip(reading.logits, alone.logits, strict=True):
+            assert torch.equal(*map(torch.stack, pair))
+    return count
+
+
+def refused(reading: Reading, batch: StepBatch) -> int:
+    """Return whether C refuses a step, as a number."""
+    try:
+        reading.runner.run(batch)
+    except IndexError:
+        return 1
+    return 0
+
+
+def hostile_batches() -> int:
+    """Tokens, positions, rows, outputs and pages that are none; return how many steps were refused."""
+    count = 0
+    for counts in ({0: 1}, {2: 3, 0: 9, 1: 1, 4: 1}):
+        reading = Reading(lively_model(tiny_config(num_hidden_layers=3)), "native", some_texts(MODEL, LENGTHS))
+        reading.step({0: 17, 2: 5})
+        batch = reading.batch(counts)
+        for name, number in itertools.product(StepBatch._fields, NUMBERS):
+            right = getattr(batch, name)
+            for at in range(len(right)):
+                wrong = np.where(np.arange(len(right)) == at, number, right)
+                assert refused(reading, batch._replace(**{name: wrong})), (name, number)
+                count += 1
+            count += refused(reading, batch._replace(**{name: np.full(len(right) + 1, number)}))
+        for kind in KINDS:
+            table = reading.cache.tables[kind]
+            for row, page, number in itertools.product((0, 2), range(table.shape[1]), PAGES):
+                right, table[row, page] = int(table[row, page]), number
+                count += refused(reading, batch)
+                table[row, page] = right
     return count
 
 
@@ -121,7 +152,7 @@ def hostile_weights() -> int:
                 held = weight.scales if isinstance(weight, Int8) else weight
                 if held is not None:
                     held.view(-1)[:: 1 if everywhere else 7] = value
-        count += sum(1 for _ in steps(model, rows=2, padding=3))
+        count += sum(steps(model, seed)[0] for seed in range(2))
     return count
 
 
@@ -130,7 +161,7 @@ def hostile_constants() -> int:
     models = [lively_model(tiny_config(num_hidden_layers=3)) for _ in CONSTANTS]
     for model, constants in zip(models, CONSTANTS, strict=True):
         model.config = model.config.model_copy(update=constants)
-    return sum(1 for model in models for _ in steps(model, rows=2))
+    return sum(steps(model, seed)[0] for model in models for seed in range(2))
 
 
 def misaligned_weights() -> int:
@@ -140,15 +171,19 @@ def misaligned_weights() -> int:
         for weight in model.parameters():
             room = torch.zeros(weight.nbytes + 1, dtype=torch.uint8).numpy()
             weight.data = torch.frombuffer(room, dtype=dtype, offset=1).view(weight.shape).copy_(weight.data)
-        count += sum(1 for _ in steps(model))
+        count += steps(model, seed=0)[0]
     return count
 
+
+MODEL = lively_model(tiny_config(num_hidden_layers=3))
+SCENARIOS = (all_shapes, all_numbers_of_rows, hostile_batches, hostile_weights, hostile_constants, misaligned_weights)
 
 if __name__ == "__main__":
     library.FLAGS = (*library.FLAGS, *SANITIZE)
     library.SOURCE = Path(sys.argv[1]) if len(sys.argv) > 1 else library.SOURCE
-    native.FIRST_POSITIONS = 1  # memory for positions grows in nearly every text
+    kv_cache._FIRST_PAGES = 1  # page tables and pools grow in nearly every text
     found = library.load_library()
     assert not isinstance(found, str), found
-    for scenario in (all_shapes, hostile_tokens_and_positions, hostile_weights, hostile_constants, misaligned_weights):
+    for scenario in SCENARIOS:
         sys.stdout.write(f"{scenario.__name__} {scenario()}\n")
+        sys.stdout.flush()

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from gemmule.errors import DeviceError
+from gemmule.inference import engine
 from gemmule.inference.engine import stream_tokens
 from gemmule.inference.native import library
 from gemmule.inference.native.library import load_library
 from gemmule.inference.runners import Decoding
-from gemmule.inference.sampling import SamplingSettings
+from gemmule.inference.sampling import REFERENCE, SamplingSettings
 from tiny import lively_model, tiny_config
 
 needs_compiler = pytest.mark.skipif(isinstance(load_library(), str), reason="no C compiler here")
@@ -27,7 +28,8 @@ def tokens_of(way: Decoding) -> list[list[int | None]]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a cache that holds nothing yet."""
+    """The folder of a cache that holds nothing yet; only step.c is compiled."""
+    monkeypatch.setattr(engine, "make_sampler", lambda device: REFERENCE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(library, "FLAGS", tuple(flag.replace("-O3", "-O0") for flag in library.FLAGS))  # quick
     load_library.cache_clear()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gemmule.inference.native import sampler
+from gemmule.inference.native import library, sampler
 from gemmule.inference.native.sampler import NativeSampler, make_sampler, unavailable_reason
 from gemmule.inference.sampling import (
     INVALID,
@@ -175,7 +175,9 @@ def test_a_row_is_drawn_bit_for_bit_as_it_is_alone(settings: dict[str, Any], thr
 
 def test_the_bits_are_those_of_the_source_whatever_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even with the vectors of another machine."""
-    monkeypatch.setattr(sampler, "FLAGS", ("-O1", *(flag for flag in sampler.FLAGS if flag[:2] not in ("-O", "-m"))))
+    plain = [flag for flag in library.FLAGS if flag[:2] not in ("-O", "-m")]
+    monkeypatch.setattr(library, "FLAGS", ("-O1", *plain))
+    monkeypatch.setattr(sampler, "load_library", library.load_library.__wrapped__)
     logits, other = numbers(0, 40, 3001), NativeSampler()
     queries = [Query(at, at, 20) for at in range(40)]
     assert other.log_probabilities(logits, queries) == NATIVE.log_probabilities(logits, queries)

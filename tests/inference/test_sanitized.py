@@ -11,11 +11,12 @@ import pytest
 # What each script must have done at least.
 ENOUGH = {
     "sanitized_steps.py": {
-        "all_shapes": 3000,
-        "hostile_tokens_and_positions": 35,
-        "hostile_weights": 1000,
-        "hostile_constants": 200,
-        "misaligned_weights": 60,
+        "all_shapes": 1000,
+        "all_numbers_of_rows": 70,
+        "hostile_batches": 580,
+        "hostile_weights": 800,
+        "hostile_constants": 150,
+        "misaligned_weights": 15,
     },
     "sanitized_draws.py": {
         "all_sizes": 5000,

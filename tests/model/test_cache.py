@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gemmule.inference.kv_cache import BatchCache
 from gemmule.model.attention import KERNELS
 from gemmule.model.cache import Cache
 from gemmule.model.gemma3 import Gemma3
@@ -76,59 +75,6 @@ def test_what_left_the_window_is_given_back() -> None:
     assert kept is not None
     for tensor in kept:
         assert tensor.untyped_storage().nbytes() == 2 * 4 * 8 * 4, "four tokens, not a view of a thousand"
-
-
-def filled(model: Gemma3, tokens: Tensor) -> BatchCache:
-    cache = BatchCache(model.config)
-    model(tokens, cache=cache)
-    return cache
-
-
-@pytest.mark.parametrize("window", [1, 2, 5, 40])
-def test_rows_that_join_and_leave_are_each_row_alone(window: int) -> None:
-    model = MODELS["sdpa", window]
-    texts = [some_tokens(model.config, rows=1, length=length + 4, seed=length) for length in (3, 12, 1)]
-    with torch.no_grad():
-        cache = filled(model, texts[0][:, :3])
-        for text in texts[1:]:
-            cache.insert(filled(model, text[:, :-4]))
-        present, at = [0, 1, 2], [3, 12, 1]
-        for step, leaving in enumerate((None, 1, 0, None)):
-            if leaving is not None:
-                row = present.index(leaving)
-                cache.evict([row])
-                present.remove(leaving)
-            now = torch.tensor([[at[row] + step] for row in present])
-            fed = torch.cat([texts[row][:, at[row] + step, None] for row in present])
-            logits = model(fed, now, None, cache)
-            for row, own in zip(present, logits, strict=True):
-                expected = model(texts[row][:, : at[row] + step + 1])[0, -1]
-                assert greatest_difference(own[-1], expected) < 1e-4
-        assert cache.length == 1 + 4, "what only the rows that left had is freed"
-        assert cache.next_positions.tolist() == [5]
-
-
-def test_left_padding_is_an_empty_slot_for_what_follows() -> None:
-    model = MODELS["sdpa", 5]
-    tokens, padding = some_tokens(model.config, length=9), torch.tensor([[0], [4]])
-    positions = torch.arange(9) - padding
-    cache = BatchCache(model.config)
-    with torch.no_grad():
-        model(tokens[:, :8], positions[:, :8], torch.where(positions < 0, -1, 0)[:, :8], cache)
-        joined = BatchCache(model.config)
-        joined.insert(cache)
-        logits = model(tokens[:, 8:], positions[:, 8:], None, joined)
-        assert greatest_difference(logits[1, 0], model(tokens[1:, 4:])[0, -1]) < 1e-4
-    assert [len(row[0]) for row in joined.rows(2)] == [9, 5]
-
-
-def test_rows_of_several_documents_do_not_join() -> None:
-    model = MODELS["sdpa", 5]
-    cache = BatchCache(model.config)
-    with torch.no_grad():
-        model(some_tokens(model.config, length=4), None, torch.tensor([[0, 0, 1, 1]]).expand(2, -1), cache)
-    with pytest.raises(ValueError, match="several documents"):
-        BatchCache(model.config).insert(cache)
 
 
 def test_cache_counts_on() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemmule.errors import GemmuleError, ModelError, TokenizerError
+from gemmule.errors import DeviceError, GemmuleError, ModelError, TokenizerError
 from gemmule.inference.constraints import Constraint, ConstraintCompiler, ConstraintSpec
 from gemmule.inference.kv_cache import CacheSize, KVCache, exact_size
 from gemmule.inference.native.sampler import make_sampler
@@ -33,7 +33,10 @@ MAX_ROWS = 64
 
 
 class TokenEvent(NamedTuple):
-    """A token that a sequence got in a step; `event` is None where it failed, which its `error` explains."""
+    """A token that a sequence got in a step; `event` is None where it ended without one.
+
+    It failed then, which its `error` explains, or no token was asked for.
+    """
 
     sequence: SequenceState
     event: Event | None
@@ -71,13 +74,17 @@ class Engine:
         if self.decoding == "compiled" and size is None:  # for static shapes
             size = exact_size(model.config, max_rows, longest, self.chunk)
         dtype = cache_dtype(model, self.decoding)
-        self.cache = KVCache(model.config, max_rows, longest, size, dtype, self._device)
+        try:
+            self.cache = KVCache(model.config, max_rows, longest, size, dtype, self._device)
+        except (RuntimeError, MemoryError) as error:  # torch has no other name for it
+            reason = f"no memory for a KV cache of {max_rows:,} x {longest:,} positions"
+            raise DeviceError(f"decoding {self.decoding!r}: {reason}; make fewer tokens, or use 'plain'") from error
         self._runner, self._sampler = make_runner(model, self.cache, self.decoding), make_sampler(self._device)
         self._tokenizer, self._vocabulary = tokenizer, model.config.vocab_size
         self._constraints: ConstraintCompiler | None = None
         self._constraints_lock = Lock()
         self._free = list(range(max_rows - 1, -1, -1))
-        self._waiting: deque[list[SequenceState]] = deque()  # the samples of each request
+        self._queue: deque[list[SequenceState]] = deque()  # the samples of each request
         self._reading: dict[int, tuple[list[SequenceState], list[int]]] = {}  # samples and their rows, by the first row
         self._decoding: dict[int, SequenceState] = {}  # by row
         self.steps = self.tokens_run = 0  # so far
@@ -98,7 +105,7 @@ class Engine:
         if not self.cache.could_fit(self._need(request), count):
             raise ValueError(f"{count} sequences of {request.positions} positions: the KV cache is smaller")
         samples = [self._new_sequence(request, sample) for sample in range(count)]
-        self._waiting.append([*samples])
+        self._queue.append([*samples])
         return samples
 
     def compile_constraint(self, spec: ConstraintSpec) -> Constraint:
@@ -116,12 +123,12 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._waiting or self._reading or self._decoding)
+        return not (self._queue or self._reading or self._decoding)
 
     @property
     def queued(self) -> list[SequenceState]:
         """The sequences that have no row yet, in their order."""
-        return [sequence for samples in self._waiting for sequence in samples]
+        return [sequence for samples in self._queue for sequence in samples]
 
     @property
     def running(self) -> int:
@@ -148,15 +155,15 @@ class Engine:
         order = {row: index for index, row in enumerate(batch.rows[batch.outputs].tolist())}
         index = [order[row] for row in sources]
         if index != list(range(len(logits))):
-            logits = logits[torch.tensor(index, device=logits.device)]
+            logits = logits[torch.tensor(index, dtype=torch.long, device=logits.device)]
         return self._draw(logits)
 
     def cancel(self, samples: Iterable[SequenceState]) -> None:
         """End sequences before they are finished, wherever they are; their rows are free at once."""
         gone = {sequence for sequence in samples if not sequence.finish}
-        for waiting in self._waiting:
-            waiting[:] = [each for each in waiting if each not in gone]
-        self._waiting = deque(waiting for waiting in self._waiting if waiting)
+        for queued in self._queue:
+            queued[:] = [each for each in queued if each not in gone]
+        self._queue = deque(queued for queued in self._queue if queued)
         for row, (reading, rows) in [*self._reading.items()]:
             if gone.issuperset(reading):
                 del self._reading[row]
@@ -178,13 +185,13 @@ class Engine:
 
     def _admit(self) -> None:
         """Give rows to the requests that wait, in order, while there is room."""
-        while self._waiting:
-            samples = self._waiting[0]
+        while self._queue:
+            samples = self._queue[0]
             request = samples[0].request
             need = self._need(request)
             if len(samples) > len(self._free) or not self.cache.fits(need, len(samples)):
                 return
-            self._waiting.popleft()
+            self._queue.popleft()
             rows = [self._free.pop() for _ in samples]
             anew = request.prompt_log_probabilities is not None
             known = self.cache.begin(rows[0], request.prompt, need, len(samples), anew=anew)
@@ -299,8 +306,7 @@ def _append(sequence: SequenceState, token: int, scores: LogProbabilities | None
     """Append what was drawn; None where the sequence fails."""
     if sequence.request.max_new_tokens == 0:
         sequence.finish = "length"
-        return Event(None, "", "length")
-    if sequence.error is not None:
+    if sequence.finish is not None:
         return None
     try:
         refuse_invalid([token])
@@ -365,7 +371,7 @@ def _tokens_by_sequence(engine: Engine) -> dict[SequenceState, int]:
     for sequence, _ in events:
         if sequence.error is not None:
             raise sequence.error
-    return {sequence: event.token for sequence, event in events if event is not None and event.token is not None}
+    return {sequence: event.token for sequence, event in events if event is not None}
 
 
 def generate(

@@ -209,7 +209,7 @@ class KVCache:
         own.nodes.append(node)
 
     def _leave_window(self, row: int, own: _Row) -> None:
-        """Give back the local pages that no later token sees, and keep in the tree those from which one can go on."""
+        """Give back the local pages that no later token sees; the tree keeps those from which one can continue."""
         first = min(self._first_page("local", len(own.tokens)), len(own.nodes) - 1)
         for index in range(own.begun["local"], first):
             self.pools["local"].release(int(self.tables["local"][row, index]))

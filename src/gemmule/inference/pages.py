@@ -70,8 +70,9 @@ class PagePool:
             self._free.append(page)
 
     def _grow(self) -> None:
-        first = len(self.memory)
-        self.memory = torch.cat((self.memory, torch.zeros_like(self.memory)))
+        first, held = len(self.memory), self.memory
+        self.memory = _zeros(2 * first, held.shape[1], held.dtype, held.device)
+        self.memory[:first] = held
         self._holders += [0] * first
         self._free = list(range(len(self.memory) - 1, first - 1, -1))
 
@@ -105,11 +106,17 @@ class PagePool:
 
 
 def _zeros(pages: int, numbers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros (pages, numbers); on the CPU they take memory once they are written, unlike those of torch.zeros."""
+    """Return zeros (pages, numbers); on the CPU they take memory once they are written, unlike those of torch.zeros.
+
+    MemoryError where the system does not promise so much.
+    """
     size = pages * numbers * dtype.itemsize
     if device.type != "cpu" or not size:
         return torch.zeros(pages, numbers, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, ValueError) as error:
+        raise MemoryError(f"{size:,} bytes: {error}") from None
     return torch.frombuffer(memory, dtype=dtype).view(pages, numbers)
 
 

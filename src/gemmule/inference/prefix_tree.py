@@ -1,4 +1,4 @@
-"""What was read and said, as a tree of pages: a prompt goes on from the longest beginning that is known."""
+"""What was read and said, as a tree of pages: a prompt continues from the longest beginning that is known."""
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
@@ -48,7 +48,7 @@ class PrefixTree:
         return self._root
 
     def find(self, tokens: Sequence[int]) -> list[Node]:
-        """Return the nodes of the longest beginning of `tokens`, one token less at most, from which one can go on."""
+        """Return the nodes of the longest beginning of `tokens` from which one can continue, one token less at most."""
         node, found, usable, run = self._root, [], 0, 0
         for start in range(0, (len(tokens) - 1) // PAGE * PAGE, PAGE):
             child = node.children.get(tuple(tokens[start : start + PAGE]))
@@ -83,7 +83,7 @@ class PrefixTree:
             del self._order[kind][node]
 
     def pin(self, node: Node) -> None:
-        """Keep a node for a sequence that will go on from it."""
+        """Keep a node for a sequence that will continue from it."""
         node.users += 1
 
     def unpin(self, node: Node) -> None:

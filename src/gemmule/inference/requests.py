@@ -18,9 +18,9 @@ PLAIN = SamplingSettings()
 
 
 class Event(NamedTuple):
-    """One generated token, and the text that it completed; no token where none was asked for."""
+    """One generated token, and the text that it completed."""
 
-    token: int | None
+    token: int
     text: str
     # The finish reason: "stop" after a stop token or stop string, "length" at the limit, None before the last token.
     finish: str | None

@@ -217,11 +217,14 @@ class _Graph:
             first = np.zeros(len(table), dtype=np.int64)
             if window is not None:
                 first[batch.rows] = np.maximum(batch.positions - window + 1, 0) // PAGE
-            columns = np.minimum(first[:, None] + np.arange(held.shape[1]), table.shape[1] - 1)
-            held.copy_(torch.from_numpy(np.take_along_axis(table, columns, axis=1).astype(np.int64)))
+            columns = np.minimum(first[batch.rows, None] + np.arange(held.shape[1]), table.shape[1] - 1)
+            pages = np.zeros(held.shape, dtype=np.int64)  # the other rows are computed, too, and write to page 0
+            pages[batch.rows] = table[batch.rows[:, None], columns]
+            held.copy_(torch.from_numpy(pages))
             self._first[kind].copy_(torch.from_numpy(first * PAGE))
         logits = self._logits()
-        return logits if len(index) == len(logits) else logits[index.to(self._device)]
+        in_order = np.array_equal(batch.rows, np.arange(len(logits)))
+        return logits if in_order else logits[index.to(self._device)]
 
     def _logits(self) -> Tensor:
         """Run the step over all rows, or replay it."""

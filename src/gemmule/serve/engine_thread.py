@@ -202,11 +202,12 @@ class EngineThread:
         sequence, said = event
         if sequence.finish:
             del self._readers[sequence]
-        if said is None:
+        if sequence.error is not None:
             self._cancel(reply)
             return reply, _error_of(sequence.error)
         before = sequence.prompt_log_probabilities if len(sequence.generated) <= 1 else ()
-        return reply, Update(choice, *said, sequence.cached, before, moment)
+        token, text, scores = (None, "", None) if said is None else (said.token, said.text, said.log_probabilities)
+        return reply, Update(choice, token, text, sequence.finish, scores, sequence.cached, before, moment)
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         try:
@@ -215,7 +216,7 @@ class EngineThread:
             self._stopping = True
 
 
-def _error_of(error: GemmuleError | None) -> ApiError:
+def _error_of(error: GemmuleError) -> ApiError:
     if isinstance(error, UserError):
         return ApiError(400, str(error), code="invalid_value")
     return ApiError(500, str(error), code="generation_failed")

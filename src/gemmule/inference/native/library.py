@@ -23,10 +23,9 @@ from gemmule.code_cache import WRITABLE_BY_OTHERS, cache_folder
 from gemmule.files import sha256, sync
 
 SOURCE = Path(__file__).with_name("step.c")
-# The order of sums stays as it is written; a product that is added at once may be rounded once instead of twice.
-FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno")
-# Results are those of the source alone, the same on every processor and with every compiler.
-EXACT_FLAGS: tuple[str, ...] = ("-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
+# Results are those of the source alone: sums keep their order, and no product is rounded together with a sum unless the
+# source says so.
+FLAGS: tuple[str, ...] = ("-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
 OPENMP = "-fopenmp"
 OPTIONAL = (OPENMP, "-mprefer-vector-width=512")  # that not every compiler has
 TIMEOUT = 120  # seconds, per run of the compiler
@@ -37,10 +36,10 @@ _PARTIAL = ".partial-"
 
 
 @functools.cache
-def load_library(source: Path | None = None, flags: tuple[str, ...] | None = None) -> "ctypes.CDLL | str":
-    """Return the shared library, from the user's cache folder where it is cached; or the reason why there is none.
+def load_library(source: Path | None = None) -> "ctypes.CDLL | str":
+    """Return the shared library of a C file, from the user's cache folder where it is cached; or why there is none.
 
-    It is that of `step.c` with its flags unless others are given.
+    It is that of `step.c` where no other is given.
     """
     given = os.environ.get("CC", "").strip() or "cc"
     try:
@@ -51,7 +50,7 @@ def load_library(source: Path | None = None, flags: tuple[str, ...] | None = Non
     if compiler is None:
         return f"no C compiler ({words[0]}) was found"
     try:
-        return _load([compiler, *words[1:]], source or SOURCE, flags or FLAGS)
+        return _load([compiler, *words[1:]], source or SOURCE)
     except subprocess.CalledProcessError as error:
         reason = error.stderr.decode(errors="replace").strip() or str(error)
     except subprocess.TimeoutExpired:
@@ -61,10 +60,10 @@ def load_library(source: Path | None = None, flags: tuple[str, ...] | None = Non
     return f"{given} did not compile it: {reason.splitlines()[0]}"
 
 
-def _load(compiler: list[str], source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+def _load(compiler: list[str], source: Path) -> ctypes.CDLL:
     # What the compiler knows of this processor, and of itself: a folder may be shared by different machines.
     target = _run(*compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull)
-    recipe = source.read_bytes() + repr((compiler[1:], flags, OPTIONAL)).encode() + target
+    recipe = source.read_bytes() + repr((compiler[1:], FLAGS, OPTIONAL)).encode() + target
     name = f"{source.stem}-{hashlib.blake2b(recipe, digest_size=12).hexdigest()}"
     folder = cache_folder()
     for file in _cached(folder, name) if folder else ():
@@ -74,7 +73,7 @@ def _load(compiler: list[str], source: Path, flags: tuple[str, ...]) -> ctypes.C
             continue
     with tempfile.TemporaryDirectory() as private:  # only this user may look into it
         fresh = Path(private) / f"{name}.so"
-        has_openmp = _compile(compiler, fresh, source, flags)
+        has_openmp = _compile(compiler, fresh, source)
         stored = _store(fresh, folder, name if has_openmp else f"{name}-{SERIAL}") if folder else None
         return ctypes.CDLL(str(stored or fresh))
 
@@ -112,14 +111,14 @@ def _store(fresh: Path, folder: Path, name: str) -> Path | None:
         return None
 
 
-def _compile(compiler: list[str], target: Path, source: Path, flags: tuple[str, ...]) -> bool:
+def _compile(compiler: list[str], target: Path, source: Path) -> bool:
     """Compile with as many of the optional flags as the compiler knows; return whether OpenMP is one of them."""
     for count in range(len(OPTIONAL), -1, -1):
         optional = OPTIONAL[:count]
         try:
             _run(
                 *compiler,
-                *flags,
+                *FLAGS,
                 *optional,
                 "-std=gnu11",
                 "-D_GNU_SOURCE",

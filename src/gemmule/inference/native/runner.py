@@ -80,6 +80,8 @@ class NativeRunner:
         pages = [self._pages(kind) for kind in KINDS]
         arrays = (batch.tokens, batch.positions, batch.rows, batch.outputs)
         assert all(array.dtype == np.int64 and array.flags.c_contiguous for array in arrays)
+        if not len(batch.tokens) == len(batch.positions) == len(batch.rows):
+            raise IndexError(f"tokens, positions and rows of different lengths: {batch}")
         tokens, positions, rows, outputs = (array.ctypes.data for array in arrays)
         return BatchStruct(
             len(batch.tokens),

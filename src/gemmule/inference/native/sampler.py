@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemmule.inference.native.library import EXACT_FLAGS, load_library
+from gemmule.inference.native.library import load_library
 from gemmule.inference.sampling import (
     REFERENCE,
     LogProbabilities,
@@ -25,7 +25,7 @@ from gemmule.inference.sampling import (
     check_words,
 )
 
-SOURCE, FLAGS = Path(__file__).with_name("sample.c"), EXACT_FLAGS
+SOURCE = Path(__file__).with_name("sample.c")
 # The structures of sample.c.
 SETTINGS, ROW, QUERY = Struct("@6dqPPq"), Struct("@PdPPqPqP"), Struct("@qqq")
 _BAD_TOKEN = -3  # what is drawn for a row that names a token beyond the vocabulary, as in sample.c
@@ -42,7 +42,7 @@ def make_sampler(device: torch.device) -> Sampler:
 
 def unavailable_reason() -> str | None:
     """Return why sampling in C is not available, or None; the first call compiles sample.c (1 s)."""
-    library = load_library(SOURCE, FLAGS)
+    library = load_library(SOURCE)
     return library if isinstance(library, str) else None
 
 
@@ -58,7 +58,7 @@ class NativeSampler:
 
     def __init__(self) -> None:
         """Load the library; see `unavailable_reason`."""
-        library = load_library(SOURCE, FLAGS)
+        library = load_library(SOURCE)
         assert not isinstance(library, str), library
         logits = (c_void_p, c_int64, c_int64)
         workspace = (c_void_p, c_int64)

@@ -3,7 +3,8 @@
    What gemmule/model/gemma3.py computes, with one team of threads per step; each matrix is read once for all tokens,
    activations are fp32. The result of a token does not depend on the others of its step, bit for bit: every sum has one
    order, that of its own columns or positions, whatever the size of the tile in which it is computed. So sums are
-   written in vectors of a fixed number of lanes, and the compiler must not reorder them (no -ffast-math).
+   written in vectors of a fixed number of lanes, and the compiler must neither reorder them (no -ffast-math) nor choose
+   where a product and a sum are rounded together (-ffp-contract=off): `fused` says where.
    Letters as in gemma3.py; T tokens of the step, D hidden size, N and K heads of size H, F MLP width, V vocabulary.
    library.py compiles this file, binding.py has the same structures. */
 
@@ -15,6 +16,11 @@
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 enum { F32, BF16, INT8 };
@@ -135,6 +141,29 @@ typedef int32_t Signed __attribute__((vector_size(4 * LANES)));
 
 static inline Floats load(const float *from) { return *(const Floats *)from; }
 
+/* a * b + c, rounded once where the processor has an instruction for it. */
+#if defined(__FMA__)
+static inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+#if LANES == 16
+static inline Floats fused_lanes(Floats a, Floats b, Floats c) {
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+#else
+static inline Floats fused_lanes(Floats a, Floats b, Floats c) {
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+#endif
+#elif defined(__aarch64__)
+static inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+static inline Floats fused_lanes(Floats a, Floats b, Floats c) {
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+#else
+static inline float fused(float a, float b, float c) { return a * b + c; }
+static inline Floats fused_lanes(Floats a, Floats b, Floats c) { return a * b + c; }
+#endif
+static inline Floats fill(float value) { return value - (Floats){0}; }
+
 /* Lanes of two vectors by their indices, those of the second one after those of the first. */
 #if defined(__clang__) || __GNUC__ >= 12
 #define LANES_OF(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -243,7 +272,7 @@ INLINE void tile_f32(const float *w, const float *x, int64_t columns, int high, 
         UNROLL for (int j = 0; j < wide; j++) weight[j] = load(w + j * columns + c);
         UNROLL for (int i = 0; i < high; i++) {
             Floats value = load(x + i * columns + c);
-            UNROLL for (int j = 0; j < wide; j++) sum[i][j] += value * weight[j];
+            UNROLL for (int j = 0; j < wide; j++) sum[i][j] = fused_lanes(value, weight[j], sum[i][j]);
         }
     }
     UNROLL for (int i = 0; i < high; i++) {
@@ -251,7 +280,7 @@ INLINE void tile_f32(const float *w, const float *x, int64_t columns, int high, 
         sum_lanes(sum[i], sums);
         UNROLL for (int j = 0; j < wide; j++) {
             float rest = 0;
-            for (int64_t d = c; d < columns; d++) rest += x[i * columns + d] * w[j * columns + d];
+            for (int64_t d = c; d < columns; d++) rest = fused(x[i * columns + d], w[j * columns + d], rest);
             out[i * stride + j] = sums[j] + rest;
         }
     }
@@ -269,8 +298,8 @@ INLINE void tile_bf16(const uint16_t *w, const float *x, int64_t columns, int hi
             Words low = pairs << 16, high_half = pairs & 0xffff0000u;
             Floats first = (Floats)low, second = (Floats)high_half;
             UNROLL for (int i = 0; i < high; i++) {
-                even[i][j] += load(x + i * columns + c) * first;
-                odd[i][j] += load(x + i * columns + evens + c) * second;
+                even[i][j] = fused_lanes(load(x + i * columns + c), first, even[i][j]);
+                odd[i][j] = fused_lanes(load(x + i * columns + evens + c), second, odd[i][j]);
             }
         }
     }
@@ -283,10 +312,10 @@ INLINE void tile_bf16(const uint16_t *w, const float *x, int64_t columns, int hi
             float rest = 0;
             const uint16_t *row = w + j * columns;
             for (int64_t d = c; d < columns / 2; d++) {
-                rest += x[i * columns + d] * from_bf16(row[2 * d]);
-                rest += x[i * columns + evens + d] * from_bf16(row[2 * d + 1]);
+                rest = fused(x[i * columns + d], from_bf16(row[2 * d]), rest);
+                rest = fused(x[i * columns + evens + d], from_bf16(row[2 * d + 1]), rest);
             }
-            if (columns % 2) rest += x[i * columns + evens - 1] * from_bf16(row[columns - 1]);
+            if (columns % 2) rest = fused(x[i * columns + evens - 1], from_bf16(row[columns - 1]), rest);
             out[i * stride + j] = sums[j] + rest;
         }
     }
@@ -303,7 +332,7 @@ static float row_int8(const Matrix *m, int64_t row, const int16_t *numbers, cons
     for (int64_t skip = 0; skip < m->columns; skip += BLOCK) {
         int64_t size = m->columns - skip < BLOCK ? m->columns - skip : BLOCK;
         const int8_t *w = (const int8_t *)m->data + row * m->columns + skip;
-        sum += scales[skip / BLOCK] * (float)dot_int8(w, numbers + skip, size);
+        sum = fused(scales[skip / BLOCK], (float)dot_int8(w, numbers + skip, size), sum);
     }
     return sum * m->scales[row];
 }
@@ -384,9 +413,9 @@ static void matmul(const Thread *thread, atomic_long *next, int64_t count, const
 static void rms_norm(const float *x, const float *gain, int64_t size, float eps, float *out) {
     Floats squares = {0};
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) squares += load(x + i) * load(x + i);
+    for (; i + LANES <= size; i += LANES) squares = fused_lanes(load(x + i), load(x + i), squares);
     float rest = 0;
-    for (; i < size; i++) rest += x[i] * x[i];
+    for (; i < size; i++) rest = fused(x[i], x[i], rest);
     float scale = 1 / sqrtf((sum_of(squares) + rest) / (float)size + eps);
     for (i = 0; i < size; i++) out[i] = x[i] * scale * gain[i];
 }
@@ -395,27 +424,27 @@ static void rotate(float *x, const float *angles, int64_t half) {
     const float *cosines = angles, *sines = angles + half;
     for (int64_t i = 0; i < half; i++) {
         float first = x[i], second = x[i + half];
-        x[i] = first * cosines[i] - second * sines[i];
-        x[i + half] = second * cosines[i] + first * sines[i];
+        x[i] = fused(first, cosines[i], -second * sines[i]);
+        x[i + half] = fused(second, cosines[i], first * sines[i]);
     }
 }
 
 /* exp(x) that a compiler can vectorize, unlike the library's: 2^k times a polynomial of the remainder. */
 static inline float fast_exp(float x) {
     x = x > -87 ? x < 88 ? x : 88 : -87; /* NaN becomes -87, for it cannot become an integer */
-    float k = rintf(x * 1.44269504f), r = x - k * 0.693147181f;
+    float k = rintf(x * 1.44269504f), r = fused(k, -0.693147181f, x);
     float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    return (p * r * r + r + 1) * float_of_bits((uint32_t)((int32_t)k + 127) << 23);
+    p = fused(p, r, 1.3981999507e-3f);
+    p = fused(p, r, 8.3334519073e-3f);
+    p = fused(p, r, 4.1665795894e-2f);
+    p = fused(p, r, 1.6666665459e-1f);
+    p = fused(p, r, 5.0000001201e-1f);
+    return (fused(p * r, r, r) + 1) * float_of_bits((uint32_t)((int32_t)k + 127) << 23);
 }
 
 /* GELU, tanh form: x (1 + tanh y) / 2 = x / (1 + exp(-2y)). */
 static inline float gelu(float x) {
-    return x / (1 + fast_exp(-1.5957691216f * (x + 0.044715f * x * x * x)));
+    return x / (1 + fast_exp(-1.5957691216f * fused(0.044715f * x * x, x, x)));
 }
 
 /* ---- the step: what all threads share, and its stages ---- */
@@ -482,10 +511,13 @@ static inline void score_page(const float *query, const float *keys, int64_t siz
     Floats sum[4][PARTS] = {0};
     for (int64_t i = 0; i + 4 <= size; i += 4)
         UNROLL for (int chain = 0; chain < 4; chain++) UNROLL for (int part = 0; part < PARTS; part++)
-            sum[chain][part] += query[i + chain] * load(keys + (i + chain) * PAGE + part * LANES);
+            sum[chain][part] = fused_lanes(fill(query[i + chain]), load(keys + (i + chain) * PAGE + part * LANES),
+                                           sum[chain][part]);
     if (size % 4) /* H is even */
         UNROLL for (int chain = 0; chain < 2; chain++) UNROLL for (int part = 0; part < PARTS; part++)
-            sum[chain][part] += query[size - 2 + chain] * load(keys + (size - 2 + chain) * PAGE + part * LANES);
+            sum[chain][part] =
+                fused_lanes(fill(query[size - 2 + chain]), load(keys + (size - 2 + chain) * PAGE + part * LANES),
+                            sum[chain][part]);
     UNROLL for (int part = 0; part < PARTS; part++) {
         Floats total = (sum[0][part] + sum[1][part]) + (sum[2][part] + sum[3][part]);
         memcpy(scores + part * LANES, &total, sizeof total);
@@ -508,8 +540,11 @@ static void sum_values(const Batch *b, const Layer *l, int64_t row, int64_t grou
             for (int64_t p = from; p <= (end < last ? end : last); p++) {
                 const float *value = values + p % PAGE * size;
                 float weight = weights[p - start];
-                if (left >= COLUMNS) UNROLL for (int i = 0; i < 4; i++) sum[i] += weight * load(value + i * LANES);
-                else for (int64_t i = 0; i < left; i++) rest[i] += weight * value[i];
+                if (left >= COLUMNS)
+                    UNROLL for (int i = 0; i < 4; i++)
+                        sum[i] = fused_lanes(fill(weight), load(value + i * LANES), sum[i]);
+                else
+                    for (int64_t i = 0; i < left; i++) rest[i] = fused(weight, value[i], rest[i]);
             }
         }
         if (left >= COLUMNS) memcpy(out + column, sum, sizeof sum);
@@ -667,7 +702,7 @@ static int has_pages(const Batch *b, const Kind *kind, const Pages *pages, int64
     int64_t first = kind->window && position >= kind->window ? position - kind->window + 1 : 0;
     for (int64_t page = first / PAGE; page <= position / PAGE; page++) {
         int32_t number = pages->table[row * (b->longest / PAGE) + page];
-        if (number < 0 || number >= pages->pages) return 0;
+        if (number < 1 || number >= pages->pages) return 0; /* nobody holds page 0 */
     }
     return 1;
 }
