@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from gemmule.serve.answers import Format, json_response, stream, unless_gone, whole
+from gemmule.serve.bodies import read_body
 from gemmule.serve.chat import ChatFormat
 from gemmule.serve.completions import CompletionFormat
 from gemmule.serve.engine_thread import EngineThread
@@ -27,7 +28,6 @@ from gemmule.serve.protocol import (
     CompletionBody,
     DetokenizeBody,
     TokenizeBody,
-    read_body,
 )
 from gemmule.serve.replies import Reply
 from gemmule.serve.settings import ServerSettings
