@@ -1,6 +1,7 @@
 """What bad input gets: each line of the table in docs/serve.md."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -53,7 +54,7 @@ def test_what_is_no_json_object_is_told_so(server: Served, body: bytes) -> None:
         ("seed", 2**70, "invalid_value"),
         ("seed", -1, "invalid_value"),
         ("max_tokens", -1, "invalid_value"),
-        ("min_tokens", 99, "invalid_value"),
+        ("min_tokens", -1, "invalid_value"),
         ("stop", "", "invalid_value"),
         ("stop", ["a", ""], None),
         ("stop", ["x"] * 17, "invalid_value"),
@@ -169,6 +170,20 @@ def test_the_context_is_told_with_the_tokens(server: Served) -> None:
 def test_fields_without_meaning_here_pass(server: Served, field: str) -> None:
     assert server.complete(prompt="Mia", max_tokens=1, **{field: "x"}).status == 200
     assert server.chat(max_tokens=1, **{field: "x"}).status == 200
+
+
+def test_an_unknown_field_is_refused_whatever_it_holds(server: Served) -> None:
+    assert server.complete(prompt="Mia", temperatur=None).error["param"] == "temperatur"
+    assert server.chat(messages=[USER | {"foo": None}]).error["param"] == "messages[0].foo"
+    assert server.chat(messages=[USER | {"tool_calls": None, "audio": None}], tools=None, max_tokens=1).status == 200
+
+
+def test_megabytes_of_text_are_refused_before_they_are_encoded(server: Served) -> None:
+    began = time.monotonic()
+    answer = server.complete(prompt="The owl saw the key. " * 350_000)
+    assert answer.error["code"] == "context_length_exceeded"
+    assert server.chat(messages=[{"role": "user", "content": "x" * 7_000_000}]).error["param"] == "messages"
+    assert time.monotonic() - began < 3
 
 
 def test_null_is_the_default(server: Served) -> None:

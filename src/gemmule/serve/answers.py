@@ -9,8 +9,7 @@ from starlette.responses import Response
 
 from gemmule.serve.generation import Generation
 from gemmule.serve.replies import Part
-from gemmule.serve.settings import Limits
-from gemmule.serve.streams import DONE, KEEP_ALIVE, ClientGone, Receive, disconnected, event
+from gemmule.serve.streams import DONE, ClientGone, Receive, disconnected, event
 
 T = TypeVar("T")
 
@@ -34,8 +33,8 @@ class Format(Protocol):
         """Return a choice of the whole reply."""
 
 
-async def stream(generation: Generation, format_: Format, limits: Limits) -> AsyncIterator[bytes]:
-    """Yield the events of a reply, those that came together at once; comments while nothing comes."""
+async def stream(generation: Generation, format_: Format) -> AsyncIterator[bytes]:
+    """Yield the events of a reply, those that came together at once."""
     body, reply = generation.body, generation.reply
     options = body.stream_options
     counted = bool(options and options.include_usage)
@@ -48,14 +47,7 @@ async def stream(generation: Generation, format_: Format, limits: Limits) -> Asy
 
     if (first := format_.first_chunk()) is not None:
         yield event(head | first)
-    while True:
-        try:
-            parts = await reply.parts(limits.keep_alive_seconds)
-        except TimeoutError:
-            yield KEEP_ALIVE
-            continue
-        if not parts:
-            break
+    while parts := await reply.parts():
         yield b"".join(encoded(each) for choice, part in parts for each in format_.chunks(choice, part))
     if counted or body.timings:
         last = head | {"choices": []}

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from gemmule.serve.answers import Format, json_response, stream, unless_gone, whole
+from gemmule.serve.bodies import read_body
 from gemmule.serve.chat import ChatFormat
 from gemmule.serve.completions import CompletionFormat
 from gemmule.serve.engine_thread import EngineThread
@@ -20,7 +21,14 @@ from gemmule.serve.metrics import Metrics
 from gemmule.serve.models import ServedModel
 from gemmule.serve.openapi import describe
 from gemmule.serve.prompts import Prompt, chat_ids, check_ids, completion_prompts, encode_text
-from gemmule.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, read_body
+from gemmule.serve.protocol import (
+    TOKEN_ID_BOUND,
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+)
 from gemmule.serve.replies import Reply
 from gemmule.serve.settings import ServerSettings
 from gemmule.serve.streams import ClientGone, EventStream
@@ -106,7 +114,7 @@ class Service:
 
 def make_app(service: Service, write: Callable[[str], None] | None = None) -> App:
     """Return the application behind its guard; `write` gets the lines of the access log."""
-    app = FastAPI(title="Gemmule", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="Gemmule", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _add_generation(app, service)
     _add_tokens(app, service)
     _add_information(app, service)
@@ -182,9 +190,9 @@ async def _read(request: Request, schema: type[B]) -> B:
     return await asyncio.to_thread(read_body, content, schema)
 
 
-async def _prompts(content: int, function: Callable[[], list[Prompt]]) -> list[Prompt]:
-    """Encode prompts, large ones in another thread."""
-    return function() if content < _LARGE else await asyncio.to_thread(function)
+async def _prompts(request: Request, encode: Callable[[], list[Prompt]]) -> list[Prompt]:
+    """Encode the prompts of a request, large ones in another thread."""
+    return encode() if len(await request.body()) < _LARGE else await asyncio.to_thread(encode)
 
 
 async def _answer(service: Service, request: Request, generation: Generation, format_: Format) -> Response:
@@ -193,7 +201,8 @@ async def _answer(service: Service, request: Request, generation: Generation, fo
     await unless_gone(request.receive, service.begin(generation, record))
     if generation.body.stream:
         return EventStream(
-            stream(generation, format_, limits),
+            stream(generation, format_),
+            keep_alive_seconds=limits.keep_alive_seconds,
             stalled_seconds=limits.stalled_seconds,
             on_end=lambda outcome: service.end(generation, record, outcome),
         )
@@ -215,8 +224,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Continue prompts."""
         body = await _read(request, CompletionBody)
         served = service.model(body.model)
-        size = int(request.headers.get("content-length") or _LARGE)
-        prompts = await _prompts(size, lambda: completion_prompts(served, body))
+        prompts = await _prompts(request, lambda: completion_prompts(served, body))
         generation = make_generation("cmpl", served, body, prompts, service.limits)
         return await _answer(service, request, generation, CompletionFormat(generation))
 
@@ -225,8 +233,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Answer a conversation."""
         body = await _read(request, ChatBody)
         served = service.model(body.model)
-        size = int(request.headers.get("content-length") or _LARGE)
-        prompts = await _prompts(size, lambda: [Prompt(chat_ids(served, body.messages), "")])
+        prompts = await _prompts(request, lambda: [Prompt(chat_ids(served, body.messages), "")])
         generation = make_generation("chatcmpl", served, body, prompts, service.limits)
         return await _answer(service, request, generation, ChatFormat(generation))
 
@@ -286,4 +293,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/openapi.json")
     async def openapi() -> Response:
         """Describe the API."""
-        return json_response(describe(service.settings))
+        models = service.engine.models.values() if service.engine is not None else ()
+        return json_response(
+            describe(service.settings, min((each.vocab_size for each in models), default=TOKEN_ID_BOUND))
+        )

@@ -205,12 +205,9 @@ class EngineThread:
         if sequence.error is not None:
             self._cancel(reply)
             return reply, _error_of(sequence.error)
-        scores = sequence.prompt_log_probabilities if len(sequence.generated) <= 1 else ()
-        token, text, drawn_scores = (
-            (None, "", None) if said is None else (said.token, said.text, said.log_probabilities)
-        )
-        update = Update(choice, token, text, drawn_scores, sequence.finish, sequence.cached, scores, moment)
-        return reply, update
+        before = sequence.prompt_log_probabilities if len(sequence.generated) <= 1 else ()
+        token, text, scores = (None, "", None) if said is None else (said.token, said.text, said.log_probabilities)
+        return reply, Update(choice, token, text, sequence.finish, scores, sequence.cached, before, moment)
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         try:

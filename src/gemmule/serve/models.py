@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,11 @@ class ServedModel:
             "fingerprint": self.fingerprint,
             "checkpoint": self.path.name,
         }
+
+    @cached_property
+    def longest_token(self) -> int | None:
+        """The bytes of the longest token; None where the texts of tokens depend on their neighbors."""
+        return max(self.tokenizer.token_bytes()) if self.tokenizer.concatenates else None
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that a token stands for; a special token has its name."""

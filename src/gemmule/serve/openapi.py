@@ -4,7 +4,16 @@ from typing import Any
 
 import gemmule
 from gemmule.serve.guard import OPEN_PATHS
-from gemmule.serve.protocol import MOST_STOP_TOKENS, Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from gemmule.serve.protocol import (
+    MOST_STOP_TOKENS,
+    TOKEN_ID_BOUND,
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    Sampled,
+    TokenizeBody,
+)
 from gemmule.serve.settings import ServerSettings
 
 JSON = "application/json"
@@ -13,8 +22,8 @@ _REFERENCE = "#/components/schemas/{model}"
 Schema = dict[str, Any]
 
 
-def describe(settings: ServerSettings) -> Schema:
-    """Return the OpenAPI document; `model` is one of those that are served."""
+def describe(settings: ServerSettings, vocab_size: int) -> Schema:
+    """Return the OpenAPI document; `model` is one of those that are served, all of which have `vocab_size` tokens."""
     bodies: dict[str, type[Body]] = {
         "/v1/completions": CompletionBody,
         "/v1/chat/completions": ChatBody,
@@ -24,13 +33,12 @@ def describe(settings: ServerSettings) -> Schema:
     schemas = dict(_ANSWERS)
     paths: dict[str, Any] = {}
     for path, body in bodies.items():
-        schema = body_schema(body, settings)
+        schema = body_schema(body, settings, vocab_size)
         schemas |= schema.pop("$defs", {})
         schemas[body.__name__] = schema
-        streams = path.startswith("/v1/")
         content: Schema = {JSON: {"schema": _refer(_ANSWER_OF[path])}}
-        if streams:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+        if path.startswith("/v1/"):
+            content["text/event-stream"] = {}
         paths[path] = {
             "post": {
                 "operationId": path.rpartition("/")[2] if path != "/v1/chat/completions" else "chat_completions",
@@ -61,28 +69,93 @@ def describe(settings: ServerSettings) -> Schema:
     return document
 
 
-def body_schema(body: type[Body], settings: ServerSettings) -> Schema:
-    """Return the JSON schema of a body, with what of the server's settings bounds it."""
+def body_schema(body: type[Body], settings: ServerSettings, vocab_size: int) -> Schema:
+    """Return the JSON schema of a body, with what of the settings and the vocabulary bounds it."""
     schema = body.model_json_schema(ref_template=_REFERENCE, by_alias=True)
     fields, limits = schema["properties"], settings.limits
+    for name in (*body.unsupported, "best_of"):  # accepted where they change nothing
+        fields.pop(name, None)
     names = [spec.id for spec in settings.models]
     fields["model"] = {"enum": [*names, None] if len(names) == 1 else names, "title": "Model"}
     if len(names) > 1:
         schema["required"] = [*schema.get("required", []), "model"]
+    _bound_ids(schema, vocab_size)
     if "n" in fields:
         fields["n"]["anyOf"][0]["maximum"] = min(limits.samples, settings.max_rows)
         _bound_texts(fields["stop"], limits.stop_strings, limits.stop_length)
         fields["stop_token_ids"]["anyOf"][0]["maxItems"] = MOST_STOP_TOKENS
-        # What only comes with something else.
-        schema["dependentSchemas"] = {
-            "stream_options": {
-                "anyOf": [
-                    {"properties": {"stream_options": {"type": "null"}}},
-                    {"properties": {"stream": {"const": True}}, "required": ["stream"]},
-                ]
-            },
-        }
+        fields["regex"]["anyOf"][0]["format"] = "regex"
+        biases = fields["logit_bias"]["anyOf"][0]
+        biases["patternProperties"] = {numbers_below(vocab_size): biases.pop("patternProperties").popitem()[1]}
+        biases["additionalProperties"] = False
+    together = [*_TOGETHER.get(body, []), *(_TOGETHER[Sampled] if issubclass(body, Sampled) else [])]
+    if together:
+        schema["allOf"] = together
+    if "ResponseFormat" in schema.get("$defs", {}):
+        both: Schema = {"allOf": [_has("type", "json_schema"), _has("json_schema")]}
+        neither: Schema = {"allOf": [_has("type", "text", "json_object"), _is("json_schema", None)]}
+        schema["$defs"]["ResponseFormat"]["oneOf"] = [both, neither]
     return schema
+
+
+def _is(name: str, *values: Any) -> Schema:
+    """Match objects in which a field is missing or has one of the values."""
+    return {"properties": {name: {"enum": [*values]}}}
+
+
+def _has(name: str, *values: Any) -> Schema:
+    """Match objects in which a field has one of the values, or any but null."""
+    return {"required": [name], "properties": {name: {"enum": [*values]} if values else {"not": {"type": "null"}}}}
+
+
+_TEXT_FORMAT: Schema = {
+    "properties": {"response_format": {"type": ["object", "null"], "properties": {"type": {"const": "text"}}}}
+}
+# What fields ask of each other.
+_TOGETHER: dict[type[Body], list[Schema]] = {
+    Sampled: [
+        {"anyOf": [_is("stream_options", None), _has("stream", True)]},
+        {
+            "anyOf": [
+                {"allOf": [_is("regex", None), _is("grammar", None)]},
+                {"allOf": [_is("regex", None), _TEXT_FORMAT]},
+                {"allOf": [_is("grammar", None), _TEXT_FORMAT]},
+            ]
+        },
+    ],
+    ChatBody: [
+        {"anyOf": [_is("top_logprobs", None, 0), _has("logprobs", True)]},
+        {"anyOf": [_is("max_tokens", None), _is("max_completion_tokens", None)]},
+    ],
+    TokenizeBody: [
+        {"oneOf": [_has("prompt"), _has("messages")]},
+    ],
+}
+
+
+def numbers_below(size: int) -> str:
+    """Return the pattern of the numbers from 0 to size - 1, without leading zeros."""
+    last = str(size - 1)
+    shorter = ["0", *([f"[1-9][0-9]{{0,{len(last) - 2}}}"] if len(last) > 1 else [])]
+    same = []
+    for place, digit in enumerate(last):
+        lowest = 1 if place == 0 else 0
+        if int(digit) > lowest:
+            rest = len(last) - place - 1
+            same.append(f"{last[:place]}[{lowest}-{int(digit) - 1}]" + (f"[0-9]{{{rest}}}" if rest else ""))
+    return f"^({'|'.join([*shorter, *same, last])})$"
+
+
+def _bound_ids(schema: Any, vocab_size: int) -> None:
+    """Bound all token ids."""
+    if isinstance(schema, dict):
+        if schema.get("exclusiveMaximum") == TOKEN_ID_BOUND and schema.get("type") == "integer":
+            schema["exclusiveMaximum"] = vocab_size
+        for each in schema.values():
+            _bound_ids(each, vocab_size)
+    elif isinstance(schema, list):
+        for each in schema:
+            _bound_ids(each, vocab_size)
 
 
 def _bound_texts(field: Schema, most: int, length: int) -> None:
@@ -92,6 +165,8 @@ def _bound_texts(field: Schema, most: int, length: int) -> None:
         elif each.get("type") == "array":
             each["maxItems"] = most
             each["items"]["maxLength"] = length
+        elif "anyOf" in each:
+            _bound_texts(each, most, length)
 
 
 def _read(path: str, answer: str) -> Schema:

@@ -9,6 +9,9 @@ from gemmule.serve.models import ServedModel
 from gemmule.serve.protocol import CompletionBody, Message
 from gemmule.tokenizer.chat import render_chat
 
+# Characters per token from which on a text may be too long whatever its tokens are.
+_LONG = 16
+
 
 class Prompt(NamedTuple):
     """A prompt as the model reads it; the text is that of the request, or what the ids decode to."""
@@ -31,16 +34,25 @@ def completion_prompts(served: ServedModel, body: CompletionBody) -> list[Prompt
     return [_of_text(served, text) for text in texts]
 
 
-def check_length(served: ServedModel, ids: Sequence[int], param: str) -> None:
+def check_length(served: ServedModel, tokens: int, param: str) -> None:
     """Raise ApiError for a prompt that leaves no room for a reply."""
-    if len(ids) >= served.context:
+    if tokens >= served.context:
         raise ApiError(
             400,
-            f"{param}: {len(ids)} tokens; the context of {served.id} is {served.context}, reply included: "
+            f"{param}: {tokens} tokens; the context of {served.id} is {served.context}, reply included: "
             f"send at most {served.context - 1}",
             code="context_length_exceeded",
             param=param,
         )
+
+
+def refuse_endless(served: ServedModel, text: str, param: str) -> None:
+    """Raise ApiError for a text that is too long even if all its tokens are the longest there are.
+
+    To encode megabytes takes seconds.
+    """
+    if len(text) > _LONG * served.context and (longest := served.longest_token):
+        check_length(served, len(text.encode()) // longest, param)
 
 
 def check_ids(served: ServedModel, ids: Sequence[int], param: str) -> None:
@@ -58,18 +70,18 @@ def encode_text(served: ServedModel, text: str, param: str = "prompt") -> list[i
 
 
 def _of_text(served: ServedModel, text: str) -> Prompt:
-    # A token has so many bytes at most: what is certainly too long is not encoded.
+    refuse_endless(served, text, "prompt")
     ids = encode_text(served, text)
     if not ids:
         raise invalid("prompt", "prompt: empty, and no bos begins a text of this model; give it a word")
-    check_length(served, ids, "prompt")
+    check_length(served, len(ids), "prompt")
     check_ids(served, ids, "prompt")
     return Prompt(tuple(ids), text)
 
 
 def _of_ids(served: ServedModel, ids: Sequence[int]) -> Prompt:
     check_ids(served, ids, "prompt")
-    check_length(served, ids, "prompt")
+    check_length(served, len(ids), "prompt")
     return Prompt(tuple(ids), served.tokenizer.decode(ids))
 
 
@@ -98,11 +110,12 @@ def chat_ids(served: ServedModel, messages: Sequence[Message], *, reply: bool = 
     if last == "system" or (reply and last == "assistant"):
         place = f"messages[{len(messages) - 1}]"
         raise invalid(place, f"{place}: the last message is the {last}'s; end with the user's, which is answered")
+    refuse_endless(served, "".join(each["content"] for each in merged), "messages")
     try:
         ids = tuple(render_chat(served.tokenizer, merged, reply=reply).ids)
     except UserError as error:
         raise invalid("messages", f"messages: {error}") from None
-    check_length(served, ids, "messages")
+    check_length(served, len(ids), "messages")
     check_ids(served, ids, "messages")
     return ids
 

@@ -1,29 +1,34 @@
-"""Bodies of requests: their fields, and what is wrong with those that are refused."""
+"""Bodies of requests: their fields, and what these ask of each other."""
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails, from_json
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from gemmule.fields import Noun, kind_of
+from gemmule.fields import Noun
 from gemmule.inference.requests import LARGEST_SEED
 from gemmule.serve.failures import ApiError, invalid, unsupported
 
 MOST_LIKELIEST = 20  # alternatives beside each token
 MOST_STOP_TOKENS = 128
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it
-_SHOWN = 60  # characters of a value in a message
-_SECTIONS = ("messages", "stream_options", "response_format")  # fields that are objects with fields of their own
 
 Ignored = Annotated[Any, Field(description="accepted, without effect")]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TOKEN_ID_BOUND = 2**31 - 1  # of ids before a vocabulary is asked
+
+
+def _whole(number: Any) -> Any:
+    """Turn 5.0 into 5: to JSON both are one number."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+WHOLE = BeforeValidator(_whole)
+TokenId = Annotated[int, Field(ge=0, lt=TOKEN_ID_BOUND), WHOLE]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
-TopCount = Annotated[int, Field(ge=0, le=MOST_LIKELIEST)]
+TopCount = Annotated[int, Field(ge=0, le=MOST_LIKELIEST), WHOLE]
 Nonempty = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[str], Field(min_length=1)]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
@@ -82,14 +87,14 @@ class Sampled(Body):
     model: str | None = Field(None, description="one of /v1/models; may be left out where there is one")
     stream: bool | None = Field(None, description="send tokens as they come")
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1)] | None = Field(None, description="replies to each prompt; 1")
+    n: Annotated[int, Field(ge=1), WHOLE] | None = Field(None, description="replies to each prompt; 1")
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None, description="above 1 flattens the distribution, 0 takes the likeliest token; 1"
     )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="keep the likeliest tokens that together reach this probability; 1"
     )
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
+    top_k: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = Field(
         None, description="keep the k likeliest tokens; 0 keeps all"
     )
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = Field(
@@ -112,7 +117,7 @@ class Sampled(Body):
         ]
         | None
     ) = Field(None, description="is added to the logits of single tokens")
-    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = Field(
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED), WHOLE] | None = Field(
         None, description="repeats a reply; without one the reply tells which it got"
     )
     stop: (
@@ -125,8 +130,8 @@ class Sampled(Body):
     stop_token_ids: (
         Annotated[list[TokenId], Field(max_length=MOST_STOP_TOKENS), Noun("a list of up to 128 token ids")] | None
     ) = Field(None, description="tokens with which a reply ends, beside the model's own")
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
-        None, description="before so many tokens no stop token is drawn; 0"
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = Field(
+        None, description="before so many tokens no stop token is drawn, max_tokens permitting; 0"
     )
     response_format: ResponseFormat | None = Field(None, description="text, any JSON object, or that of a schema")
     regex: str | None = Field(None, description="a regular expression that the whole reply matches")
@@ -160,10 +165,6 @@ class Sampled(Body):
         """Yield what is wrong with fields together."""
         if self.stream_options is not None and not self.stream:
             yield unsupported("stream_options", "stream_options: only with stream = true")
-        if self.min_tokens and self.new_tokens is not None and self.min_tokens > self.new_tokens:
-            yield invalid(
-                "min_tokens", f"min_tokens = {self.min_tokens}: must be at most max_tokens, {self.new_tokens}"
-            )
         format_ = self.response_format
         if format_ is not None and (format_.type == "json_schema") != (format_.json_schema is not None):
             yield invalid(
@@ -190,14 +191,14 @@ class CompletionBody(Sampled):
         ]
         | None
     ) = Field(None, description="what is continued; without one a text begins")
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = Field(
         None, description=f"tokens of a reply at most; {DEFAULT_MAX_TOKENS}"
     )
     echo: bool | None = Field(None, description="begin with the prompt")
     logprobs: TopCount | None = Field(
         None, description="tell log-probabilities of each token and of so many likeliest ones"
     )
-    best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="no more than n")
+    best_of: Annotated[int, Field(ge=1), WHOLE] | None = Field(None, description="no more than n")
     suffix: Ignored = None
 
     @property
@@ -229,6 +230,12 @@ class TextPart(Body):
 class Message(Body):
     """A turn of a conversation, or the system's text."""
 
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "tool_calls": "tools are not supported; send turns of user and assistant",
+        "function_call": "tools are not supported; send turns of user and assistant",
+        "audio": "the model reads text alone",
+    }
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str | list[TextPart], Noun("a text, or a list of text parts")]
     name: Ignored = None
@@ -250,10 +257,10 @@ class ChatBody(Sampled):
     }
 
     messages: Annotated[list[Message], Field(min_length=1), Noun("a list of messages, at least one")]
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = Field(
         None, description="tokens of the reply at most; what the context has left"
     )
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = Field(
         None, description="max_tokens under its newer name"
     )
     logprobs: bool | None = Field(None, description="tell log-probabilities of each token")
@@ -286,15 +293,18 @@ class ChatBody(Sampled):
 
 def _refuse_parts(number: int, message: Mapping[str, Any]) -> None:
     place = f"messages[{number}]"
-    if message.get("role") in ("tool", "function") or message.get("tool_calls") or message.get("function_call"):
+    if message.get("role") in ("tool", "function"):
         raise unsupported(f"{place}.role", f"{place}: tools are not supported; send turns of user and assistant")
-    if message.get("audio"):
-        raise unsupported(f"{place}.audio", f"{place}: the model reads text alone")
+    for name, advice in Message.unsupported.items():
+        if message.get(name):
+            raise unsupported(f"{place}.{name}", f"{place}: {advice}")
     content = message.get("content")
     for part in content if isinstance(content, list) else []:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
-            raise unsupported(f"{place}.content", f"{place}: a part of type {_shown(kind)}; the model reads text alone")
+            raise unsupported(
+                f"{place}.content", f"{place}: a part of type {json.dumps(kind)[:60]}; the model reads text alone"
+            )
 
 
 class TokenizeBody(Body):
@@ -320,119 +330,3 @@ class DetokenizeBody(Body):
 
     model: str | None = None
     tokens: Annotated[list[TokenId], Noun("a list of token ids")]
-
-
-B = TypeVar("B", bound=Body)
-
-
-def read_body(content: bytes, schema: type[B]) -> B:
-    """Read a JSON object; ApiError names the first field that is wrong, and says what is wrong with each."""
-    try:
-        given = from_json(content, allow_inf_nan=False)
-    except ValueError as error:
-        raise invalid(None, f"the body is not JSON: {error}", "invalid_json") from None
-    if not isinstance(given, dict):
-        raise invalid(None, "the body is not a JSON object; send one", "invalid_json")
-    given = _without_nulls(given)
-    schema.refuse(given)
-    try:
-        body = schema.model_validate(given)
-    except ValidationError as error:
-        raise _explain(schema, given, error.errors(include_url=False, include_context=False)) from None
-    for problem in body.problems():
-        raise problem
-    return body
-
-
-def _without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what is null, also of the settings that are objects and of messages; schemas stay as they are."""
-    found = {name: value for name, value in given.items() if value is not None}
-    for name in ("stream_options", "response_format", "json_schema"):
-        if isinstance(found.get(name), dict):
-            found[name] = _without_nulls(found[name])
-    if isinstance(found.get("messages"), list):
-        found["messages"] = [_without_nulls(each) if isinstance(each, dict) else each for each in found["messages"]]
-    return found
-
-
-def _explain(schema: type[Body], given: Mapping[str, Any], errors: Sequence[ErrorDetails]) -> ApiError:
-    """Return one error for all fields that are wrong; those that have alternatives are named once."""
-    sentences: dict[str, tuple[str, str]] = {}
-    for error in errors:
-        param = _param(error["loc"], given)
-        if param not in sentences:
-            sentences[param] = _sentence(schema, given, param, error)
-    first = next(iter(sentences))
-    message = "; ".join(sentence for sentence, _ in [*sentences.values()][:5])
-    return invalid(first, message, sentences[first][1])
-
-
-def _param(location: Sequence[int | str], given: Any) -> str:
-    """Return where an error is, without the names of alternatives that pydantic adds."""
-    path = str(location[0])
-    given = given.get(path)
-    if path not in _SECTIONS:
-        return path
-    for part in location[1:]:
-        if isinstance(given, list) and isinstance(part, int) and path == "messages":
-            path, given = f"{path}[{part}]", given[part]
-        elif isinstance(given, dict) and _schema_at(Body, path) is not None:
-            path, given = f"{path}.{part}", given.get(part)
-        else:
-            break
-    return path
-
-
-def _sentence(schema: type[Body], given: Mapping[str, Any], param: str, error: ErrorDetails) -> tuple[str, str]:
-    """Return what is wrong with a field, and a code."""
-    kind = error["type"]
-    owner, _, name = param.rpartition(".")
-    section = _schema_at(schema, owner)
-    known = [*section.model_fields] if section else []
-    if kind == "extra_forbidden":
-        nearest = get_close_matches(name, known, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(known)}"
-        return f"{param}: no such field{hint}", "unknown_parameter"
-    if kind == "missing":
-        return f"{param}: missing; give {_advice(schema, owner, name)}", "missing_parameter"
-    wrong_type = kind.endswith("_type") or kind == "int_from_float"
-    code = "invalid_type" if wrong_type else "invalid_value"
-    return f"{param} = {_shown(_at(given, param))}: must be {_advice(schema, owner, name) or error['msg']}", code
-
-
-def _schema_at(schema: type[Body], owner: str) -> type[Body] | None:
-    """Return the schema of an object within the body."""
-    if not owner:
-        return schema
-    if owner.startswith("messages["):
-        return Message
-    return JsonSchema if owner.endswith("json_schema") else _SECTION_SCHEMAS.get(owner)
-
-
-_SECTION_SCHEMAS: dict[str, type[Body]] = {"stream_options": StreamOptions, "response_format": ResponseFormat}
-
-
-def _advice(schema: type[Body], owner: str, name: str) -> str:
-    """Return the values that a field takes, in words."""
-    section = _schema_at(schema, owner)
-    field = section.model_fields.get(name) if section else None
-    if field is None:
-        return "a message with role and content" if name.startswith("messages[") else ""
-    try:
-        return kind_of(field).removesuffix(", or none")
-    except (KeyError, StopIteration):  # an object
-        return "an object"
-
-
-def _at(given: Any, param: str) -> Any:
-    for part in param.replace("[", ".[").split("."):
-        if part.startswith("[") and isinstance(given, list):
-            given = given[int(part[1:-1])]
-        elif isinstance(given, dict):
-            given = given.get(part)
-    return given
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

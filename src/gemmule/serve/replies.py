@@ -18,15 +18,15 @@ class Update(NamedTuple):
     choice: int
     token: int | None  # None where only the prompt was read
     text: str
-    scores: LogProbabilities | None
     finish: str | None
+    scores: LogProbabilities | None
     cached: int  # tokens of the prompt that were known already
     prompt_scores: Sequence[LogProbabilities]  # with the first token of the first sample
     moment: float  # time.monotonic() at the end of its step
 
 
 # Tokens of each choice that wait as parts of their own; more are joined, since then the client is slow.
-_SEPARATE = 16
+_SEPARATE = 128
 
 
 @dataclass
@@ -117,14 +117,10 @@ class Reply:
         """Whether nothing more will come."""
         return self.error is not None or not self.left
 
-    async def parts(self, seconds: float | None = None) -> list[tuple[int, Part]]:
-        """Wait for what comes next, and return it with its choices; nothing where the reply is over. Raises its error.
-
-        TimeoutError after so many seconds.
-        """
+    async def parts(self) -> list[tuple[int, Part]]:
+        """Wait for what comes next, and return it with its choices; nothing at the end. Raises the reply's error."""
         if not self._parts and not self.over:
-            async with asyncio.timeout(seconds):
-                await self._ready.wait()
+            await self._ready.wait()
         self._ready.clear()
         parts, self._parts = self._parts, []
         if not parts and self.error is not None:

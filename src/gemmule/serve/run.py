@@ -134,6 +134,7 @@ def _bind(host: str, port: int) -> socket.socket:
 def run(settings: ServerSettings, note: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; a second one ends at once. GemmuleError where the engine failed."""
     sys.setswitchinterval(_SWITCH_SECONDS)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of each client that does not speak HTTP
     if settings.follow:
         check_followed(settings)
     write = _write_line if settings.access_log else None
@@ -172,5 +173,6 @@ def _on_signal(server: GemmuleServer, number: int, note: Callable[[str], None]) 
 
 
 def _write_line(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):  # nobody reads the log any more
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -32,7 +33,7 @@ async def disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends events as they come; `on_end` is called when the stream is over, however it ends."""
+    """Sends events as they come, and comments while none do; `on_end` is called when it is over, however it ends."""
 
     media_type = "text/event-stream"
 
@@ -40,33 +41,38 @@ class EventStream(Response):
         self,
         events: AsyncIterator[bytes],
         *,
+        keep_alive_seconds: float,
         stalled_seconds: float,
         on_end: Callable[[str], None],
     ) -> None:
         self.status_code, self.background = 200, None
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
         self._events, self._on_end = events, on_end
-        self._stalled_seconds = stalled_seconds
+        self._keep_alive_seconds, self._stalled_seconds = keep_alive_seconds, stalled_seconds
+        # When the last write began, and whether the client has not taken it yet. One task looks at them from time to
+        # time: a timeout of each write would cost as much as the write.
+        self._written, self._writing = time.monotonic(), True
 
     async def __call__(self, _scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Send the response."""
         outcome = "error"
-        gone = asyncio.create_task(disconnected(receive))
         sending = asyncio.create_task(self._send(send))
+        ends = (sending, asyncio.create_task(disconnected(receive)), asyncio.create_task(self._watch(send)))
         try:
-            await asyncio.wait((gone, sending), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             outcome = sending.result() if sending.done() else "cancelled"
-        except ClientGone:
+        except OSError:
             outcome = "cancelled"
         finally:
             self._on_end(outcome)
-            for task in (gone, sending):
+            for task in ends:
                 task.cancel()
-            await asyncio.gather(gone, sending, return_exceptions=True)
+            await asyncio.gather(*ends, return_exceptions=True)
 
     async def _send(self, send: Send) -> str:
         """Send everything; return the outcome."""
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        self._written, self._writing = time.monotonic(), False
         outcome = "done"
         try:
             async for content in self._events:
@@ -77,9 +83,17 @@ class EventStream(Response):
         await self._write(send, b"", more=False)
         return outcome
 
+    async def _watch(self, send: Send) -> None:
+        """Keep a silent stream alive; return where the client has taken nothing for long."""
+        while True:
+            await asyncio.sleep(min(self._keep_alive_seconds, self._stalled_seconds) / 4)
+            silent = time.monotonic() - self._written
+            if self._writing and silent > self._stalled_seconds:
+                return
+            if not self._writing and silent > self._keep_alive_seconds:
+                await self._write(send, KEEP_ALIVE)
+
     async def _write(self, send: Send, content: bytes, *, more: bool = True) -> None:
-        try:
-            async with asyncio.timeout(self._stalled_seconds):
-                await send({"type": "http.response.body", "body": content, "more_body": more})
-        except (TimeoutError, OSError):
-            raise ClientGone from None
+        self._written, self._writing = time.monotonic(), True
+        await send({"type": "http.response.body", "body": content, "more_body": more})
+        self._writing = False
