@@ -25,7 +25,8 @@ def shape(seed: int) -> dict[str, Any]:
     """Draw a shape that is a valid Gemma 3 and trains in a minute or two."""
     draw = random.Random(seed)
     heads, head_dim = draw.choice((2, 4, 6)), draw.choice((16, 32, 64))
-    hidden, layers = draw.choice((48, 64, 96, 128)), draw.choice((2, 3, 4, 6, 7))
+    hidden = draw.choice([size for size in (48, 64, 96, 128) if size % heads == 0])
+    layers = draw.choice((2, 3, 4, 6, 7))
     return {
         "tokenizer.vocab_size": draw.choice((500, 1000, 3200)),
         "model.hidden_size": hidden,
