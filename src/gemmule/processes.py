@@ -63,6 +63,13 @@ def resident_memory() -> int | None:
     return _proc_status("VmRSS", "self")
 
 
+def physical_memory() -> int | None:
+    """Return the bytes of memory that this machine has; None where the system does not tell."""
+    with suppress(ValueError, OSError, AttributeError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
 def _proc_status(field: str, process: int | Literal["self"]) -> int | None:
     try:
         status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")

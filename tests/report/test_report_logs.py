@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from gemmule.report import logs
-from gemmule.report.logs import GrowingFile, RunLogs, Samples
+from gemmule import growing_file
+from gemmule.growing_file import GrowingFile
+from gemmule.report.logs import LONGEST_SAMPLE, RunLogs, Samples
 from run_folders import metrics_lines, write_lines
 
 
@@ -51,8 +52,8 @@ def test_damaged_lines_are_counted_and_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_line_without_an_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_CHUNK", 1000)
-    monkeypatch.setattr(logs, "_LONGEST_LINE", 5000)
+    monkeypatch.setattr(growing_file, "_CHUNK", 1000)
+    monkeypatch.setattr(growing_file, "_LONGEST_LINE", 5000)
     path = tmp_path / "log"
     path.write_text("x" * 20_000 + '\n{"a": 1}\n')
     file = GrowingFile(path)
@@ -124,7 +125,7 @@ def test_samples_keep_the_first_and_the_last_and_cut_what_is_long() -> None:
     assert (kept[0].step, kept[-1].step) == (0, 990)
     assert len(kept) == 8
     assert samples.left_out == 92
-    assert len(kept[-1].text) == logs.LONGEST_SAMPLE
+    assert len(kept[-1].text) == LONGEST_SAMPLE
     assert kept[-1].characters == 10_000_000
     gaps = [later.step - earlier.step for earlier, later in pairwise(kept)]
     assert max(gaps) <= 500

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemmule.report.logs import GrowingFile
+from gemmule.growing_file import GrowingFile
 from gemmule.run_folder import RunFolder, read_json_lines
 from gemmule.runtime import Runtime
 from gemmule.train import environment

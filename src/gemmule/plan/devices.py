@@ -5,7 +5,6 @@ at hand, whose kernels are timed in about a second.
 """
 
 import difflib
-import os
 import platform
 import statistics
 import time
@@ -19,6 +18,7 @@ from torch.nn import functional
 
 from gemmule.errors import DeviceError
 from gemmule.plan.trace import Operand, Operation, is_attention, is_extern_kernel
+from gemmule.processes import physical_memory
 
 _TERA, _GIGA = 1e12, 1e9
 # Larger matmuls are timed in part, with their longest sides halved.
@@ -119,10 +119,9 @@ def find_device(name: str) -> Device:
 
 def this_machine() -> Device:
     """Return the machine at hand as a device without published rates; `MeasuredCostModel` measures them."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     threads = torch.get_num_threads()
     title = f"this machine ({platform.machine()}, {threads} {'thread' if threads == 1 else 'threads'})"
-    return Device("cpu", title, 1.0, 1.0, float(pages), 1.0, 1.0, 1.0, 1, 0.0, 0.0)
+    return Device("cpu", title, 1.0, 1.0, float(physical_memory() or 0), 1.0, 1.0, 1.0, 1, 0.0, 0.0)
 
 
 class MeasuredCostModel:

@@ -12,9 +12,10 @@ from typing import Any
 
 from gemmule.data.dataset import DATASET_FILE, REPORT_FILE
 from gemmule.errors import UserError
+from gemmule.growing_file import GrowingFile
 from gemmule.model.config import Gemma3Config
 from gemmule.reading import local_path, path_kind
-from gemmule.report.logs import GrowingFile, RunLogs, is_number
+from gemmule.report.logs import RunLogs, is_number
 from gemmule.run_folder import RunFolder
 
 _LARGEST_JSON = 1 << 26  # bytes
@@ -153,7 +154,8 @@ def refresh(facts: RunFacts) -> None:
     with suppress(tomllib.TOMLDecodeError, RecursionError):
         facts.recipe = tomllib.loads(facts.recipe_text)
     facts.former_recipes = sorted(file.name for file in _glob(run.path, "recipe-until-*.toml"))
-    facts.environments = list(GrowingFile(run.environment).read())[-_MOST_ENVIRONMENTS:]
+    with suppress(OSError):
+        facts.environments = list(GrowingFile(run.environment).read())[-_MOST_ENVIRONMENTS:]
     facts.config = _config(facts)
     facts.plan = _read_json(run.plan)
     folder = _data_folder(facts)

@@ -3,11 +3,10 @@
 import json
 import tomllib
 from collections import defaultdict
-from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from gemmule.growing_file import GrowingFile
 from gemmule.run_folder import RunFolder
 from gemmule.tracking.tags import TAGS
 
@@ -29,7 +28,7 @@ class RunReader:
 
     def __init__(self, run: RunFolder, after: int) -> None:
         self._after = after
-        self._metrics, self._samples = _Tail(run.metrics), _Tail(run.samples)
+        self._metrics, self._samples = GrowingFile(run.metrics), GrowingFile(run.samples)
         self._pending: list[dict[str, Any]] = []
         self._texts: defaultdict[int, dict[str, str]] = defaultdict(dict)
 
@@ -39,8 +38,8 @@ class RunReader:
         The samples of a step follow its metrics, so a validated step is complete when the next one is logged, or when
         the run has `ended`.
         """
-        self._pending += [line for line in self._metrics.read() if line["step"] > self._after]
-        for line in self._samples.read():  # after the metrics: what they complete is there
+        self._pending += [line for line in _lines(self._metrics) if line["step"] > self._after]
+        for line in _lines(self._samples):  # after the metrics: what they complete is there
             texts = self._texts[line["step"]]
             texts[f"sample/{len(texts)}"] = str(line.get("text", ""))[:_MAX_TEXT]
         open_steps = 1 if self._pending and "val_loss" in self._pending[-1] and not ended else 0
@@ -58,28 +57,8 @@ class RunReader:
         return Record(line["step"], float(line.get("seconds", 0.0)), given, self._texts.get(line["step"], {}))
 
 
-class _Tail:
-    """Reads the complete lines that were appended to a JSON Lines file since the last time."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
-
-    def read(self) -> list[dict[str, Any]]:
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                new = file.read()
-        except FileNotFoundError:
-            return []
-        end = new.rfind(b"\n") + 1
-        self._offset += end
-        lines = []
-        for line in new[:end].splitlines():
-            with suppress(ValueError):  # what a power cut left
-                value = json.loads(line)
-                if isinstance(value, dict) and isinstance(value.get("step"), int):
-                    lines.append(value)
-        return lines
+def _lines(file: GrowingFile) -> Iterator[dict[str, Any]]:
+    return (line for line in file.read() if isinstance(line.get("step"), int))
 
 
 def settings_of(run: RunFolder) -> dict[str, str | int | float | bool]:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import platform
 import shlex
 import shutil
@@ -18,6 +17,7 @@ import torch
 
 from gemmule.data.engines import available_cores
 from gemmule.files import reason_of
+from gemmule.processes import physical_memory
 from gemmule.run_folder import RunFolder
 from gemmule.runtime import Runtime
 
@@ -48,7 +48,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
         "system": platform.platform(),
         "processor": processor(),
         "cores": available_cores(),
-        "memory": _memory(),
+        "memory": physical_memory(),
         "device": torch.cuda.get_device_name(runtime.device) if cuda else runtime.device.type,
         "processes": runtime.world.size,
         "commit": commit(),
@@ -84,12 +84,6 @@ def _version() -> str | None:
         return version("gemmule")
     except PackageNotFoundError:  # run from its source, not installed
         return None
-
-
-def _memory() -> int | None:
-    with suppress(ValueError, OSError, AttributeError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
 
 
 def _command() -> str:
