@@ -92,8 +92,8 @@ def texts(received: bytes) -> tuple[dict[int, str], str]:
 class Clients:
     """Clients of one server."""
 
-    def __init__(self, port: int) -> None:
-        self.port, self.seen = port, Seen()
+    def __init__(self, port: int, patience: float) -> None:
+        self.port, self.patience, self.seen = port, patience, Seen()
 
     async def whole(self, body: dict[str, Any]) -> dict[int, str]:
         """Return the reply to a request."""
@@ -141,7 +141,7 @@ class Clients:
         try:
             if kind == "silent":
                 writer.write(head(len(content)) + content[: len(content) // 2])
-                await asyncio.wait_for(reader.read(), draw.uniform(0.2, 15)) if draw.random() < 0.5 else None
+                await asyncio.wait_for(reader.read(), draw.uniform(0.2, self.patience)) if draw.random() < 0.5 else None
                 return b""
             began = last = time.monotonic()
             writer.write(head(len(content)) + content)
@@ -156,7 +156,7 @@ class Clients:
                     break
                 if kind == "slow":
                     await asyncio.sleep(SLOW_SECONDS)
-                    if time.monotonic() - began > 20:
+                    if time.monotonic() - began > self.patience:
                         break
             return received
         except TimeoutError:
@@ -178,7 +178,7 @@ class Clients:
 
 async def soak(options: argparse.Namespace, port: int, server: "subprocess.Popen[str]") -> dict[str, Any]:
     """Run the clients; return what is to be reported."""
-    clients = Clients(port)
+    clients = Clients(port, options.patience)
     known = []
     for body in requests(options.requests, options.tokens, options.seed):
         known.append((body, await clients.whole(body)))
@@ -253,6 +253,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200, help="of a reply at most")
     parser.add_argument("--cache", default="64MB")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--patience", type=float, default=20, help="seconds until slow and silent clients leave")
     parser.add_argument("--kill", action="store_true", help="SIGTERM in the middle")
     parser.add_argument("--log", type=Path, default=Path("serve_soak.log"), help="what the server says")
     parser.add_argument("--json", type=Path, help="write the result there")
