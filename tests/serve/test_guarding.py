@@ -231,3 +231,16 @@ def test_the_default_is_loopback_without_a_key() -> None:
     settings = ServerSettings(())
     assert settings.host == "127.0.0.1"
     assert not settings.allowed_origins
+
+
+def test_a_client_that_goes_away_while_it_sends_is_no_failure(locked: Served, caplog: pytest.LogCaptureFixture) -> None:
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+    head += "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    with socket.create_connection(("127.0.0.1", locked.port)) as connection:
+        connection.sendall(head.encode())
+        time.sleep(0.1)
+    end = time.monotonic() + 5
+    while '"outcome": "cancelled"' not in locked.log[-1]:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert not caplog.records

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from gemmule.serve.answers import Format, json_response, stream, unless_gone, whole
@@ -137,7 +138,9 @@ class _Counted:
                 record: Record = scope["gemmule"]
                 route = scope.get("route")
                 endpoint = getattr(route, "path", "other")
-                record.outcome = record.outcome or str(record.status or "cancelled")
+                record.outcome = record.outcome or (
+                    str(record.status) if record.status not in (0, 499) else "cancelled"
+                )
                 self._metrics.requests.labels(endpoint, record.outcome).inc()
 
 
@@ -161,6 +164,7 @@ _HANDLERS: Mapping[Any, Callable[[Request, Any], Awaitable[Response]]] = {
     ApiError: _api_error,
     HTTPException: _http_error,
     ClientGone: _client_gone,
+    ClientDisconnect: _client_gone,
     Exception: _unforeseen,
 }
 

@@ -54,7 +54,7 @@ class GemmuleServer:
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=int(limits.idle_seconds),
-            timeout_graceful_shutdown=int(_FLUSH_SECONDS),
+            timeout_graceful_shutdown=int(2 * _FLUSH_SECONDS),
         )
         self._uvicorn = _Server(config)
         self._ended: asyncio.Event | None = None
@@ -79,13 +79,20 @@ class GemmuleServer:
         following = asyncio.create_task(follow(engine, self.settings, note)) if self.settings.follow else None
         await asyncio.wait((serving, ended), return_when=asyncio.FIRST_COMPLETED)
         self._uvicorn.should_exit = True
+        aborting = asyncio.create_task(self._abort_slow())
         await serving
         engine.stop(_FLUSH_SECONDS)
-        for task in (ended, following):
+        for task in (ended, following, aborting):
             if task is not None:
                 task.cancel()
         if service.failed is not None:
             raise service.failed
+
+    async def _abort_slow(self) -> None:
+        """Let go of clients that do not take their last event in time."""
+        await asyncio.sleep(_FLUSH_SECONDS)
+        for connection in [*self._uvicorn.server_state.connections]:
+            connection.transport.abort()
 
     def drain(self) -> None:
         """Take no new requests, finish those that run within the time for it, then end; in the event loop."""
