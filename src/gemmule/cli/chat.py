@@ -1,11 +1,12 @@
 """`gemmule chat MODEL`: talk to a model in the terminal, or write a text with it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemmule.cli.chat_terminal import ChatTerminal
+from gemmule.cli.options import DecodingOption, DeviceOption, Int8Option
 from gemmule.cli.serve import KEY_VARIABLE, read_keys
 from gemmule.errors import TokenizerError, UserError
 
@@ -32,11 +33,9 @@ def chat(
     context: Annotated[
         int | None, typer.Option(min=2, help="Tokens of the conversation at most; those of MODEL.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
-    decoding: Annotated[
-        Literal["auto", "plain", "native", "compiled"], typer.Option(help="Decoding backend. See docs/decoding.md.")
-    ] = "auto",
-    int8: Annotated[bool, typer.Option("--int8", help="Quantize the weights to int8.")] = False,
+    device: DeviceOption = "auto",
+    decoding: DecodingOption = "auto",
+    int8: Int8Option = False,
 ) -> None:
     """Talk to a model, or write a text with one that has no turns: your words, its words.
 

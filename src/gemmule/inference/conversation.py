@@ -200,10 +200,11 @@ def write_conversation(path: Path, conversation: Conversation, settings: ReplySe
         "chat": conversation.chat,
         "settings": settings.written() | ({} if settings.seed is None else {"seed": settings.seed}),
         "current": conversation.current,
-        "pieces": [_written(piece) for piece in conversation.pieces],
     }
+    head = json.dumps(document, ensure_ascii=False).removesuffix("}")
+    pieces = ",\n".join(json.dumps(_written(piece), ensure_ascii=False) for piece in conversation.pieces)
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(f'{head}, "pieces": [\n{pieces}\n]}}\n', encoding="utf-8")
 
 
 def _written(piece: Piece) -> dict[str, Any]:
