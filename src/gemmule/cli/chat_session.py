@@ -86,7 +86,7 @@ class Session:
             name, _, given = text[1:].partition(" ")
             if name not in self._commands:
                 raise UserError(f"/{name}: no such command; there are /{', /'.join(self._commands)}")
-            self._commands[name](given.strip())
+            self._commands[name](given.lstrip())
             return
         if not message.block:
             text = text.removeprefix("/") if text.startswith("//") else text
@@ -102,7 +102,7 @@ class Session:
 
     def set_setting(self, given: str) -> None:
         """Change a setting, or show all; RecipeError where the value cannot be."""
-        name, _, value = given.partition(" ")
+        name, _, value = given.strip().partition(" ")
         if not name:
             for setting in settings_of(ReplySettings):
                 current = getattr(self.settings, setting.key)
@@ -267,7 +267,7 @@ def _number(command: str, given: str, most: int) -> int:
 def _path(command: str, given: str) -> Path:
     if not given:
         raise UserError(f"{command}: name a file")
-    return local_path(given)
+    return local_path(given.strip())
 
 
 def _shortened(text: str) -> str:

@@ -68,9 +68,8 @@ class LocalModel:
             raise ModelError(f"there is no token {max(ids)}: the model's vocabulary ends at {served.vocab_size - 1}")
         left = served.context - len(ids)
         if left < 1:
-            raise ModelError(
-                f"{len(ids)} tokens fill the model's context of {served.context}; go on at an earlier piece"
-            )
+            full = f"{len(ids)} tokens fill the model's context of {served.context}"
+            raise ModelError(f"{full}; go on at an earlier piece, or begin anew")
         limit = min(settings.max_tokens or left, left)
         return Request(
             tuple(ids),
