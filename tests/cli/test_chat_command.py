@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ def test_a_mistake_in_a_pipe_ends_with_2_and_a_sentence(tiny_run: Path, lines: l
 def test_a_full_context_is_told(tiny_run: Path) -> None:
     ended = chat(tiny_run, "Mia found the red kite", options=("--context", 4))
     assert ended.code == 2
-    assert "fill the model's context of 4; go on at an earlier piece, or begin anew" in ended.err
+    assert "fill the model's context of 4; continue from an earlier piece, or begin anew" in ended.err
 
 
 def test_neither_a_model_nor_a_server_is_a_mistake() -> None:
@@ -185,12 +185,14 @@ def test_input_that_is_not_utf8_is_blamed(tiny_run: Path) -> None:
 class _Failing:
     """A model that never replies."""
 
-    chats, context, fingerprint = True, 100, None
+    chats = True
+    context: int | None = 100
+    fingerprint: str | None = None
 
-    def encode(self, text: str) -> list[int]:
-        return []
+    def encode(self, text: str) -> list[int] | None:
+        return None
 
-    def reply(self, pieces: list[Piece], settings: ReplySettings, seed: int) -> Iterator[Any]:
+    def reply(self, pieces: Sequence[Piece], settings: ReplySettings, seed: int) -> Iterator[Any]:
         raise KeyboardInterrupt
         yield
 

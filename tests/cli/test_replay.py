@@ -83,6 +83,21 @@ def test_the_tokens_that_the_model_read_may_be_told(tiny_run: Path, tmp_path: Pa
     assert gemmule("generate", tiny_run, "--replay", tmp_path / "one.json").code == 0
 
 
+def test_what_the_page_exports_is_repeated(tiny_run: Path, tmp_path: Path) -> None:
+    mine, its = session(tiny_run, tmp_path / "talk.json")["pieces"][:2]
+    tokens = [{"id": token, "text": "x", "top": []} for token in its["tokens"][:5]]
+    drawn = {"prompt_ids": [2, *mine["tokens"]], "tokens": tokens, "seed": its["seed"], "fingerprint": "fp_x"}
+    drawn["request"] = its["settings"] | {"model": "tiny", "logprobs": 8}
+    chosen = {"prompt_ids": [2], "tokens": [{"id": 300, "text": "x", "top": []}], "chosen": True}
+    sheet = {"mode": "sheet", "generations": {"a": drawn, "b": chosen}}
+    write(tmp_path / "page.json", {"format": "gemmule-sheets", "version": 1, "sheets": [sheet]})
+    ended = gemmule("generate", tiny_run, "--replay", tmp_path / "page.json")
+    assert ended.code == 0
+    assert ended.out.startswith("piece 1: all 5 tokens are the same\n")
+    write(tmp_path / "page.json", {"format": "gemmule-sheets", "sheets": [{"generations": 3}]})
+    assert "a damaged file" in gemmule("generate", tiny_run, "--replay", tmp_path / "page.json").err
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

@@ -70,7 +70,7 @@ def chat(
     terminal = ChatTerminal()
     session = Session(chat_model, name, terminal)
     if terminal.interactive:
-        kind = "talk in turns" if chat_model.chats else "write a text together; an empty line lets it go on"
+        kind = "talk in turns" if chat_model.chats else "write a text together; an empty line lets it continue"
         terminal.note(f"{name}: {kind}. /help lists the commands, Ctrl-D ends.")
     with terminal.history():
         session.run()

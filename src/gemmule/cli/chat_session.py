@@ -26,22 +26,22 @@ from gemmule.settings import check_recipe
 _SEED_BITS = 53
 _SHOWN = 60  # characters of a piece in a list
 
-HELP = r"""/set              the settings, with their values
+HELP = """/set              the settings, with their values
 /set NAME VALUE   change one; none takes it back where it need not be set
 /retry            another reply in place of the last one, which stays as a branch
 /edit N [TEXT]    write piece N anew; a branch begins there
 /branch           the branches, and the pieces of this one
 /branch B [N]     go to branch B, and back to its piece N
 /save FILE        keep all of it in a file, for /load and `gemmule generate MODEL --replay FILE`
-/load FILE        go on with what was kept
+/load FILE        continue what was kept
 /tokens           tokens of the context that are used, cached and left, and tokens per second
 /help             this list
-A line that ends in a backslash goes on in the next one; so does a block between lines of \"\"\".
-// begins a text with a slash. Ctrl-C stops a reply, Ctrl-D ends.""".replace('\\"', '"')
+A line that ends in a backslash continues in the next one; a block of lines stands between triple quotes.
+// begins a text with a slash. Ctrl-C stops a reply, Ctrl-D ends."""
 
 
 class Session:
-    """A conversation that goes on from what the user enters."""
+    """A conversation that continues with what the user enters."""
 
     def __init__(self, model: ChatModel, name: str, terminal: ChatTerminal) -> None:
         self.model, self.name, self.terminal = model, name, terminal
@@ -92,11 +92,11 @@ class Session:
             text = text.removeprefix("/") if text.startswith("//") else text
         if self.conversation.chat:
             if text.strip():
-                self._say(text)
+                self._add_words(text)
             return
         before = "".join(piece.text for piece in self.conversation.shown())
         if text:
-            self._say(_joined(before, text))
+            self._add_words(_joined(before, text))
         else:
             self._reply()
 
@@ -140,7 +140,7 @@ class Session:
         conversation.current = piece.parent
         if piece.author == "user":
             kept = piece.text[: len(piece.text) - len(piece.text.lstrip())]  # what joined it to the piece before
-            self._say(text if text[:1].isspace() else kept + text)
+            self._add_words(text if text[:1].isspace() else kept + text)
         else:
             conversation.add(Piece("model", text, None if conversation.chat else self.model.encode(text)))
 
@@ -171,7 +171,7 @@ class Session:
         write_conversation(_path("/save", given), self.conversation, self.settings)
 
     def load(self, given: str) -> None:
-        """Go on with the conversation of a file; SourceError where it is none, UserError where it is another kind."""
+        """Continue the conversation of a file; SourceError where it is none, UserError where it is another kind."""
         saved = read_conversation(_path("/load", given))
         if saved.conversation.chat != self.model.chats:
             kind, option = ("a chat", "--turns") if saved.conversation.chat else ("a text", "--story")
@@ -199,7 +199,7 @@ class Session:
         left = "unknown" if self.model.context is None else f"{self.model.context - used:,}"
         self.terminal.note(f"used {used:,}, cached {usage.cached:,}, left {left}, tokens/s {_speed(usage)}")
 
-    def _say(self, text: str) -> None:
+    def _add_words(self, text: str) -> None:
         """Add the user's piece and reply; without a reply a chat is as it was before."""
         conversation, before = self.conversation, self.conversation.current
         tokens = None if conversation.chat else self.model.encode(text)
@@ -232,7 +232,7 @@ class Session:
         if self.terminal.interactive and finish == "stop" and not text:
             self.terminal.note("(the model ends the text here)")
         if self.terminal.interactive and finish == "length":
-            more = "" if self.conversation.chat else "; an empty line goes on"
+            more = "" if self.conversation.chat else "; an empty line continues"
             self.terminal.note(f"({len(tokens)} tokens, max_tokens or the context ends it{more})")
 
     def _next_seed(self) -> int:
@@ -252,9 +252,9 @@ class Session:
 
 
 def _joined(before: str, text: str) -> str:
-    """Put a space between a text and words that go on, where neither has one."""
-    apart = not before or before[-1].isspace() or text[0].isspace()
-    return text if apart or not (text[0].isalnum() or text[0] in "\"'(“‘") else f" {text}"
+    """Put a space between a text and words that continue it, where neither has one."""
+    separate = not before or before[-1].isspace() or text[0].isspace()
+    return text if separate or not (text[0].isalnum() or text[0] in "\"'(“‘") else f" {text}"
 
 
 def _number(command: str, given: str, most: int) -> int:

@@ -31,6 +31,8 @@ from gemmule.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
     from gemmule.inference.requests import Event
+    from gemmule.model.gemma3 import Gemma3
+    from gemmule.tokenizer import Tokenizer
 
 
 def generate(
@@ -52,7 +54,7 @@ def generate(
     num_samples: Annotated[int, typer.Option(min=1, help="Number of samples, with the seeds SEED, SEED + 1, ...")] = 1,
     seed: SamplingSeed = None,
     replay: Annotated[
-        Path | None, typer.Option(help="Repeat the replies in a file of `gemmule chat`, and compare every token.")
+        Path | None, typer.Option(help="Repeat the replies of a saved conversation, and compare every token.")
     ] = None,
     device: DeviceOption = "auto",
     decoding: DecodingOption = "auto",
@@ -86,16 +88,8 @@ def generate(
         typer.echo("note: standard input is not read; --prompt - continues what comes from it", err=True)
     prompt = read_prompt(prompt)
     import gemmule
-    from gemmule.inference.huge_pages import move_to_huge_pages
-    from gemmule.inference.quantize import quantize
-    from gemmule.inference.runners import slow_decoding_reason
-    from gemmule.model.finite import refuse_nonfinite_weights
 
-    network, tokenizer = gemmule.load(model, device)
-    refuse_nonfinite_weights(network, model)
-    network = move_to_huge_pages(quantize(network) if int8 else network)
-    if decoding == "auto" and (reason := slow_decoding_reason(network)):
-        typer.echo(f"note: {reason}; decoding is slower without the native step", err=True)
+    network, tokenizer = _load(model, device, decoding, int8)
     settings: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
@@ -119,6 +113,22 @@ def generate(
         samples.append(_show(prompt, events, quiet=as_json) | {"seed": own})
     if as_json:
         print_json({"prompt": prompt} | (samples[0] if num_samples == 1 else {"samples": samples}))
+
+
+def _load(model: str, device: str, decoding: str, int8: bool) -> "tuple[Gemma3, Tokenizer]":
+    """Open a MODEL for decoding; ModelError where it is damaged. Notes on standard error why decoding is slow."""
+    import gemmule
+    from gemmule.inference.huge_pages import move_to_huge_pages
+    from gemmule.inference.quantize import quantize
+    from gemmule.inference.runners import slow_decoding_reason
+    from gemmule.model.finite import refuse_nonfinite_weights
+
+    network, tokenizer = gemmule.load(model, device)
+    refuse_nonfinite_weights(network, model)
+    network = move_to_huge_pages(quantize(network) if int8 else network)
+    if decoding == "auto" and (reason := slow_decoding_reason(network)):
+        typer.echo(f"note: {reason}; decoding is slower without the native step", err=True)
+    return network, tokenizer
 
 
 def _show(prompt: str, events: Iterable["Event"], quiet: bool) -> dict[str, Any]:

@@ -19,10 +19,10 @@ def show_replay(model: str, file: Path, device: str, decoding: "Decoding", int8:
     SourceError also where no piece of it can be repeated.
     """
     from gemmule.cli.chat import open_model
-    from gemmule.inference.conversation import read_conversation
+    from gemmule.inference.conversation import read_replies
     from gemmule.serve.local import LocalModel, replay
 
-    conversation = read_conversation(file).conversation
+    conversation = read_replies(file)
     if not any(piece.generated for piece in conversation.pieces):
         raise SourceError(f"--replay {file}: no piece has the tokens and the seed of a model's reply")
     local = LocalModel(open_model(model, device, decoding, int8), conversation.chat)

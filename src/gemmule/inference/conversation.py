@@ -18,6 +18,7 @@ from gemmule.tokenizer import Tokenizer
 from gemmule.tokenizer.chat import render_chat
 
 FORMAT, VERSION = "gemmule-conversation", 1
+SHEETS_FORMAT = "gemmule-sheets"  # of the server's page
 Author = Literal["user", "model"]
 
 
@@ -118,7 +119,7 @@ class ChatModel(Protocol):
 
 @dataclass
 class Conversation:
-    """A tree of pieces, and the one at which it goes on; each piece's parent has a smaller number."""
+    """A tree of pieces, and the one after which it continues; each piece's parent has a smaller number."""
 
     chat: bool
     model: str = ""
@@ -126,7 +127,7 @@ class Conversation:
     current: int | None = None
 
     def add(self, piece: Piece) -> Piece:
-        """Append a piece after the current one, where the conversation then goes on."""
+        """Append a piece after the current one, which is the current one then."""
         piece.parent, self.current = self.current, len(self.pieces)
         self.pieces.append(piece)
         return piece
@@ -216,7 +217,7 @@ def _written(piece: Piece) -> dict[str, Any]:
 
 
 class Saved(NamedTuple):
-    """What a file keeps: the conversation, and the settings that it went on with."""
+    """What a file keeps: the conversation, and the settings of its next reply."""
 
     conversation: Conversation
     settings: ReplySettings
@@ -227,12 +228,7 @@ def read_conversation(path: Path) -> Saved:
 
     Where pieces have no `parent`, each follows the one before. Settings that have no meaning here are left out.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: is no JSON file: {error}") from None
+    document = _read_json(path)
     given = next(
         (document[name] for name in ("pieces", "turns") if isinstance(document, dict) and name in document), None
     )
@@ -250,6 +246,46 @@ def read_conversation(path: Path) -> Saved:
         raise SourceError(f"{path}: {error}") from None
     chat = bool(document.get("chat", "turns" in document))
     return Saved(Conversation(chat, str(document.get("model", "")), pieces, current), settings)
+
+
+def read_replies(path: Path) -> Conversation:
+    """Read a conversation, or what the server's page exports, as pieces of the model with what it read before them.
+
+    Errors as in `read_conversation`. Tokens that the user chose on the page have no seed.
+    """
+    document = _read_json(path)
+    if not isinstance(document, dict) or document.get("format") != SHEETS_FORMAT:
+        return read_conversation(path).conversation
+    try:
+        generations = [each for sheet in document["sheets"] for each in sheet["generations"].values()]
+        pieces = [
+            {
+                "author": "model",
+                "text": "".join(token["text"] for token in each["tokens"]),
+                "tokens": [token["id"] for token in each["tokens"]],
+                "settings": each.get("request") or {},
+                "seed": None if each.get("chosen") else each.get("seed"),
+                "fingerprint": each.get("fingerprint"),
+                "prompt_tokens": each["prompt_ids"],
+                "parent": None,
+            }
+            for each in generations
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{path}: a damaged file of {SHEETS_FORMAT}: {error!r:.80}") from None
+    try:
+        return Conversation(False, "", [_read_piece(number, piece) for number, piece in enumerate(pieces)])
+    except (SourceError, RecipeError) as error:
+        raise SourceError(f"{path}: {error}") from None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: is no JSON file: {error}") from None
 
 
 def read_settings(given: object) -> ReplySettings:

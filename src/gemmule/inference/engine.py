@@ -397,24 +397,16 @@ def generate(
     Stop strings are no part of the text. The seed is from 0 to 2^64 - 1. RecipeError names a setting that is out of
     range.
     """
-    given = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-    }
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    given |= {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty}
+    given |= {"frequency_penalty": frequency_penalty}
     sampling = check_recipe(given, SamplingSettings, "of the options")
     ids = encode_prompt(model, tokenizer, prompt)
     limit = min(max_new_tokens, model.config.max_position_embeddings - len(ids))
     if limit < 1:
         return
-    stops, strings = stop_tokens(tokenizer), (stop,) if isinstance(stop, str) else tuple(stop)
-    request = Request(
-        tuple(ids), limit, sampling, seed, stops=stops, stop_strings=strings, min_new_tokens=min_new_tokens
-    )
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    request = Request(tuple(ids), limit, sampling, seed, 1, stop_tokens(tokenizer), strings, min_new_tokens)
     yield from run_alone(Engine(model, 1, request.positions, decoding, tokenizer=tokenizer), request)
 
 

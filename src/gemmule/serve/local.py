@@ -69,7 +69,7 @@ class LocalModel:
         left = served.context - len(ids)
         if left < 1:
             full = f"{len(ids)} tokens fill the model's context of {served.context}"
-            raise ModelError(f"{full}; go on at an earlier piece, or begin anew")
+            raise ModelError(f"{full}; continue from an earlier piece, or begin anew")
         limit = min(settings.max_tokens or left, left)
         return Request(
             tuple(ids),
