@@ -119,6 +119,25 @@ def test_what_was_saved_is_loaded_with_its_branches_and_settings(tiny_run: Path,
     assert len(read_conversation(file).conversation.pieces) == 5
 
 
+def test_a_chat_is_not_continued_as_a_text(tiny_run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    told(tiny_run, "Mia", f"/save {file}")
+    ended = chat(tiny_run, f"/load {file}", options=("--turns",))
+    assert ended == (2, "", f"gemmule: /load {file}: holds a text; start with --story\n")
+
+
+def test_settings_are_listed_with_values_and_meanings_and_unset(tiny_run: Path) -> None:
+    changed = ['/set stop ["a b", "\\n"]', "/set logit_bias {5 = 1.5}", "/set system Be brief", "/set seed 4"]
+    out = told(tiny_run, *changed, "/set")
+    assert 'stop = ["a b", "\\n"]   texts before which a reply ends\n' in out
+    assert "max_tokens = 8   " in out
+    assert "seed = 4   " in out
+    unset = [f"/set {name} none" for name in ("stop", "logit_bias", "system", "seed", "max_tokens")]
+    out = told(tiny_run, *changed, *unset, "/set")
+    for name in ("stop", "logit_bias", "system", "seed", "max_tokens"):
+        assert f"{name} = none   " in out
+
+
 def test_a_file_of_another_kind_is_not_overwritten(tiny_run: Path, tmp_path: Path) -> None:
     file = tmp_path / "precious.txt"
     file.write_text("mine")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from serving import Served, serving
 
-from gemmule.errors import GemmuleError, UserError
+from gemmule.errors import UserError
 from gemmule.inference.conversation import Piece, ReplySettings
 from gemmule.serve.client import RemoteModel
 from runs import Ended, gemmule
@@ -88,6 +88,13 @@ def test_stop_ends_the_reply_at_once_and_frees_the_row(server: Served) -> None:
     assert [each.finish for each in model.reply(pieces, ReplySettings(max_tokens=2, min_tokens=2), 1)][-1] == "length"
 
 
+def test_options_of_a_model_here_are_refused_beside_a_server(server: Served) -> None:
+    told = "gemmule: --url leaves --int8 without effect; give one of them\n"
+    assert chat(server, "--int8") == (2, "", told)
+    told = "gemmule: --api-key-file x: only a server asks for a key; give --url, too\n"
+    assert gemmule("chat", "model", "--api-key-file", "x") == (2, "", told)
+
+
 @contextmanager
 def answering(*events: str, models: Any = None) -> Iterator[tuple[str, list[Any]]]:
     """Serve as another program of OpenAI's API might; yield the address, and the bodies that come."""
@@ -136,10 +143,10 @@ def test_another_server_gets_only_what_openais_api_has() -> None:
 def test_a_stream_that_merely_ends_or_fails_is_an_error() -> None:
     with answering(said("Hel")) as (url, _):
         ended = gemmule("chat", "--url", url, given=b"Hi\n")
-    assert (ended.code, ended.out) == (1, "Hel\n")
+    assert (ended.code, ended.out) == (2, "Hel\n")
     assert "the reply was cut: the stream ended before its end" in ended.err
     failure = json.dumps({"error": {"message": "the engine failed", "type": "x", "param": None, "code": "x"}})
-    with answering(said("Hel"), failure) as (url, _), pytest.raises(GemmuleError, match="the engine failed"):
+    with answering(said("Hel"), failure) as (url, _), pytest.raises(UserError, match="the engine failed"):
         [*RemoteModel(url).reply([Piece("user", "Hi")], ReplySettings(), 1)]
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemmule.cli.chat_terminal import ChatTerminal
-from gemmule.cli.options import DecodingOption, DeviceOption, Int8Option
+from gemmule.cli.options import DecodingOption, DeviceOption, Int8Option, refuse_others
 from gemmule.cli.serve import KEY_VARIABLE, read_keys
 from gemmule.errors import TokenizerError, UserError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def chat(
+    typed: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(help="A model folder, run folder, .gguf file or owner/name; with --url its name there."),
@@ -55,9 +56,12 @@ def chat(
     if url is not None:
         from gemmule.serve.client import RemoteModel
 
+        refuse_others(typed, "--url", {"model", "url", "api_key_file", "turns"})
         keys = read_keys(api_key_file)
         chat_model = remote = RemoteModel(url, model, keys[0] if keys else None, turns)
         name = remote.id
+    elif api_key_file is not None:
+        raise UserError(f"--api-key-file {api_key_file}: only a server asks for a key; give --url, too")
     elif model is None:
         raise UserError("name a MODEL, or the address of a server: --url http://127.0.0.1:8000")
     else:

@@ -9,7 +9,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from gemmule.errors import GemmuleError, UserError
+from gemmule.errors import UserError
 from gemmule.inference.conversation import Chunk, Piece, ReplySettings, Usage, messages_of, text_ids
 
 _CONNECT_SECONDS, _READ_SECONDS = 10.0, 600.0
@@ -52,7 +52,7 @@ class RemoteModel:
                 self._socket.shutdown(socket.SHUT_RDWR)
 
     def reply(self, pieces: Sequence[Piece], settings: ReplySettings, seed: int) -> Iterator[Chunk]:
-        """Yield a reply to the pieces so far; UserError with the server's sentence where it refuses."""
+        """Yield a reply to the pieces so far; UserError with its sentence where the server refuses or fails."""
         self._stopped = False
         body: dict[str, Any] = {"model": self.id, "stream": True, "stream_options": {"include_usage": True}}
         body |= _asked(settings) | {"seed": seed}
@@ -70,7 +70,7 @@ class RemoteModel:
             yield from self._receive(self._send("POST", path, body), started)
         except (OSError, HTTPException, ValueError) as error:
             if not self._stopped:
-                raise GemmuleError(f"{self._url}: the reply was cut: {_reason(error)}") from None
+                raise UserError(f"{self._url}: the reply was cut: {_reason(error)}") from None
             yield Chunk("", (), "stopped")
         finally:
             self._socket = None
@@ -87,7 +87,7 @@ class RemoteModel:
                 return
             event = json.loads(data)
             if "error" in event:
-                raise GemmuleError(f"{self._url}: {_message(event)}")
+                raise UserError(f"{self._url}: {_message(event)}")
             self.fingerprint = event.get("system_fingerprint") or self.fingerprint
             now = time.monotonic()
             for choice in event.get("choices", ()):
