@@ -109,6 +109,39 @@ def test_without_a_seed_the_one_that_was_drawn_is_told(tiny_run: Path) -> None:
     assert json.loads(generate(tiny_run, "--max-new-tokens", 9, "--json", "--seed", told["seed"])) == told
 
 
+def test_a_stop_string_ends_the_text_before_it(tiny_run: Path) -> None:
+    options = ["--max-new-tokens", 30, "--min-new-tokens", 30, "--seed", 1]
+    text = generate(tiny_run, *options).removeprefix("Once upon a time").removesuffix("\n")
+    one, two = text[8:10], text[12:14]
+    told = json.loads(generate(tiny_run, *options, "--stop", two, "--stop", one, "--json"))
+    assert told["text"] == text[: min(text.index(one), text.index(two))]
+    assert told["finish"] == "stop"
+    ended = gemmule("generate", tiny_run, "--stop", "")
+    assert ended.code == 2
+    assert 'stop = ""' in ended.err
+
+
+def test_before_the_least_length_no_stop_token_is_drawn(tiny_run: Path) -> None:
+    options = ["--max-new-tokens", 60, "--json", "--min-new-tokens", 60]
+    assert {json.loads(generate(tiny_run, *options, "--seed", seed))["tokens"] for seed in range(3)} == {60}
+
+
+@pytest.mark.parametrize(
+    "penalty", [["--repetition-penalty", 3], ["--presence-penalty", 2], ["--frequency-penalty", 2]]
+)
+def test_penalties_make_a_text_repeat_itself_less(tiny_run: Path, penalty: list[object]) -> None:
+    options = ["--max-new-tokens", 60, "--min-new-tokens", 60, "--temperature", 0]
+    plain, varied = (generate(tiny_run, *options, *more).split() for more in ([], penalty))
+    assert len(set(varied)) / len(varied) > len(set(plain)) / len(plain)
+
+
+def test_a_penalty_out_of_range_is_refused(tiny_run: Path) -> None:
+    ended = gemmule("generate", tiny_run, "--repetition-penalty", 0)
+    assert ended.code == 2
+    assert "repetition_penalty = 0.0: must be a number above 0" in ended.err
+    assert gemmule("generate", tiny_run, "--presence-penalty", 3).code == 2
+
+
 def test_several_samples_have_seeds_that_repeat_each(tiny_run: Path) -> None:
     options = ["--prompt", "Tom", "--max-new-tokens", 9]
     alone = [generate(tiny_run, *options, "--seed", seed) for seed in (7, 8, 9)]

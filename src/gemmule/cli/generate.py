@@ -6,16 +6,33 @@ import shlex
 import stat
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemmule.cli.options import (
+    DecodingOption,
+    DeviceOption,
+    FrequencyPenalty,
+    Int8Option,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
+    SamplingSeed,
+    Temperature,
+    TopK,
+    TopP,
+    refuse_others,
+)
 from gemmule.cli.screen import print_json
 from gemmule.errors import SourceError, UserError
 from gemmule.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
     from gemmule.inference.requests import Event
+    from gemmule.model.gemma3 import Gemma3
+    from gemmule.tokenizer import Tokenizer
 
 
 def generate(
@@ -25,26 +42,23 @@ def generate(
         str, typer.Option(help="The text to continue; - reads it from standard input.")
     ] = "Once upon a time",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="Softmax temperature; 0 is greedy decoding.")] = 0.7,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0 is off.")] = 0,
-    top_p: Annotated[
-        float,
-        typer.Option(min=0.000001, max=1, help="Sample from the likeliest tokens that reach probability p."),
-    ] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(min=0, max=0.999999, help="Drop tokens less likely than p times the likeliest; 0 is off.")
-    ] = 0.1,
+    min_new_tokens: Annotated[int, typer.Option(min=0, help="Before so many tokens no stop token is drawn.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="A text before which to stop (repeatable).")] = None,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.1,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
     num_samples: Annotated[int, typer.Option(min=1, help="Number of samples, with the seeds SEED, SEED + 1, ...")] = 1,
-    seed: Annotated[
-        int | None,
-        typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling; random by default."),
+    seed: SamplingSeed = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Repeat the replies of a saved conversation, and compare every token.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
-    decoding: Annotated[
-        Literal["auto", "plain", "native", "compiled"],
-        typer.Option(help="Decoding backend; compiled takes half a minute to start. See docs/decoding.md."),
-    ] = "auto",
-    int8: Annotated[bool, typer.Option("--int8", help="Quantize the weights to int8.")] = False,
+    device: DeviceOption = "auto",
+    decoding: DecodingOption = "auto",
+    int8: Int8Option = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of streaming text.")] = False,
 ) -> None:
     """Generate text from a model.
@@ -56,15 +70,53 @@ def generate(
         gemmule generate runs/story --prompt "Tom found a red" --temperature 0.5 --seed 7
 
         gemmule generate runs/story --prompt - --num-samples 3 < beginning.txt
+
+        gemmule generate runs/story --replay talk.json
     """
     if context.args:  # instead of an error that does not mention the option
         text = " ".join(context.args)
         raise UserError(
             f"unexpected argument {text!r}; the text to continue is an option: --prompt {shlex.quote(text)}"
         )
+    if replay is not None:
+        from gemmule.cli.replay import show_replay
+
+        refuse_others(context, "--replay", {"model", "replay", "device", "decoding", "int8", "as_json"})
+        show_replay(model, replay, device, decoding, int8, as_json)
+        return
     if input_is_redirected() and getattr(context.get_parameter_source("prompt"), "name", "") == "DEFAULT":
         typer.echo("note: standard input is not read; --prompt - continues what comes from it", err=True)
     prompt = read_prompt(prompt)
+    import gemmule
+
+    network, tokenizer = _load(model, device, decoding, int8)
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "stop": stop or (),
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "decoding": decoding,
+    }
+    first = secrets.randbits(32) if seed is None else seed
+    samples: list[dict[str, Any]] = []
+    for number in range(num_samples):
+        own = (first + number) % (LARGEST_SEED + 1)
+        if num_samples > 1 and not as_json:
+            sys.stdout.write("\n" * (number > 0) + f"--- sample {number + 1} of {num_samples}, seed {own} ---\n")
+        events = gemmule.generate(network, tokenizer, prompt, seed=own, **settings)
+        samples.append(_show(prompt, events, quiet=as_json) | {"seed": own})
+    if as_json:
+        print_json({"prompt": prompt} | (samples[0] if num_samples == 1 else {"samples": samples}))
+
+
+def _load(model: str, device: str, decoding: str, int8: bool) -> "tuple[Gemma3, Tokenizer]":
+    """Open a MODEL for decoding; ModelError where it is damaged. Notes on standard error why decoding is slow."""
     import gemmule
     from gemmule.inference.huge_pages import move_to_huge_pages
     from gemmule.inference.quantize import quantize
@@ -76,23 +128,7 @@ def generate(
     network = move_to_huge_pages(quantize(network) if int8 else network)
     if decoding == "auto" and (reason := slow_decoding_reason(network)):
         typer.echo(f"note: {reason}; decoding is slower without the native step", err=True)
-    settings: dict[str, Any] = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "decoding": decoding,
-    }
-    first = secrets.randbits(32) if seed is None else seed
-    samples: list[dict[str, Any]] = []
-    for number in range(num_samples):
-        own = (first + number) % (LARGEST_SEED + 1)
-        if num_samples > 1 and not as_json:
-            sys.stdout.write("\n" * (number > 0) + f"--- sample {number + 1} of {num_samples}, seed {own} ---\n")
-        events = gemmule.generate(network, tokenizer, prompt, max_new_tokens=max_new_tokens, seed=own, **settings)
-        samples.append(_show(prompt, events, quiet=as_json) | {"seed": own})
-    if as_json:
-        print_json({"prompt": prompt} | (samples[0] if num_samples == 1 else {"samples": samples}))
+    return network, tokenizer
 
 
 def _show(prompt: str, events: Iterable["Event"], quiet: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from gemmule import __version__
+from gemmule.cli.chat import chat
 from gemmule.cli.doctor import doctor
 from gemmule.cli.evaluate import evaluate
 from gemmule.cli.explain import explain
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "prepare": prepare,
     "generate": generate,
+    "chat": chat,
     "serve": serve,
     "evaluate": evaluate,
     "report": report,

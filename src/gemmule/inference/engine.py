@@ -384,20 +384,29 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    stop: Sequence[str] = (),
+    min_new_tokens: int = 0,
     seed: int | None = None,
     decoding: Decoding = "auto",
 ) -> Iterator[Event]:
-    """Generate from a prompt, one event per token, until a stop token or the limit.
+    """Generate from a prompt, one event per token, until a stop token, one of the `stop` strings, or the limit.
 
-    The seed is from 0 to 2^64 - 1. RecipeError names a setting that is out of range.
+    Stop strings are no part of the text. The seed is from 0 to 2^64 - 1. RecipeError names a setting that is out of
+    range.
     """
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    given |= {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty}
+    given |= {"frequency_penalty": frequency_penalty}
     sampling = check_recipe(given, SamplingSettings, "of the options")
     ids = encode_prompt(model, tokenizer, prompt)
     limit = min(max_new_tokens, model.config.max_position_embeddings - len(ids))
     if limit < 1:
         return
-    request = Request(tuple(ids), limit, sampling, seed, stops=stop_tokens(tokenizer))
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    request = Request(tuple(ids), limit, sampling, seed, 1, stop_tokens(tokenizer), strings, min_new_tokens)
     yield from run_alone(Engine(model, 1, request.positions, decoding, tokenizer=tokenizer), request)
 
 
