@@ -19,6 +19,7 @@ from gemmule.serve.guard import App, Guard, Record
 from gemmule.serve.metrics import Metrics
 from gemmule.serve.models import ServedModel
 from gemmule.serve.openapi import describe
+from gemmule.serve.page_files import PAGE, page_response
 from gemmule.serve.prompts import Prompt, chat_ids, check_ids, completion_prompts, encode_text
 from gemmule.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, read_body
 from gemmule.serve.replies import Reply
@@ -110,6 +111,7 @@ def make_app(service: Service, write: Callable[[str], None] | None = None) -> Ap
     _add_generation(app, service)
     _add_tokens(app, service)
     _add_information(app, service)
+    _add_page(app)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
     return Guard(_Counted(app, service.metrics), service.settings, write)
@@ -287,3 +289,17 @@ def _add_information(app: FastAPI, service: Service) -> None:
     async def openapi() -> Response:
         """Describe the API."""
         return json_response(describe(service.settings))
+
+
+def _add_page(app: FastAPI) -> None:
+    @app.get("/")
+    async def page() -> Response:
+        """Return the page."""
+        return await page_file(PAGE)
+
+    @app.get("/page/{name}")
+    async def page_file(name: str) -> Response:
+        """Return a file of the page."""
+        if (found := page_response(name)) is None:
+            raise HTTPException(404)
+        return found
