@@ -14,7 +14,7 @@ import {
 } from "./tree.js";
 
 const $ = (id) => document.getElementById(id);
-const state = { models: [], sheets: [], sheet: null, running: null, surprise: [], undo: [], undone: 0, figures: null };
+const state = { models: [], sheets: [], sheet: null, running: null, surprise: [], undo: [], undone: { time: 0, place: 0 } };
 const SAVE_AFTER = 300; // milliseconds
 const TRY_AFTER = 3000;
 const UNDO_STEPS = 100;
@@ -25,7 +25,7 @@ const status = (text) => { $("status").textContent = text; };
 
 const editor = new Editor($("editor"), {
   change: (begin, end, inserted) => {
-    keepUndo();
+    keepUndo(end, begin + inserted.length);
     edit(state.sheet, begin, end, inserted);
     remember(state.sheet);
     state.surprise = state.surprise.filter((each) => each.end <= begin);
@@ -43,6 +43,7 @@ const chat = new Chat($("turns"), {
 const comparison = new Comparison($("sides"), {
   keep: (generation) => {
     const { sheet } = state;
+    forgetUndo();
     sheet.generations[generation.id] = generation;
     const parent = sheet.nodes[sheet.current];
     sheet.current = addNode(sheet, parent, { by: "model", generation: generation.id, from: 0, to: generation.tokens.length }).id;
@@ -57,8 +58,7 @@ const comparison = new Comparison($("sides"), {
 let saving = 0;
 function changed() {
   state.sheet.changed = Date.now();
-  clearTimeout(saving);
-  saving = setTimeout(save, SAVE_AFTER);
+  saving ||= setTimeout(save, SAVE_AFTER);
 }
 
 async function save() {
@@ -72,22 +72,27 @@ async function save() {
   }
 }
 
-function keepUndo() {
-  if (state.sheet.mode !== "sheet") return;
+// Edits can be undone until something else is done, of which the tree keeps what was there before.
+function keepUndo(begin, end) {
   const now = Date.now();
   const { nodes, current, generations } = state.sheet;
-  if (now - state.undone > UNDO_PAUSE) {
+  if (now - state.undone.time > UNDO_PAUSE || begin !== state.undone.place) {
     state.undo.push({ nodes: structuredClone(nodes), current, generations: { ...generations } });
     if (state.undo.length > UNDO_STEPS) state.undo.shift();
   }
-  state.undone = now;
+  state.undone = { time: now, place: end };
+}
+
+function forgetUndo() {
+  state.undo = [];
+  state.undone = { time: 0, place: 0 };
 }
 
 function undo() {
   const before = state.undo.pop();
   if (!before || state.running) return;
   Object.assign(state.sheet, before);
-  state.undone = 0;
+  state.undone.time = 0;
   show();
   editor.select(editor.text.length);
   changed();
@@ -105,7 +110,7 @@ function show() {
   const chats = sheet.mode === "chat";
   $("sheet-view").hidden = chats;
   $("chat-view").hidden = !chats;
-  $("surprise").hidden = $("compare").hidden = chats;
+  $("surprise").hidden = $("compare").hidden = $("again").hidden = $("own-legend").hidden = chats;
   $("compare-view").hidden = chats || $("compare").getAttribute("aria-pressed") !== "true";
   $("go").textContent = chats ? "Send" : "Continue";
   if (chats) chat.show(sheet, Boolean(state.running));
@@ -149,7 +154,8 @@ function showSheets() {
 function open(sheet) {
   stop();
   if (saving) save();
-  Object.assign(state, { sheet, surprise: [], undo: [], undone: 0 });
+  Object.assign(state, { sheet, surprise: [] });
+  forgetUndo();
   localStorage.setItem("gemmule-open", sheet.id);
   if (state.models.some(({ id }) => id === sheet.model)) $("model").value = sheet.model;
   showSettings($("settings"), sheet.settings, (name, value) => {
@@ -173,6 +179,7 @@ function begin(mode) {
 
 function visit(id) {
   if (state.running) return;
+  forgetUndo();
   goTo(state.sheet, id);
   state.surprise = [];
   show();
@@ -201,6 +208,7 @@ async function run(prompt, parent = state.sheet.nodes[state.sheet.current], seed
   const generation = start(prompt, request);
   let node = null;
   let began = 0;
+  forgetUndo();
   setRunning(running);
   problem("");
   status("The model is writing.");
@@ -286,7 +294,7 @@ async function take(found, alternative, same) {
     editor.apply(found.place, found.end, alternative.text);
     return;
   }
-  keepUndo();
+  forgetUndo();
   choose(sheet, found.node, found.index, alternative);
   remember(sheet);
   show();
@@ -449,6 +457,7 @@ function listen() {
   onClick("export", exportAll);
   onClick("import", () => $("file").click());
   onClick("delete-branch", () => {
+    forgetUndo();
     deleteBranch(state.sheet, branchOf(state.sheet).id);
     show();
     changed();

@@ -10,16 +10,19 @@ function finished(request) {
   });
 }
 
-async function table(mode) {
+// Open from the first use on, so that a page that is being left still writes.
+let database = null;
+
+export async function loadSheets() {
   const opening = indexedDB.open("gemmule", 1);
   opening.onupgradeneeded = () => opening.result.createObjectStore("sheets", { keyPath: "id" });
-  const database = await finished(opening);
-  return database.transaction("sheets", mode).objectStore("sheets");
+  database = await finished(opening);
+  return finished(table("readonly").getAll());
 }
 
-export const loadSheets = async () => finished((await table("readonly")).getAll());
-export const saveSheet = async (sheet) => finished((await table("readwrite")).put(structuredClone(sheet)));
-export const deleteSheet = async (id) => finished((await table("readwrite")).delete(id));
+const table = (mode) => database.transaction("sheets", mode).objectStore("sheets");
+export const saveSheet = async (sheet) => finished(table("readwrite").put(sheet));
+export const deleteSheet = async (id) => finished(table("readwrite").delete(id));
 
 export function exported(sheets) {
   return JSON.stringify({ format: FORMAT, version: VERSION, exported: new Date().toISOString(), sheets }, null, 1);
@@ -47,7 +50,8 @@ function check(sheet) {
   const { nodes, generations, root, current } = sheet ?? {};
   const whole = nodes && generations && nodes[root] && nodes[current] && nodes[root].parent === null
     && ["sheet", "chat"].includes(sheet.mode) && typeof sheet.title === "string" && typeof sheet.settings === "object"
-    && Object.values(generations).every((each) => Array.isArray(each.tokens) && Array.isArray(each.prompt_ids))
+    && Object.values(generations).every((each) => Array.isArray(each.tokens) && Array.isArray(each.prompt_ids)
+      && each.tokens.every(({ id, text, top }) => Number.isInteger(id) && typeof text === "string" && Array.isArray(top)))
     && Object.entries(nodes).every(([id, node]) => node.id === id && Array.isArray(node.children)
       && node.children.every((child) => nodes[child]?.parent === id)
       && (id === root || nodes[node.parent]?.children.includes(id))
