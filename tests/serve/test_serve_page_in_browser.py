@@ -1,6 +1,7 @@
 """The server's page in Debian's Chromium, driven by playwright: slow, since it starts a browser."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ def may_say() -> Callable[[str], bool]:
 def opened(open_page: Opened, served: Served, width: int = 1280, **options: Any) -> Any:
     page = open_page(f"{served.server.address}/", width, **options)
     page.wait_for_selector("body[data-ready]")
+    page.set_default_timeout(15_000)
+    page.locator("#settings-box").evaluate("box => { box.open = true; }")
+    setting(page, "seed", "5")
     return page
 
 
@@ -84,6 +88,20 @@ def text_of(page: Any) -> str:
     return str(page.evaluate("document.getElementById('editor').textContent"))
 
 
+def word(page: Any, number: int) -> Any:
+    """Return a token of the model that shows a letter; nonsense has parts of characters, too."""
+    return page.locator("#editor .t").filter(has_text=re.compile("[A-Za-z]")).nth(number)
+
+
+def change_requests(page: Any, **fields: Any) -> None:
+    """Send fields that the page does not."""
+
+    def changed(route: Any) -> None:
+        route.continue_(post_data=json.dumps(route.request.post_data_json | fields))
+
+    page.route("**/v1/completions", changed)
+
+
 def branches(page: Any) -> int:
     return int(page.locator("#branches button").count())
 
@@ -112,11 +130,12 @@ def test_a_text_is_continued_and_yours_differs_from_the_models(open_page: Opened
 
 def test_escape_stops_and_what_came_is_kept(open_page: Opened, stage: Served) -> None:
     page = opened(open_page, stage)
+    change_requests(page, min_tokens=3000)
     setting(page, "max_tokens", "4000")
     page.click("#editor")
     page.keyboard.type("Mia")
     page.keyboard.press("Control+Enter")
-    page.wait_for_selector("#editor .t >> nth=20")
+    page.wait_for_selector("#editor .t >> nth=20", state="attached")
     page.keyboard.press("Escape")
     page.wait_for_selector("#stop:disabled")
     count = page.locator("#editor .t").count()
@@ -135,7 +154,7 @@ def test_an_alternative_taken_by_mouse_begins_a_branch_and_the_old_one_is_found_
     page = opened(open_page, stage)
     write(page, "Mia")
     first = text_of(page)
-    page.locator("#editor .t").nth(4).click()
+    word(page, 2).click()
     page.click("#token button:not([aria-current]):not(:disabled)")
     finish(page)
     second = text_of(page)
@@ -217,7 +236,7 @@ def test_what_is_exported_can_be_repeated_and_imported(open_page: Opened, stage:
     page = opened(open_page, stage)
     setting(page, "repetition_penalty", "1.1")
     write(page, "Mia")
-    page.locator("#editor .t").nth(3).click()
+    word(page, 1).click()
     page.click("#token button:not([aria-current]):not(:disabled)")
     finish(page)
     content = export(page)
@@ -251,16 +270,12 @@ def damaged(content: Any) -> str:
 def test_text_of_the_model_is_never_html(open_page: Opened, stage: Served) -> None:
     pytest.importorskip("llguidance", reason="the extra constraints is not installed")
     page = opened(open_page, stage)
-
-    def make_it_say(route: Any) -> None:
-        route.continue_(post_data=json.dumps(route.request.post_data_json | {"grammar": f'start: "{SCRIPT}"'}))
-
-    page.route("**/v1/completions", make_it_say)
+    change_requests(page, grammar=f'start: "{SCRIPT}"')
     write(page, "<b>Mia</b>", tokens=200)
     assert text_of(page) == f"<b>Mia</b>{SCRIPT}"
     assert page.title() == "Gemmule"
     assert page.locator("#editor :is(script, img, b)").count() == 0
-    page.locator("#editor .t").nth(2).click()
+    word(page, 2).click()
     assert page.locator("#token :is(script, img, b)").count() == 0
 
 
@@ -374,10 +389,9 @@ def test_it_fits_any_width_and_breaks_no_rule_of_accessibility(
 ) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the extra browser is not installed")
     page = opened(open_page, stage, width, color_scheme=scheme)
-    page.locator("#settings-box").evaluate("box => { box.open = true; }")
     page.click("#compare")
     write(page, "Mia", tokens=60)
-    page.locator("#editor .t").nth(5).click()
+    word(page, 2).click()
 
     def check() -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -54,11 +54,18 @@ export class Comparison {
       side.keep.disabled = true;
       side.reply.replaceChildren();
     });
+    let frame = 0;
+    const draw = () => {
+      frame ||= requestAnimationFrame(() => {
+        frame = 0;
+        this.draw();
+      });
+    };
     try {
-      await Promise.all(replies.map(([generation, prompt]) => (
-        stream(generation, prompt, signal, () => this.draw())
-      )));
+      await Promise.all(replies.map(([generation, prompt]) => stream(generation, prompt, signal, draw)));
     } finally {
+      cancelAnimationFrame(frame);
+      this.draw();
       for (const { keep, generation } of this.sides) keep.disabled = !generation.tokens.length;
     }
   }

@@ -16,6 +16,7 @@ import {
 const $ = (id) => document.getElementById(id);
 const state = { models: [], sheets: [], sheet: null, running: null, surprise: [], undo: [], undone: { time: 0, place: 0 } };
 const SAVE_AFTER = 300; // milliseconds
+const SAVE_STREAM_AFTER = 3000;
 const TRY_AFTER = 3000;
 const UNDO_STEPS = 100;
 const UNDO_PAUSE = 800;
@@ -56,9 +57,9 @@ const comparison = new Comparison($("sides"), {
 // --- What is kept
 
 let saving = 0;
-function changed() {
+function changed(after = SAVE_AFTER) {
   state.sheet.changed = Date.now();
-  saving ||= setTimeout(save, SAVE_AFTER);
+  saving ||= setTimeout(save, after);
 }
 
 async function save() {
@@ -199,15 +200,23 @@ function failed(error) {
 }
 
 // Continue from the current end, or from ids; the reply becomes a child of `parent`.
-async function run(prompt, parent = state.sheet.nodes[state.sheet.current], seed = null) {
+async function run(prompt, parent = state.sheet.nodes[state.sheet.current]) {
   if (state.running || !model()) return;
   const { sheet } = state;
   const running = new AbortController();
   const request = requestOf(sheet.settings, model().id);
-  if (seed !== null) request.seed = seed;
+  // With the same seed, another reply at the same place would be the same one.
+  if ("seed" in request) request.seed = (request.seed + parent.children.length) % Number.MAX_SAFE_INTEGER;
   const generation = start(prompt, request);
   let node = null;
   let began = 0;
+  let shown = 0;
+  let frame = 0;
+  const draw = () => {
+    frame = 0;
+    if (sheet === state.sheet) extend(node, generation, shown);
+    shown = node.to;
+  };
   forgetUndo();
   setRunning(running);
   problem("");
@@ -216,15 +225,14 @@ async function run(prompt, parent = state.sheet.nodes[state.sheet.current], seed
     if (!generation.tokens.length) return;
     began ||= performance.now();
     state.rate = (generation.tokens.length - 1) / ((performance.now() - began) / 1000) || 0;
-    const known = node?.to ?? 0;
     if (!node) {
       sheet.generations[generation.id] = generation;
       node = addNode(sheet, parent, { by: "model", generation: generation.id, from: 0, to: 0 });
       sheet.current = node.id;
     }
     node.to = generation.tokens.length;
-    if (sheet === state.sheet) extend(node, generation, known);
-    changed();
+    frame ||= requestAnimationFrame(draw);
+    changed(SAVE_STREAM_AFTER);
   };
   try {
     await stream(generation, prompt, running.signal, tokens);
@@ -234,6 +242,7 @@ async function run(prompt, parent = state.sheet.nodes[state.sheet.current], seed
     status(error.name === "AbortError" ? `Stopped after ${generation.tokens.length} tokens.` : "");
     failed(error);
   } finally {
+    cancelAnimationFrame(frame);
     generation.finish ??= "stopped";
     setRunning(null);
     remember(sheet);
@@ -280,11 +289,7 @@ function again() {
   const last = path.findLast((node) => node.generation && !sheet.generations[node.generation].chosen);
   if (!last || state.running) return;
   const first = path.find((node) => node.generation === last.generation);
-  const parent = sheet.nodes[first.parent];
-  const { prompt_ids: prompt, seed } = sheet.generations[last.generation];
-  // With the same seed the reply would be the same one.
-  const fixed = sheet.settings.seed !== "" ? (seed + parent.children.length) % Number.MAX_SAFE_INTEGER : null;
-  run(prompt, parent, fixed);
+  run(sheet.generations[last.generation].prompt_ids, sheet.nodes[first.parent]);
 }
 
 async function take(found, alternative, same) {

@@ -11,7 +11,7 @@ const SETTINGS = [
   ["repetition_penalty", "Repetition penalty", "Above 1 makes tokens of prompt and reply less likely.", { min: 0.01, step: "any" }],
   ["presence_penalty", "Presence penalty", "Subtracted from the logits of tokens that the reply has.", { min: -2, max: 2, step: "any" }],
   ["frequency_penalty", "Frequency penalty", "The same, times how often they occur there.", { min: -2, max: 2, step: "any" }],
-  ["seed", "Seed", "The same seed repeats a reply; empty draws one, which is kept with the text.", { min: 0, max: Number.MAX_SAFE_INTEGER, step: 1 }],
+  ["seed", "Seed", "The same seed repeats a reply; each further one at the same place adds 1. Empty draws one, which is kept with the text.", { min: 0, max: Number.MAX_SAFE_INTEGER, step: 1 }],
 ];
 const STOP = "The reply ends before one of these texts, one a line; \\n stands for a line break.";
 
