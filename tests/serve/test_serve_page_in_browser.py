@@ -180,15 +180,18 @@ def test_all_of_it_works_by_keyboard_alone(open_page: Opened, stage: Served) -> 
     page.keyboard.type("Mia")
     proceed(page)
     first = text_of(page)
-    for _ in range(3):
+    page.keyboard.press("ArrowLeft")
+    while not page.locator("#token button:not([aria-current]):not(:disabled)").count():
         page.keyboard.press("ArrowLeft")
+        page.wait_for_timeout(50)
     page.keyboard.press("Alt+ArrowDown")
     assert page.evaluate("document.activeElement.closest('#token') !== null")
-    page.keyboard.press("Tab")
+    while page.evaluate("document.activeElement.getAttribute('aria-current')"):
+        page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     finish(page)
-    assert text_of(page) != first
     assert branches(page) == 2
+    assert text_of(page) != first
     page.keyboard.press("Alt+PageUp")
     assert text_of(page) == first
 
@@ -252,7 +255,7 @@ def test_what_is_exported_can_be_repeated_and_imported(open_page: Opened, stage:
     file.write_text(json.dumps(content), encoding="utf-8")
     fresh = opened(open_page, stage)
     fresh.set_input_files("#file", file)
-    fresh.wait_for_selector("#editor .t")
+    fresh.wait_for_selector("#editor .t", state="attached")
     assert text_of(fresh) == text_of(page)
     assert branches(fresh) == 2
     for text, sentence in (("{", "not JSON"), ('{"format": 1}', "gemmule-sheets"), (damaged(content), "damaged")):

@@ -44,7 +44,7 @@ export function showToken(panel, token, choose) {
   panel.append(element("p", {}, own, ` had a probability of ${percent(token.logprob)}.`));
   const list = element("ul", { class: "alternatives", "aria-label": "Alternatives" });
   for (const each of token.top) {
-    const current = each.text === token.text;
+    const current = each.id === undefined ? each.text === token.text : each.id === token.id;
     const button = element(
       "button", { type: "button", disabled: !isText(each.text) || !choose },
       element("bdi", { textContent: visible(each.text) }), element("span", { textContent: percent(each.logprob) }),
