@@ -1,12 +1,12 @@
 """What is served as the page: its files, their headers, and that nothing in them refers elsewhere."""
 
 import re
+from pathlib import Path
 
 import pytest
 from serving import Served, serving
 
 from gemmule.serve.page_files import page_files, page_paths
-from pathlib import Path
 
 
 def test_the_page_and_its_files_are_served_with_their_policy(server: Served) -> None:
@@ -24,7 +24,9 @@ def test_the_page_and_its_files_are_served_with_their_policy(server: Served) -> 
         assert "unsafe" not in policy
 
 
-@pytest.mark.parametrize("path", ["/page/", "/page/none.js", "/page/../app.py", "/page/%2e%2e%2fapp.py", "/page/__init__.py"])
+@pytest.mark.parametrize(
+    "path", ["/page/", "/page/none.js", "/page/../app.py", "/page/%2e%2e%2fapp.py", "/page/__init__.py"]
+)
 def test_nothing_else_is_served(server: Served, path: str) -> None:
     assert server.ask(path).status == 404
 
@@ -40,8 +42,12 @@ def test_the_page_needs_no_key_and_what_it_asks_for_does(model_folder: Path) -> 
 @pytest.mark.parametrize("name", sorted(page_files()))
 def test_no_file_refers_elsewhere_or_makes_text_into_html(name: str) -> None:
     text = page_files()[name].decode()
-    assert re.findall(r"(?:https?:|wss?:)?//[a-z]|url\(|@import", re.sub(r"(?m)^\s*//.*$|; //.*$| // .*$", "", text)) == []
-    assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|\son\w+=", text) == []
+    assert (
+        re.findall(r"(?:https?:|wss?:)?//[a-z]|url\(|@import", re.sub(r"(?m)^\s*//.*$|; //.*$| // .*$", "", text)) == []
+    )
+    assert (
+        re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|\son\w+=", text) == []
+    )
     for target in re.findall(r'(?:src|href)="([^"]*)"', text):
         assert target in page_paths() | {"data:,", "#main"}
     for target in re.findall(r'from "([^"]*)"', text):
