@@ -21,6 +21,7 @@ from gemmule.serve.guard import App, Guard, Record
 from gemmule.serve.metrics import Metrics
 from gemmule.serve.models import ServedModel
 from gemmule.serve.openapi import describe
+from gemmule.serve.page_files import PAGE, page_response
 from gemmule.serve.prompts import Prompt, chat_ids, check_ids, completion_prompts, encode_text
 from gemmule.serve.protocol import (
     TOKEN_ID_BOUND,
@@ -119,6 +120,7 @@ def make_app(service: Service, write: Callable[[str], None] | None = None) -> Ap
     _add_generation(app, service)
     _add_tokens(app, service)
     _add_information(app, service)
+    _add_page(app)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
     return Guard(_Counted(app, service.metrics), service.settings, write)
@@ -301,3 +303,17 @@ def _add_information(app: FastAPI, service: Service) -> None:
         return json_response(
             describe(service.settings, min((each.vocab_size for each in models), default=TOKEN_ID_BOUND))
         )
+
+
+def _add_page(app: FastAPI) -> None:
+    @app.get("/")
+    async def page() -> Response:
+        """Return the page."""
+        return await page_file(PAGE)
+
+    @app.get("/page/{name}")
+    async def page_file(name: str) -> Response:
+        """Return a file of the page."""
+        if (found := page_response(name)) is None:
+            raise HTTPException(404)
+        return found

@@ -5,7 +5,7 @@ from itertools import accumulate
 from typing import Any
 
 from gemmule.inference.sampling import LogProbabilities
-from gemmule.serve.generation import Generation, finite, token_text, unique_alternatives
+from gemmule.serve.generation import Generation, alternative_ids, finite, token_text, unique_alternatives
 from gemmule.serve.prompts import Prompt
 from gemmule.serve.protocol import CompletionBody
 from gemmule.serve.replies import Part
@@ -74,7 +74,7 @@ class CompletionFormat:
         places += offsets.of_tokens(said)
         tokens += said
         scores += part.scores[: len(said)]
-        return {
+        found: dict[str, Any] = {
             "tokens": [token_text(served, token) for token in tokens],
             "token_logprobs": [None if each is None else finite(each.token) for each in scores],
             "top_logprobs": [
@@ -83,6 +83,12 @@ class CompletionFormat:
             ],
             "text_offset": places,
         }
+        if self._body.return_token_ids:
+            found["top_token_ids"] = [
+                None if each is None else alternative_ids(served, each, token)
+                for token, each in zip(tokens, scores, strict=True)
+            ]
+        return found
 
 
 class _Offsets:

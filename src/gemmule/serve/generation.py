@@ -203,3 +203,11 @@ def unique_alternatives(served: ServedModel, scores: LogProbabilities, token: in
     for each, score in (*scores.likeliest, (token, scores.token)):
         found.setdefault(token_text(served, each), finite(score))
     return found
+
+
+def alternative_ids(served: ServedModel, scores: LogProbabilities, token: int) -> dict[str, int]:
+    """Return the ids of `unique_alternatives`."""
+    found: dict[str, int] = {}
+    for each in (*(likely for likely, _ in scores.likeliest), token):
+        found.setdefault(token_text(served, each), each)
+    return found

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gemmule.serve.failures import ApiError
+from gemmule.serve.page_files import page_paths
 from gemmule.serve.settings import LOOPBACK_NAMES, ServerSettings
 from gemmule.serve.streams import Receive, Send
 
@@ -57,6 +58,7 @@ class Guard:
     def __init__(self, app: App, settings: ServerSettings, write: Callable[[str], None] | None) -> None:
         self._app, self._settings, self._limits, self._write = app, settings, settings.limits, write
         self._names = _own_names(settings)
+        self._open = {*OPEN_PATHS, *page_paths()}  # the page has no secrets, and asks for the key itself
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or let the application do it."""
@@ -106,7 +108,7 @@ class Guard:
         navigates = headers.get(b"sec-fetch-mode") == b"navigate" and scope["method"] in ("GET", "HEAD")
         if headers.get(b"sec-fetch-site") == b"cross-site" and not navigates and not origin:
             raise ApiError(403, "a web page of another site may not ask this server", code="foreign_origin")
-        if self._settings.api_keys and scope["path"] not in OPEN_PATHS:
+        if self._settings.api_keys and scope["path"] not in self._open:
             self._check_key(headers.get(b"authorization", b""))
 
     def _check_key(self, given: bytes) -> None:

@@ -1,0 +1,409 @@
+"""The server's page in Debian's Chromium, driven by playwright: slow, since it starts a browser."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Served, save_model, serving
+
+from gemmule.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.slow
+Opened = Callable[..., Any]
+KEY = "sk-gemmule-1234"
+SCRIPT = "<script>document.title='bad'</script><img src=x onerror=document.title=1>"
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
+    """A model that goes on for long."""
+    return save_model(tmp_path_factory.mktemp("models") / "story", tiny_tokenizer, context=4096)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "other", tiny_tokenizer, context=4096, seed=7)
+
+
+@pytest.fixture(scope="module")
+def stage(story: Path, other: Path) -> Iterator[Served]:
+    """Two models that chat."""
+    with serving(story, other, chat=True) as served:
+        yield served
+
+
+@pytest.fixture
+def may_load() -> Callable[[str], bool]:
+    """Whether an address is the server's; tests without a server of their own load nothing else."""
+    return lambda url: url.startswith(("http://127.0.0.1:", "blob:http://127.0.0.1:")) or url == "data:,"
+
+
+@pytest.fixture
+def may_say() -> Callable[[str], bool]:
+    """Chromium itself reports requests that fail, which the tests of keys and of a stopped server cause."""
+    return lambda line: line.startswith("Failed to load resource") and ("401" in line or "ERR_CONNECTION" in line)
+
+
+def opened(open_page: Opened, served: Served, width: int = 1280, **options: Any) -> Any:
+    page = open_page(f"{served.server.address}/", width, **options)
+    page.wait_for_selector("body[data-ready]")
+    page.set_default_timeout(15_000)
+    page.locator("#settings-box").evaluate("box => { box.open = true; }")
+    setting(page, "seed", "5")
+    return page
+
+
+def write(page: Any, text: str, tokens: int = 12) -> None:
+    """Write a text and let the model continue it."""
+    setting(page, "max_tokens", str(tokens))
+    page.click("#editor")
+    page.keyboard.press("Control+End")
+    page.keyboard.type(text)
+    proceed(page)
+
+
+def setting(page: Any, name: str, value: str) -> None:
+    page.fill(f"#settings [name={name}]", value)
+    page.dispatch_event(f"#settings [name={name}]", "change")
+
+
+def proceed(page: Any) -> None:
+    page.keyboard.press("Control+Enter")
+    finish(page)
+
+
+def finish(page: Any) -> None:
+    page.wait_for_selector("#go:not(:disabled)")
+    for _ in range(100):
+        if page.inner_text("#status"):
+            break
+        page.wait_for_timeout(20)
+    page.wait_for_selector("#stop:disabled")
+
+
+def text_of(page: Any) -> str:
+    return str(page.evaluate("document.getElementById('editor').textContent"))
+
+
+def word(page: Any, number: int) -> Any:
+    """Return a token of the model that shows a letter; nonsense has parts of characters, too."""
+    return page.locator("#editor .t").filter(has_text=re.compile("[A-Za-z]")).nth(number)
+
+
+def change_requests(page: Any, **fields: Any) -> None:
+    """Send fields that the page does not."""
+
+    def changed(route: Any) -> None:
+        route.continue_(post_data=json.dumps(route.request.post_data_json | fields))
+
+    page.route("**/v1/completions", changed)
+
+
+def branches(page: Any) -> int:
+    return int(page.locator("#branches button").count())
+
+
+def export(page: Any) -> Any:
+    if not page.locator("#export").is_visible():
+        page.click(".menu summary")
+    with page.expect_download() as found:
+        page.click("#export")
+    return json.loads(Path(found.value.path()).read_text(encoding="utf-8"))
+
+
+def test_a_text_is_continued_and_yours_differs_from_the_models(open_page: Opened, stage: Served) -> None:
+    page = opened(open_page, stage)
+    write(page, "Mia found\na red kite")
+    assert text_of(page).startswith("Mia found\na red kite")
+    assert page.locator("#editor .t").count() == 12
+    assert page.inner_text("#editor .yours") == "Mia found\na red kite"
+    assert "12 tokens" in page.inner_text("#status")
+    assert "Context left" in page.inner_text("#figures")
+    before = text_of(page)
+    proceed(page)
+    assert text_of(page).startswith(before)
+    assert page.locator("#editor .t").count() == 24
+
+
+def test_escape_stops_and_what_came_is_kept(open_page: Opened, stage: Served) -> None:
+    page = opened(open_page, stage)
+    change_requests(page, min_tokens=3000)
+    setting(page, "max_tokens", "4000")
+    page.click("#editor")
+    page.keyboard.type("Mia")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#editor .t >> nth=20", state="attached")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#stop:disabled")
+    count = page.locator("#editor .t").count()
+    assert 20 < count < 3900
+    assert f"Stopped after {count} tokens" in page.inner_text("#status")
+    for _ in range(100):
+        if not stage.server.service.replies:
+            break
+        page.wait_for_timeout(20)
+    assert not stage.server.service.replies, "the server let go of it"
+
+
+def test_an_alternative_taken_by_mouse_begins_a_branch_and_the_old_one_is_found_again(
+    open_page: Opened, stage: Served
+) -> None:
+    page = opened(open_page, stage)
+    write(page, "Mia")
+    first = text_of(page)
+    word(page, 2).click()
+    page.click("#token button:not([aria-current]):not(:disabled)")
+    finish(page)
+    second = text_of(page)
+    assert second != first
+    assert page.locator("#editor .chosen").count() == 1
+    assert branches(page) == 2
+    page.locator("#branches button").first.click()
+    assert text_of(page) == first
+    page.keyboard.press("Alt+PageDown")
+    assert text_of(page) == second
+    page.fill("#branch-name", "the other")
+    page.press("#branch-name", "Enter")
+    assert "the other" in page.inner_text("#branches")
+    page.click("#delete-branch")
+    assert text_of(page) == first
+    assert branches(page) == 0
+
+
+def test_all_of_it_works_by_keyboard_alone(open_page: Opened, stage: Served) -> None:
+    page = opened(open_page, stage)
+    setting(page, "max_tokens", "10")
+    page.focus("#editor")
+    page.keyboard.type("Mia")
+    proceed(page)
+    first = text_of(page)
+    page.keyboard.press("ArrowLeft")
+    while not page.locator("#token button:not([aria-current]):not(:disabled)").count():
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_timeout(50)
+    page.keyboard.press("Alt+ArrowDown")
+    assert page.evaluate("document.activeElement.closest('#token') !== null")
+    while page.evaluate("document.activeElement.getAttribute('aria-current')"):
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    finish(page)
+    assert branches(page) == 2
+    assert text_of(page) != first
+    page.keyboard.press("Alt+PageUp")
+    assert text_of(page) == first
+
+
+def test_changing_what_the_model_said_begins_a_branch_and_undoing_it_does_not_lose_any(
+    open_page: Opened, stage: Served
+) -> None:
+    page = opened(open_page, stage)
+    write(page, "Mia")
+    said = text_of(page)
+    for _ in range(3):
+        page.keyboard.press("Backspace")
+    assert text_of(page) == said[:-3]
+    page.keyboard.type(" and\nthen")
+    assert text_of(page) == said[:-3] + " and\nthen"
+    page.keyboard.press("Control+Home")
+    page.keyboard.type("Oh! ")
+    assert text_of(page) == "Oh! " + said[:-3] + " and\nthen"
+    nodes = export(page)["sheets"][0]
+    ends = [node for node in nodes["nodes"].values() if not node["children"]]
+    assert len(ends) <= 4
+    page.focus("#editor")
+    for _ in range(8):
+        page.keyboard.press("Control+z")
+    assert text_of(page) == said
+
+
+def test_a_reload_keeps_all(open_page: Opened, stage: Served) -> None:
+    page = opened(open_page, stage)
+    write(page, "Mia")
+    page.click("#again")
+    finish(page)
+    page.fill("#branch-name", "second")
+    page.press("#branch-name", "Enter")
+    setting(page, "temperature", "0.5")
+    kept = text_of(page), page.inner_text("#branches"), page.locator("#editor").inner_html()
+    page.wait_for_timeout(500)
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    assert (text_of(page), page.inner_text("#branches"), page.locator("#editor").inner_html()) == kept
+    assert page.input_value("#settings [name=temperature]") == "0.5"
+
+
+def test_what_is_exported_can_be_repeated_and_imported(open_page: Opened, stage: Served, tmp_path: Path) -> None:
+    page = opened(open_page, stage)
+    setting(page, "repetition_penalty", "1.1")
+    write(page, "Mia")
+    word(page, 1).click()
+    page.click("#token button:not([aria-current]):not(:disabled)")
+    finish(page)
+    content = export(page)
+    assert (content["format"], content["version"]) == ("gemmule-sheets", 1)
+    drawn = [each for each in content["sheets"][0]["generations"].values() if not each.get("chosen")]
+    assert len(drawn) == 2
+    for each in drawn:
+        answer = stage.complete(**each["request"] | {"prompt": each["prompt_ids"], "seed": each["seed"]}).json
+        assert answer["system_fingerprint"] == each["fingerprint"]
+        ids = answer["choices"][0]["token_ids"]
+        assert ids[: len(each["tokens"])] == [token["id"] for token in each["tokens"]]
+    file = tmp_path / "sheets.json"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    fresh = opened(open_page, stage)
+    fresh.set_input_files("#file", file)
+    fresh.wait_for_selector("#editor .t", state="attached")
+    assert text_of(fresh) == text_of(page)
+    assert branches(fresh) == 2
+    for text, sentence in (("{", "not JSON"), ('{"format": 1}', "gemmule-sheets"), (damaged(content), "damaged")):
+        file.write_text(text, encoding="utf-8")
+        fresh.set_input_files("#file", file)
+        fresh.wait_for_selector(f"#problem:has-text('{sentence}')")
+
+
+def damaged(content: Any) -> str:
+    copy = json.loads(json.dumps(content))
+    copy["sheets"][0]["nodes"].popitem()
+    return json.dumps(copy)
+
+
+def test_text_of_the_model_is_never_html(open_page: Opened, stage: Served) -> None:
+    pytest.importorskip("llguidance", reason="the extra constraints is not installed")
+    page = opened(open_page, stage)
+    change_requests(page, grammar=f'start: "{SCRIPT}"')
+    write(page, "<b>Mia</b>", tokens=200)
+    assert text_of(page) == f"<b>Mia</b>{SCRIPT}"
+    assert page.title() == "Gemmule"
+    assert page.locator("#editor :is(script, img, b)").count() == 0
+    word(page, 2).click()
+    assert page.locator("#token :is(script, img, b)").count() == 0
+
+
+def test_your_own_text_is_tinted_by_surprise(open_page: Opened, stage: Served) -> None:
+    page = opened(open_page, stage)
+    page.click("#editor")
+    page.keyboard.type("Mia found a \U0001f984 kite")
+    page.click("#surprise")
+    page.wait_for_selector("#editor .yours.t")
+    assert text_of(page) == "Mia found a \U0001f984 kite"
+    assert page.locator("#editor .b7").count() > 0
+    page.click("#surprise")
+    page.wait_for_selector("#editor .t", state="detached")
+
+
+def test_side_by_side_parts_only_where_the_models_do(open_page: Opened, stage: Served) -> None:
+    page = opened(open_page, stage)
+    setting(page, "max_tokens", "12")
+    page.click("#editor")
+    page.keyboard.type("Mia")
+    page.click("#compare")
+
+    def both() -> list[str]:
+        page.click("#run-both")
+        page.wait_for_selector("#status:has-text('Both are done')")
+        return [each.evaluate("each => each.textContent") for each in page.locator(".side .reply").all()]
+
+    assert len(set(both())) == 1, "same prompt, seed and settings"
+    assert page.locator(".parts").count() == 0
+    page.locator(".side select").nth(1).select_option("other")
+    left, right = both()
+    assert left != right
+    assert page.locator(".parts").count() == 2
+    page.locator(".side button").nth(1).click()
+    assert text_of(page) == "Mia" + right
+
+
+def test_a_chat_is_edited_regenerated_and_continued(open_page: Opened, stage: Served) -> None:
+    page = opened(open_page, stage)
+    page.click("#new-chat")
+    setting(page, "max_tokens", "8")
+    page.fill("#message", "Who are you?")
+    page.focus("#message")
+    proceed(page)
+    reply = page.locator(".turn.assistant .reply")
+    first = reply.inner_text()
+    page.get_by_role("button", name="Regenerate").click()
+    finish(page)
+    assert "2 of 2" in page.inner_text("#turns")
+    page.get_by_role("button", name="Previous branch").click()
+    assert reply.inner_text() == first
+    page.get_by_role("button", name="Continue", exact=True).click()
+    finish(page)
+    assert reply.inner_text().startswith(first)
+    reply.focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#token .alternatives button").count() >= 8
+    page.get_by_role("button", name="Edit").click()
+    page.fill(".turn textarea", "Who is it?")
+    page.get_by_role("button", name="Send as a branch").click()
+    finish(page)
+    assert "Who is it?" in page.inner_text("#turns")
+    assert "Who are you?" not in page.inner_text("#turns")
+    page.fill("#message", "And then?")
+    page.click("#go")
+    page.wait_for_selector(".turn.assistant >> nth=1")
+    finish(page)
+    assert page.locator(".turn").count() == 4
+
+
+def test_a_wrong_key_is_asked_for_again_and_a_right_one_opens(open_page: Opened, story: Path) -> None:
+    with serving(story, api_keys=(KEY.encode(),)) as locked:
+        page = opened(open_page, locked)
+        page.wait_for_selector("#key-dialog[open]")
+        page.fill("#key", "sk-wrong-key")
+        page.press("#key", "Enter")
+        page.wait_for_selector("#key-problem:has-text('wrong')")
+        page.fill("#key", KEY)
+        page.press("#key", "Enter")
+        page.wait_for_selector("body[data-connected]")
+        assert not page.locator("#key-dialog").is_visible()
+        write(page, "Mia")
+        assert page.locator("#editor .t").count() == 12
+        page.reload()
+        page.wait_for_selector("body[data-ready][data-connected]")
+        assert page.evaluate("localStorage.length") == 1, "the key is not among what stays"
+
+
+def test_a_server_that_stops_and_comes_back_is_found_again(open_page: Opened, story: Path) -> None:
+    with serving(story) as served:
+        page = opened(open_page, served)
+        write(page, "Mia")
+        port = served.port
+    said = text_of(page)
+    page.focus("#editor")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#problem:has-text('cannot be reached')")
+    assert text_of(page) == said
+    with serving(story, port=port):
+        page.wait_for_selector("#problem", state="hidden")
+        page.focus("#editor")
+        proceed(page)
+        assert text_of(page).startswith(said)
+        assert len(text_of(page)) > len(said)
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_any_width_and_breaks_no_rule_of_accessibility(
+    open_page: Opened, stage: Served, width: int, scheme: str
+) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the extra browser is not installed")
+    page = opened(open_page, stage, width, color_scheme=scheme)
+    page.click("#compare")
+    write(page, "Mia", tokens=60)
+    word(page, 2).click()
+
+    def check() -> None:
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        results = axe.Axe().run(page)
+        assert results.violations_count == 0, results.generate_report()
+
+    check()
+    page.click("#new-chat")
+    page.fill("#message", "Who are you?")
+    page.focus("#message")
+    proceed(page)
+    check()
