@@ -59,15 +59,14 @@ const comparison = new Comparison($("sides"), {
 let saving = 0;
 function changed(after = SAVE_AFTER) {
   state.sheet.changed = Date.now();
-  saving ||= setTimeout(save, after);
+  saving ||= setTimeout(() => save(), after);
 }
 
-async function save() {
+async function save(sheet = state.sheet) {
   clearTimeout(saving);
   saving = 0;
   try {
-    await saveSheet(state.sheet);
-    document.body.dataset.saved = String(state.sheet.changed);
+    await saveSheet(sheet);
   } catch (error) {
     problem(`The browser does not keep this text (${error.message}); export it.`);
   }
@@ -247,8 +246,7 @@ async function run(prompt, parent = state.sheet.nodes[state.sheet.current]) {
     setRunning(null);
     remember(sheet);
     if (sheet === state.sheet) settle();
-    await saveSheet(sheet);
-    changed();
+    await save(sheet);
   }
 }
 
@@ -506,6 +504,7 @@ function listen() {
   });
   document.addEventListener("keydown", onKey);
   addEventListener("pagehide", () => saving && save());
+  document.addEventListener("visibilitychange", () => document.hidden && saving && save());
 }
 
 listen();

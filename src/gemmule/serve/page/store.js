@@ -21,7 +21,14 @@ export async function loadSheets() {
 }
 
 const table = (mode) => database.transaction("sheets", mode).objectStore("sheets");
-export const saveSheet = async (sheet) => finished(table("readwrite").put(sheet));
+
+export async function saveSheet(sheet) {
+  const sheets = table("readwrite");
+  const writing = finished(sheets.put(sheet));
+  sheets.transaction.commit();
+  return writing;
+}
+
 export const deleteSheet = async (id) => finished(table("readwrite").delete(id));
 
 export function exported(sheets) {
