@@ -62,6 +62,14 @@ function check(sheet) {
     && Object.entries(nodes).every(([id, node]) => node.id === id && Array.isArray(node.children)
       && node.children.every((child) => nodes[child]?.parent === id)
       && (id === root || nodes[node.parent]?.children.includes(id))
-      && (node.generation ? generations[node.generation] : typeof node.text === "string"));
+      && (node.generation ? generations[node.generation] : typeof node.text === "string"))
+    && below(nodes, root) === Object.keys(nodes).length;
   if (!whole) throw new Error(`Sheet ${JSON.stringify(sheet?.title ?? "")} of the file is damaged; nothing was imported.`);
+}
+
+// How many nodes hang below one, itself included; where none is shared, none is its own ancestor.
+function below(nodes, root) {
+  const open = [root];
+  for (let number = 0; number < open.length; number += 1) open.push(...nodes[open[number]].children);
+  return open.length;
 }
