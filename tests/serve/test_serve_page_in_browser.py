@@ -228,7 +228,6 @@ def test_a_reload_keeps_all(open_page: Opened, stage: Served) -> None:
     page.press("#branch-name", "Enter")
     setting(page, "temperature", "0.5")
     kept = text_of(page), page.inner_text("#branches"), page.locator("#editor").inner_html()
-    page.wait_for_timeout(500)
     page.reload()
     page.wait_for_selector("body[data-ready]")
     assert (text_of(page), page.inner_text("#branches"), page.locator("#editor").inner_html()) == kept

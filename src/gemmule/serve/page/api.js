@@ -22,7 +22,7 @@ async function request(path, body, signal) {
     response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Failure("The server cannot be reached. Your text is kept; this page tries again by itself.");
+    throw new Failure("The server cannot be reached. Your text is kept; this page tries again by itself.", 0, "unreachable");
   }
   if (response.ok) return response;
   const { error } = await response.json().catch(() => ({}));

@@ -14,9 +14,12 @@ import {
 } from "./tree.js";
 
 const $ = (id) => document.getElementById(id);
-const state = { models: [], sheets: [], sheet: null, running: null, surprise: [], undo: [], undone: { time: 0, place: 0 } };
+const state = {
+  models: [], sheets: [], sheet: null, running: null, surprise: [], undo: [], undone: { time: 0, place: 0 }, rate: 0, away: false,
+};
 const SAVE_AFTER = 300; // milliseconds
 const SAVE_STREAM_AFTER = 3000;
+const DRAW_SHARE = 3;
 const TRY_AFTER = 3000;
 const UNDO_STEPS = 100;
 const UNDO_PAUSE = 800;
@@ -59,15 +62,14 @@ const comparison = new Comparison($("sides"), {
 let saving = 0;
 function changed(after = SAVE_AFTER) {
   state.sheet.changed = Date.now();
-  saving ||= setTimeout(save, after);
+  saving ||= setTimeout(() => save(), after);
 }
 
-async function save() {
+async function save(sheet = state.sheet) {
   clearTimeout(saving);
   saving = 0;
   try {
-    await saveSheet(state.sheet);
-    document.body.dataset.saved = String(state.sheet.changed);
+    await saveSheet(sheet);
   } catch (error) {
     problem(`The browser does not keep this text (${error.message}); export it.`);
   }
@@ -196,12 +198,19 @@ function failed(error) {
     return;
   }
   problem(error.message);
-  if (error.status === 0 || error.status === 503) waitForServer();
+  if (error.code === "unreachable" || error.status === 503) {
+    state.away = true;
+    waitForServer();
+  }
 }
 
 // Continue from the current end, or from ids; the reply becomes a child of `parent`.
 async function run(prompt, parent = state.sheet.nodes[state.sheet.current]) {
-  if (state.running || !model()) return;
+  if (state.running) return;
+  if (!model()) {
+    await connect();
+    return;
+  }
   const { sheet } = state;
   const running = new AbortController();
   const request = requestOf(sheet.settings, model().id);
@@ -211,11 +220,15 @@ async function run(prompt, parent = state.sheet.nodes[state.sheet.current]) {
   let node = null;
   let began = 0;
   let shown = 0;
-  let frame = 0;
+  let timer = 0;
+  let pause = 0;
   const draw = () => {
-    frame = 0;
+    timer = 0;
+    const before = performance.now();
     if (sheet === state.sheet) extend(node, generation, shown);
     shown = node.to;
+    // A long text is laid out slowly: what draws takes a quarter of the time at most.
+    pause = DRAW_SHARE * (performance.now() - before);
   };
   forgetUndo();
   setRunning(running);
@@ -231,7 +244,7 @@ async function run(prompt, parent = state.sheet.nodes[state.sheet.current]) {
       sheet.current = node.id;
     }
     node.to = generation.tokens.length;
-    frame ||= requestAnimationFrame(draw);
+    timer ||= setTimeout(draw, pause);
     changed(SAVE_STREAM_AFTER);
   };
   try {
@@ -242,13 +255,12 @@ async function run(prompt, parent = state.sheet.nodes[state.sheet.current]) {
     status(error.name === "AbortError" ? `Stopped after ${generation.tokens.length} tokens.` : "");
     failed(error);
   } finally {
-    cancelAnimationFrame(frame);
+    clearTimeout(timer);
     generation.finish ??= "stopped";
     setRunning(null);
     remember(sheet);
     if (sheet === state.sheet) settle();
-    await saveSheet(sheet);
-    changed();
+    await save(sheet);
   }
 }
 
@@ -257,8 +269,8 @@ function extend(node, generation, known) {
   const below = paper.scrollHeight - paper.scrollTop - paper.clientHeight < 60;
   if (state.sheet.mode === "chat") chat.extend(state.sheet, node, generation, known);
   else editor.extend(node, generation.tokens, known);
-  if (below) paper.scrollTop = paper.scrollHeight;
   showFigures();
+  if (below) paper.scrollTop = paper.scrollHeight; // which lays out, too
 }
 
 // Show what a reply left, with the cursor where it was or, after a reply, at its end.
@@ -323,7 +335,7 @@ async function send() {
 }
 
 async function answer(turn) {
-  if (state.running) return;
+  if (state.running || !model()) return;
   state.sheet.current = turn.id;
   show();
   changed();
@@ -356,7 +368,8 @@ async function connect() {
   $("model").replaceChildren(...state.models.map(({ id }) => element("option", { value: id, textContent: id })));
   if (state.models.some(({ id }) => id === chosen)) $("model").value = chosen;
   $("new-chat").hidden = !state.models.some(({ chats }) => chats);
-  problem("");
+  if (state.away) problem("");
+  state.away = false;
   if (state.sheet) {
     comparison.show(state.models, state.sheet.settings);
     showFigures();
@@ -407,7 +420,7 @@ function onKey(event) {
   } else if (event.key === "Escape" && !$("key-dialog").open) {
     if (state.running) stop();
     else if ($("token").contains(document.activeElement)) $("editor").focus();
-  } else if (event.altKey && event.key === "ArrowDown") {
+  } else if (event.altKey && event.key === "ArrowDown" && event.target.nodeName !== "SELECT") {
     event.preventDefault();
     $("token").querySelector("button:not(:disabled)")?.focus();
   } else if (event.altKey && (event.key === "PageUp" || event.key === "PageDown")) {
@@ -506,6 +519,7 @@ function listen() {
   });
   document.addEventListener("keydown", onKey);
   addEventListener("pagehide", () => saving && save());
+  document.addEventListener("visibilitychange", () => document.hidden && saving && save());
 }
 
 listen();

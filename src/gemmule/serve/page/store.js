@@ -21,7 +21,14 @@ export async function loadSheets() {
 }
 
 const table = (mode) => database.transaction("sheets", mode).objectStore("sheets");
-export const saveSheet = async (sheet) => finished(table("readwrite").put(sheet));
+
+export async function saveSheet(sheet) {
+  const sheets = table("readwrite");
+  const writing = finished(sheets.put(sheet));
+  sheets.transaction.commit();
+  return writing;
+}
+
 export const deleteSheet = async (id) => finished(table("readwrite").delete(id));
 
 export function exported(sheets) {
@@ -55,6 +62,14 @@ function check(sheet) {
     && Object.entries(nodes).every(([id, node]) => node.id === id && Array.isArray(node.children)
       && node.children.every((child) => nodes[child]?.parent === id)
       && (id === root || nodes[node.parent]?.children.includes(id))
-      && (node.generation ? generations[node.generation] : typeof node.text === "string"));
+      && (node.generation ? generations[node.generation] : typeof node.text === "string"))
+    && below(nodes, root) === Object.keys(nodes).length;
   if (!whole) throw new Error(`Sheet ${JSON.stringify(sheet?.title ?? "")} of the file is damaged; nothing was imported.`);
+}
+
+// How many nodes hang below one, itself included; where none is shared, none is its own ancestor.
+function below(nodes, root) {
+  const open = [root];
+  for (let number = 0; number < open.length; number += 1) open.push(...nodes[open[number]].children);
+  return open.length;
 }
