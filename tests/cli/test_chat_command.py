@@ -275,7 +275,7 @@ def test_on_a_terminal_ctrl_c_stops_the_reply_and_ctrl_d_ends(tiny_run: Path, tm
         typist.wait_for("> ")
         typist.type("Mia found\n")
         typist.wait_for("Mia found\r\n")
-        time.sleep(0.5)
+        typist.wait_for(" ")  # of the reply
         typist.process.send_signal(signal.SIGINT)
         typist.wait_for("> ")
         typist.type("half a line\x03")  # at the prompt it drops what was typed
@@ -283,6 +283,12 @@ def test_on_a_terminal_ctrl_c_stops_the_reply_and_ctrl_d_ends(tiny_run: Path, tm
         typist.wait_for("must be a number at least 0")
         typist.type(f"/save {file}\n/tokens\n")
         typist.wait_for("used ")
+        typist.type("/set max_tokens 5\n/set min_tokens 5\n/edit 1\n")
+        typist.wait_for("edit> \x1b[0mMia found")  # to be edited
+        typist.type("\x7f\x7fd\n")
+        typist.wait_for("(5 tokens, max_tokens or the context ends it; an empty line continues)")
+        typist.type("/branch\n")
+        typist.wait_for("1 user: Mia foud")
         typist.type("\x04")
         assert typist.process.wait(30) == 0
     _, its = json.loads(file.read_text())["pieces"]
