@@ -56,6 +56,18 @@ def test_the_twelfth_turn_of_a_conversation_computes_its_own_tokens_and_at_most_
         assert answer == reply(Engine(model, 1, 2000, "plain"), said)[0]
 
 
+@pytest.mark.parametrize("window", [2, 8, 37])
+def test_a_turn_continues_from_the_last_full_page_wherever_the_turn_before_it_ended(window: int) -> None:
+    model = lively_model(tiny_config(sliding_window=window, max_position_embeddings=4000))
+    for count in range(90, 107):
+        engine = Engine(model, 1, 400, "plain")
+        prompt = [7 + i % 40 for i in range(30)]
+        answer, _ = reply(engine, prompt, count)
+        (sequence,) = engine.submit(Request((*prompt, *answer, 3, 4), 1, GREEDY, 0))
+        engine.step()
+        assert sequence.cached == (30 + count - 1) // PAGE * PAGE
+
+
 def test_a_prompt_that_is_answered_again_is_not_read_again(model: Gemma3) -> None:
     engine = Engine(model, 1, 2000, "plain")
     prompt = [7 + i % 40 for i in range(301)]

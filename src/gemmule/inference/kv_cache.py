@@ -209,8 +209,11 @@ class KVCache:
         own.nodes.append(node)
 
     def _leave_window(self, row: int, own: _Row) -> None:
-        """Give back the local pages that no later token sees; the tree keeps those from which one can continue."""
-        first = min(self._first_page("local", len(own.tokens)), len(own.nodes) - 1)
+        """Give back the local pages that no token after the last full page sees, since a turn may continue from there.
+
+        The tree keeps those from which another prompt can continue.
+        """
+        first = self._first_page("local", (len(own.nodes) - 1) * PAGE)
         for index in range(own.begun["local"], first):
             self.pools["local"].release(int(self.tables["local"][row, index]))
             self.tables["local"][row, index] = 0
@@ -235,7 +238,7 @@ def window_pages(config: Gemma3Config) -> int:
 def pages_of(config: Gemma3Config, kind: Kind, positions: int, chunk: int) -> int:
     """Return the pages that a sequence of so many positions holds at most, read in chunks of so many tokens."""
     window, every = config.window(kind), math.ceil(positions / PAGE)
-    return every if window is None else min(every, math.ceil((window + chunk) / PAGE) + 1)
+    return every if window is None else min(every, math.ceil((window + chunk) / PAGE) + 2)
 
 
 def exact_size(config: Gemma3Config, rows: int, longest: int, chunk: int) -> CacheSize:
