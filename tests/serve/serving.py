@@ -14,6 +14,7 @@ from gemmule.formats.folder import save_folder
 from gemmule.serve.run import GemmuleServer
 from gemmule.serve.settings import Limits, ModelSpec, ServerSettings
 from gemmule.tokenizer import Tokenizer
+from runs import wait_until
 from tiny import lively_model, tiny_config
 
 CONTEXT = 256
@@ -66,6 +67,15 @@ class Served:
     server: GemmuleServer
     loop: asyncio.AbstractEventLoop
     log: list[str] = field(default_factory=list)
+
+    def logged(self, request_id: str) -> dict[str, Any]:
+        """Return the line of the access log of a request; it is written after the answer has been sent."""
+
+        def lines() -> list[dict[str, Any]]:
+            return [found for line in self.log if (found := json.loads(line))["id"] == request_id]
+
+        wait_until(lambda: bool(lines()))
+        return lines()[-1]
 
     @property
     def port(self) -> int:

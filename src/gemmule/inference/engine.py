@@ -249,7 +249,7 @@ class Engine:
             sequence.prompt_log_probabilities.append(each)
 
     def _begin_decoding(self, row: int) -> int:
-        """Let the samples of a prompt that has been read go on, each in a row of its own; return how many there are."""
+        """Give each sample of a prompt that has been read a row of its own, to decode; return how many there are."""
         samples, rows = self._reading.pop(row)
         for sample, own in zip(samples, rows, strict=True):
             sample.prompt_log_probabilities = samples[0].prompt_log_probabilities

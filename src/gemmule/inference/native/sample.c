@@ -245,7 +245,7 @@ typedef struct {
 } Last;
 
 /* Keep the smallest beginning whose weights reach `budget`; without weights each is 1. All keys are at least `low` and
-   at most `high`. Each round divides the range of keys into bins and goes on within the bin where the sum is reached. */
+   at most `high`. Each round divides the range of keys into bins and continues in the bin where the sum is reached. */
 static Last select_last(const float *values, const double *weights, int64_t count, int32_t low, int32_t high,
                         double budget, double *bins) {
     double above = 0; /* the weights of all keys above `high` */
