@@ -249,7 +249,7 @@ def test_special_tokens_in_a_users_text_are_ordinary_text(server: Served) -> Non
 
 
 def test_errors_have_the_id_of_the_request(server: Served) -> None:
-    for path in ("/v1/completions", "/nothing"):
-        answer = server.ask(path, {"n": 0}, headers={"x-request-id": "mine-1"})
-        assert answer.headers["x-request-id"] == "mine-1"
-        assert server.logged("mine-1")["path"] == path
+    for number, path in enumerate(("/v1/completions", "/nothing")):
+        answer = server.ask(path, {"n": 0}, headers={"x-request-id": f"mine-{number}"})
+        assert answer.headers["x-request-id"] == f"mine-{number}"
+        assert server.logged(f"mine-{number}")["path"] == path
