@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from serving import Served, save_model, serving
 
-from gemmule.serve import engine_thread
+from gemmule.serve.models import load_model
 from gemmule.tokenizer import Tokenizer
 from gemmule.tokenizer.chat import CHAT_TEMPLATE
+from sentences import SENTENCES
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +91,11 @@ def test_an_empty_prompt_needs_a_beginning(three: Served) -> None:
 
 
 def test_nothing_is_answered_until_the_models_are_warm(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load, may_load, servers = engine_thread.load_model, threading.Event(), []
+    may_load, servers = threading.Event(), []
 
     def slow(*arguments: Any) -> Any:
         assert may_load.wait(60)
-        return load(*arguments)
+        return load_model(*arguments)
 
     def on_start(server: Served) -> None:
         servers.append(server)
@@ -105,8 +106,27 @@ def test_nothing_is_answered_until_the_models_are_warm(model_folder: Path, monke
         assert server.ask("/metrics").status == 200
         may_load.set()
 
-    monkeypatch.setattr(engine_thread, "load_model", slow)
+    monkeypatch.setattr("gemmule.serve.engine_thread.load_model", slow)
     with serving(model_folder, on_start=on_start) as server:
         assert servers
         assert server.ask("/health").status == 200
         assert server.complete(prompt="Mia").status == 200
+
+
+def test_what_the_cache_can_never_hold_is_refused(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    folder = save_model(tmp_path / "long", tiny_tokenizer, context=4096)
+    with serving(folder, cache_bytes=12 << 20) as server:
+        answer = server.complete(prompt="Mia", n=8, max_tokens=4000)
+        assert (answer.status, answer.error["code"]) == (400, "cache_too_small")
+        assert answer.error["param"] == "n"
+        assert server.complete(prompt="Mia", n=8, max_tokens=5).status == 200
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_characters_are_read_where_they_fit(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    folder = save_model(tmp_path / "long", tiny_tokenizer, context=60_000)
+    text = (" ".join(SENTENCES) + "\n") * 200
+    with serving(folder, cache_bytes=1 << 30) as server:
+        answer = server.complete(prompt=text[:100_000], max_tokens=1)
+        assert answer.status == 200
+        assert answer.json["usage"]["prompt_tokens"] > 10_000
