@@ -21,7 +21,7 @@ class Update(NamedTuple):
     finish: str | None
     scores: LogProbabilities | None
     cached: int  # tokens of the prompt that were known already
-    prompt_scores: Sequence[LogProbabilities]  # with the first token of the first sample
+    prompt_scores: Sequence[LogProbabilities]
     moment: float  # time.monotonic() at the end of its step
 
 
