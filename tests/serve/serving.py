@@ -3,7 +3,7 @@
 import asyncio
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
@@ -133,8 +133,16 @@ def settings_for(*models: Path | str, limits: Mapping[str, Any] | None = None, *
 
 
 @contextmanager
-def serving(*models: Path | str, limits: Mapping[str, Any] | None = None, **changes: Any) -> Iterator[Served]:
-    """Run a server while the block runs, then drain it; raises what it ended with."""
+def serving(
+    *models: Path | str,
+    limits: Mapping[str, Any] | None = None,
+    on_start: Callable[[Served], None] | None = None,
+    **changes: Any,
+) -> Iterator[Served]:
+    """Run a server while the block runs, then drain it; raises what it ended with.
+
+    `on_start` is called when it listens, before it is ready.
+    """
     lines: list[str] = []
     settings = settings_for(*models, limits=limits, **changes)
     ready, started = threading.Event(), threading.Event()
@@ -158,6 +166,8 @@ def serving(*models: Path | str, limits: Mapping[str, Any] | None = None, **chan
     thread.start()
     started.wait(60)
     served = running[0]
+    if on_start is not None:
+        on_start(served)
     assert ready.wait(60)
     try:
         yield served

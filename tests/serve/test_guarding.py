@@ -145,6 +145,12 @@ def test_a_body_over_the_limit_is_413(locked: Served, chunked: bool) -> None:
     assert (answer.status, answer.error["code"]) == (413, "request_too_large")
 
 
+def test_who_asks_first_sends_nothing_of_a_body_over_the_limit(locked: Served) -> None:
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+    head += "Content-Type: application/json\r\nContent-Length: 20000\r\nExpect: 100-continue\r\n\r\n"
+    assert answer_of(raw(locked, head.encode())).status == 413
+
+
 def test_a_body_far_over_the_limit_ends_the_connection(locked: Served) -> None:
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
     head += "Content-Type: application/json\r\nContent-Length: 1000000000\r\n\r\n"

@@ -107,6 +107,7 @@ def test_sigterm_finishes_what_runs_and_ends_with_0(long_model: Path) -> None:
         assert (line["path"], line["outcome"], line["completion_tokens"]) == ("/v1/completions", "done", 1500)
 
 
+@pytest.mark.slow
 def test_what_is_left_after_the_drain_gets_an_error_and_the_process_ends_with_0(long_model: Path) -> None:
     with process(long_model, "--drain", "0.3") as (running, port, _):
         connections = [begin(port, endless(n=8)) for _ in range(2)]
@@ -120,6 +121,7 @@ def test_what_is_left_after_the_drain_gets_an_error_and_the_process_ends_with_0(
         assert running.returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(long_model: Path, number: signal.Signals) -> None:
     with process(long_model) as (running, port, _):
@@ -149,6 +151,7 @@ def test_a_failure_of_the_engine_ends_the_process_with_1(long_model: Path) -> No
         assert error.splitlines()[-1].startswith("gemmule: the engine failed")
 
 
+@pytest.mark.slow
 def test_clients_that_are_killed_cost_nothing(long_model: Path) -> None:
     with process(long_model) as (running, port, _):
         clients = [
@@ -175,6 +178,7 @@ def test_clients_that_are_killed_cost_nothing(long_model: Path) -> None:
         assert running.returncode == 0
 
 
+@pytest.mark.slow
 def test_the_key_of_the_environment_is_asked_for(long_model: Path) -> None:
     with process(long_model, environment={"GEMMULE_API_KEY": "secret-key"}) as (_, port, _):
         for key, status in (("secret-key", 200), ("other-key", 401)):

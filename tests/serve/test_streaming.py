@@ -119,6 +119,7 @@ def test_a_stream_that_waits_is_kept_alive_by_comments(busy: Served) -> None:
     second.close()
 
 
+@pytest.mark.slow
 def test_a_client_that_takes_nothing_is_given_up(busy: Served) -> None:
     body = json.dumps(endless(stream=True, logprobs=20, prompt=[2] * 3, n=2)).encode()
     connection = socket.socket()

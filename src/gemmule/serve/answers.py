@@ -1,8 +1,9 @@
 """From a generation to its HTTP response, in the format of either endpoint."""
 
 import asyncio
+import functools
 import json
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
@@ -12,6 +13,8 @@ from gemmule.serve.replies import Part
 from gemmule.serve.streams import DONE, ClientGone, Receive, disconnected, event
 
 T = TypeVar("T")
+# Log-probabilities from which on an answer is written in another thread, so that streams do not wait for it.
+_LARGE = 500
 
 
 class Format(Protocol):
@@ -20,8 +23,8 @@ class Format(Protocol):
     whole_kind: str
     chunk_kind: str
 
-    def first_chunk(self) -> dict[str, Any] | None:
-        """Return the chunk that is sent before any token."""
+    def first_choices(self) -> list[dict[str, Any]]:
+        """Return what is sent of each choice before any token."""
 
     def prompt_ids(self) -> dict[str, Any]:
         """Return the ids of the prompt as a field of the whole reply, where asked for and not in the choices."""
@@ -42,13 +45,13 @@ async def stream(generation: Generation, format_: Format) -> AsyncIterator[bytes
     # What each event begins with, encoded once.
     prefix = b"data: " + json.dumps(head, separators=(",", ":")).encode()[:-1] + b',"choices":['
 
-    def encoded(choice: dict[str, Any]) -> bytes:
-        return prefix + json.dumps(choice, separators=(",", ":")).encode() + b"]}\n\n"
-
-    if (first := format_.first_chunk()) is not None:
-        yield event(head | first)
+    for choice in format_.first_choices():
+        yield event(head | {"choices": [choice]} | (format_.prompt_ids() if choice["index"] == 0 else {}))
+    size = _prompt_scores(generation)
     while parts := await reply.parts():
-        yield b"".join(encoded(each) for choice, part in parts for each in format_.chunks(choice, part))
+        chunks = functools.partial(_encoded, prefix, format_, parts)
+        yield await asyncio.to_thread(chunks) if size > _LARGE else chunks()
+        size = 0
     if counted or body.timings:
         last = head | {"choices": []}
         last |= {"usage": generation.usage()} if counted else {}
@@ -57,20 +60,38 @@ async def stream(generation: Generation, format_: Format) -> AsyncIterator[bytes
     yield DONE
 
 
-async def whole(generation: Generation, format_: Format) -> dict[str, Any]:
-    """Return the whole reply; ApiError where it fails."""
+async def whole(generation: Generation, format_: Format) -> bytes:
+    """Return the whole reply as JSON; ApiError where it fails."""
     reply = generation.reply
     choices = {choice: Part() for choice in range(reply.choices)}
     while parts := await reply.parts():
         for choice, part in parts:
             choices[choice].join(part)
     answer = generation.head(format_.whole_kind)
-    answer["choices"] = [format_.whole(choice, part) for choice, part in choices.items()]
-    answer |= format_.prompt_ids()
-    answer["usage"] = generation.usage()
-    if generation.body.timings:
-        answer["timings"] = generation.timings()
-    return answer
+
+    def content() -> bytes:
+        answer["choices"] = [format_.whole(choice, part) for choice, part in choices.items()]
+        answer.update(format_.prompt_ids())
+        answer["usage"] = generation.usage()
+        if generation.body.timings:
+            answer["timings"] = generation.timings()
+        return json.dumps(answer, ensure_ascii=False).encode()
+
+    scores = _prompt_scores(generation) + sum(len(part.scores) for part in choices.values())
+    return await asyncio.to_thread(content) if scores > _LARGE else content()
+
+
+def _encoded(prefix: bytes, format_: Format, parts: Sequence[tuple[int, Part]]) -> bytes:
+    """Return the events of parts."""
+    chunks = (chunk for choice, part in parts for chunk in format_.chunks(choice, part))
+    return b"".join(prefix + json.dumps(each, separators=(",", ":")).encode() + b"]}\n\n" for each in chunks)
+
+
+def _prompt_scores(generation: Generation) -> int:
+    """Return how many log-probabilities of prompts are told."""
+    reply = generation.reply
+    asked = reply.requests[0].prompt_log_probabilities is not None
+    return reply.samples * sum(len(prompt.ids) for prompt in generation.prompts) if asked else 0
 
 
 async def unless_gone(receive: Receive, awaited: Coroutine[Any, Any, T]) -> T:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -50,6 +51,8 @@ class Service:
         self.engine: EngineThread | None = None
         self.ready = self.draining = False
         self.failed: BaseException | None = None
+        # Of their own, so that slow grammars do not hold up long prompts.
+        self._compilers = ThreadPoolExecutor(2, "constraints")
         self.replies: dict[Reply, str] = {}  # that are not over, with their models
 
     def refusal(self) -> ApiError | None:
@@ -78,7 +81,7 @@ class Service:
 
     async def begin(self, generation: Generation, record: Record) -> None:
         """Hand a generation to the engine; ApiError where the queue is full or the engine refuses it."""
-        await check_constraint(generation)
+        await check_constraint(generation, self._compilers)
         if (refusal := self.refusal()) is not None:
             raise refusal
         assert self.engine is not None
@@ -86,6 +89,7 @@ class Service:
         record.model = generation.served.id
         record.prompt_tokens = sum(len(prompt.ids) for prompt in generation.prompts)
         self.replies[generation.reply] = generation.served.id
+        generation.reply.observe_gaps = self.metrics.observe_gaps
         try:
             await self.engine.submit(generation.served, generation.reply)
         except BaseException:
@@ -100,6 +104,10 @@ class Service:
         if unfinished and unfinished + wanted > most:
             message = f"{unfinished} replies of {served.id} run and wait, at most {most} may; try again later"
             raise ApiError(429, message, code="queue_full")
+
+    def close(self) -> None:
+        """Let go of what waits for a thread."""
+        self._compilers.shutdown(wait=False, cancel_futures=True)
 
     def end(self, generation: Generation, record: Record, outcome: str) -> None:
         """Let go of a generation, however it ended."""
@@ -221,7 +229,7 @@ async def _answer(service: Service, request: Request, generation: Generation, fo
         raise
     finally:
         service.end(generation, record, outcome)
-    return json_response(answer)
+    return Response(answer, media_type="application/json")
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:

@@ -17,14 +17,13 @@ class ChatFormat:
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
 
-    def first_chunk(self) -> dict[str, Any] | None:
-        """Return the chunk that is sent before any token: the role of each choice."""
-        generation = self._generation
-        roles = [
-            {"index": choice, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-            for choice in range(generation.reply.choices)
+    def first_choices(self) -> list[dict[str, Any]]:
+        """Return what is sent of each choice before any token: the role."""
+        delta = {"role": "assistant", "content": ""}
+        return [
+            {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
+            for choice in range(self._generation.reply.choices)
         ]
-        return {"choices": roles} | self.prompt_ids()
 
     def prompt_ids(self) -> dict[str, Any]:
         """Return the ids of the prompt as a field of the whole reply, where asked for."""

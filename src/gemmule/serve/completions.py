@@ -21,9 +21,9 @@ class CompletionFormat:
         self._generation, self._body = generation, generation.body
         self._begun: dict[int, _Offsets] = {}  # by choice
 
-    def first_chunk(self) -> dict[str, Any] | None:
-        """Return the chunk that is sent before any token: none."""
-        return None
+    def first_choices(self) -> list[dict[str, Any]]:
+        """Return what is sent of each choice before any token: nothing."""
+        return []
 
     def prompt_ids(self) -> dict[str, Any]:
         """Return nothing: each choice has the ids of its prompt."""

@@ -19,7 +19,11 @@ from gemmule.serve.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
-Delivery = tuple[Reply, Update | ApiError]
+# What was said is handed to the event loop so often at most. Small models take thousands of steps per second, and to
+# wake the loop after each would cost more than the step.
+_HAND_OUT_SECONDS = 0.004
+
+Step = tuple[Sequence[TokenEvent], float]  # what a step said, and time.monotonic() at its end
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class _Submission:
 class EngineThread:
     """Models and engines, in a thread of their own.
 
-    `submit`, `cancel` and `replace` are for other threads and never wait for a step. `on_ready`, `on_failure` and all
+    `submit`, `cancel` and `replace` are for the event loop and never wait for a step. `on_ready`, `on_failure` and all
     that replies get are called in the event loop.
     """
 
@@ -51,8 +55,11 @@ class EngineThread:
         self._inbox: deque[_Submission | Reply | ServedModel] = deque()
         self._bell = threading.Condition()
         self._stopping = False
-        # Who waits for each sequence, and as which choice.
+        # The event loop's own: who waits for each sequence, and as which choice.
         self._readers: dict[SequenceState, tuple[Reply, int]] = {}
+        # The thread's own.
+        self._held: list[Step] = []
+        self._handed_out = 0.0
         self._unadmitted: dict[SequenceState, Reply] = {}
         self._engines: dict[Engine, ServedModel] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -79,7 +86,9 @@ class EngineThread:
             raise
 
     def cancel(self, reply: Reply) -> None:
-        """Let go of a request whose client went away; what is finished already is left as it is."""
+        """Let go of a request; in the event loop. What is finished already is left as it is."""
+        for sequence in reply.sequences:
+            self._readers.pop(sequence, None)
         self._inbox.append(reply)
         self._ring()
 
@@ -109,33 +118,37 @@ class EngineThread:
         self.running = False
         if not isinstance(error, UserError):
             log.exception("the engine's thread failed")
+        self._hand_out()
         failed = ApiError(500, "the engine failed; the server ends", code="engine_failed")
-        readers = {id(reply): reply for reply, _ in self._readers.values()}
         for each in self._inbox:
             if isinstance(each, _Submission):
-                readers[id(each.reply)] = each.reply
                 self._call(_refuse, each.accepted, failed)
-        for reply in readers.values():
-            self._call(reply.fail, failed)
+        self._call(self._fail_readers, failed)
         self._call(self._on_failure, error)
 
     def _turn(self) -> None:
         """Take in what came, and step every engine that has work."""
-        busy = [engine for engine in self._engines if not engine.idle]
-        if not busy:
+        if all(engine.idle for engine in self._engines):
+            self._hand_out()
             with self._bell:
                 self._bell.wait_for(lambda: self._inbox or self._stopping)
         while self._inbox:
             self._receive(self._inbox.popleft())
-        deliveries: list[Delivery] = []
         for engine in [*self._engines]:
             if not engine.idle:
-                deliveries += self._step(engine)
+                self._step(engine)
             elif self._engines[engine] not in self.models.values():
                 del self._engines[engine]  # of a checkpoint that another one replaced
+        if time.monotonic() - self._handed_out >= _HAND_OUT_SECONDS:
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give the event loop what was said since the last time."""
+        self._handed_out = time.monotonic()
         self._metrics.observe_engines(self._engines)
-        if deliveries:
-            self._call(_deliver, deliveries)
+        if self._held:
+            self._call(self._deliver, self._held)
+            self._held = []
 
     def _receive(self, given: "_Submission | Reply | ServedModel") -> None:
         if isinstance(given, ServedModel):
@@ -156,34 +169,27 @@ class EngineThread:
         try:
             for request in reply.requests:
                 for sequence in engine.submit(request):
-                    self._readers[sequence] = reply, len(reply.sequences)
                     self._unadmitted[sequence] = reply
                     reply.sequences.append(sequence)
         except (UserError, ValueError) as error:
             self._cancel(reply)
             self._call(_refuse, given.accepted, ApiError(400, str(error), code="invalid_value"))
         else:
-            self._call(_accept, given.accepted)
+            self._call(self._accept, given)
 
     def _cancel(self, reply: Reply) -> None:
         for sequence in reply.sequences:
-            self._readers.pop(sequence, None)
             self._unadmitted.pop(sequence, None)
         if reply.engine is not None:
             reply.engine.cancel(reply.sequences)
 
-    def _step(self, engine: Engine) -> list[Delivery]:
+    def _step(self, engine: Engine) -> None:
         began = time.monotonic()
         events = engine.step()
-        moment = time.monotonic()
-        self._metrics.observe_step(len(events))
+        if events:
+            self._held.append((events, time.monotonic()))
+            self._metrics.observe_step(len(events))
         self._note_admissions(engine, began)
-        deliveries: list[Delivery] = []
-        for event in events:
-            found = self._readers.get(event.sequence)
-            if found is not None:
-                deliveries.append(self._delivery(*found, event, moment))
-        return deliveries
 
     def _note_admissions(self, engine: Engine, moment: float) -> None:
         """Note which sequences got a row in this step, and what of their prompts was read anew."""
@@ -198,41 +204,49 @@ class EngineThread:
             if sequence.sample == 0:
                 self._metrics.count_prompt(len(sequence.request.prompt), sequence.cached)
 
-    def _delivery(self, reply: Reply, choice: int, event: TokenEvent, moment: float) -> Delivery:
-        sequence, said = event
-        if sequence.finish:
-            del self._readers[sequence]
-        if sequence.error is not None:
-            self._cancel(reply)
-            return reply, _error_of(sequence.error)
-        before = sequence.prompt_log_probabilities if len(sequence.generated) <= 1 else ()
-        token, text, scores = (None, "", None) if said is None else (said.token, said.text, said.log_probabilities)
-        return reply, Update(choice, token, text, sequence.finish, scores, sequence.cached, before, moment)
-
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:  # the loop is closed: the server has ended
             self._stopping = True
 
+    # In the event loop.
+
+    def _accept(self, given: _Submission) -> None:
+        if not given.accepted.done():
+            reply = given.reply
+            self._readers |= {sequence: (reply, choice) for choice, sequence in enumerate(reply.sequences)}
+            given.accepted.set_result(None)
+
+    def _deliver(self, steps: Sequence[Step]) -> None:
+        for events, moment in steps:
+            for sequence, said in events:
+                if (reader := self._readers.get(sequence)) is None:
+                    continue
+                reply, choice = reader
+                if said is not None:
+                    finish = said.finish
+                    reply.deliver(Update(choice, *said, sequence.cached, sequence.prompt_log_probabilities, moment))
+                elif sequence.error is None:
+                    finish = sequence.finish
+                    before = sequence.prompt_log_probabilities
+                    reply.deliver(Update(choice, None, "", finish, None, sequence.cached, before, moment))
+                else:
+                    reply.fail(_error_of(sequence.error))
+                    self.cancel(reply)
+                    continue
+                if finish:
+                    del self._readers[sequence]
+
+    def _fail_readers(self, error: ApiError) -> None:
+        for reply, _ in self._readers.values():
+            reply.fail(error)
+
 
 def _error_of(error: GemmuleError) -> ApiError:
     if isinstance(error, UserError):
         return ApiError(400, str(error), code="invalid_value")
     return ApiError(500, str(error), code="generation_failed")
-
-
-def _deliver(deliveries: Sequence[Delivery]) -> None:
-    for reply, given in deliveries:
-        if isinstance(given, ApiError):
-            reply.fail(given)
-        else:
-            reply.deliver(given)
-
-
-def _accept(accepted: "asyncio.Future[None]") -> None:
-    if not accepted.done():
-        accepted.set_result(None)
 
 
 def _refuse(accepted: "asyncio.Future[None]", error: ApiError) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import time
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,15 +175,16 @@ def constraint_of(body: Sampled) -> ConstraintSpec | None:
         raise invalid(param, str(error)) from None
 
 
-async def check_constraint(generation: Generation) -> None:
-    """Compile the constraint in another thread, so that the engine has it already; ApiError where it cannot be."""
+async def check_constraint(generation: Generation, threads: Executor) -> None:
+    """Compile the constraint in one of the threads, so that the engine has it; ApiError where it cannot be."""
     constraint = generation.reply.requests[0].constraint
     if constraint is None:
         return
     body = generation.body
     param = "regex" if body.regex is not None else "grammar" if body.grammar is not None else "response_format"
     try:
-        await asyncio.to_thread(generation.served.engine.compile_constraint, constraint)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(threads, generation.served.engine.compile_constraint, constraint)
     except UserError as error:
         raise invalid(param, str(error)) from None
 

@@ -142,11 +142,14 @@ class _LimitedBody:
         self._deadline = time.monotonic() + seconds
         length = headers.get(b"content-length", b"0")
         self._announced = int(length) if length.isdigit() and len(length) < 20 else 0
+        self._asks_first = headers.get(b"expect", b"").lower() == b"100-continue"
 
     async def receive(self) -> MutableMapping[str, Any]:
         """Receive the next part."""
         if self._complete:
             return await self._receive()
+        if self._asks_first and self._announced > self._most:  # so nothing of it is sent
+            raise self._too_large()
         try:
             async with asyncio.timeout(self._deadline - time.monotonic()):
                 message = await self._next()

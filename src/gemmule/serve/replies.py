@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,12 +21,14 @@ class Update(NamedTuple):
     finish: str | None
     scores: LogProbabilities | None
     cached: int  # tokens of the prompt that were known already
-    prompt_scores: Sequence[LogProbabilities]  # with the first token of the first sample
+    prompt_scores: Sequence[LogProbabilities]
     moment: float  # time.monotonic() at the end of its step
 
 
 # Tokens of each choice that wait as parts of their own; more are joined, since then the client is slow.
 _SEPARATE = 128
+# Gaps between tokens that are observed at once.
+_OBSERVED = 64
 
 
 @dataclass
@@ -78,7 +80,8 @@ class Reply:
         self.times = Times(time.monotonic())
         self.error: ApiError | None = None
         self.left = self.choices
-        self.gaps: list[float] = []  # seconds between tokens of a choice, until metrics take them
+        self.gaps: list[float] = []  # seconds between tokens of a choice, until they are observed
+        self.observe_gaps: Callable[[Iterable[float]], None] | None = None
         self._last: dict[int, float] = {}  # by choice
         self._parts: list[tuple[int, Part]] = []  # with their choices
         self._ready = asyncio.Event()
@@ -96,6 +99,9 @@ class Reply:
             self.generated += 1
             if (last := self._last.get(update.choice)) is not None:
                 self.gaps.append(update.moment - last)
+                if len(self.gaps) >= _OBSERVED and self.observe_gaps is not None:
+                    self.observe_gaps(self.gaps)
+                    self.gaps.clear()
             self._last[update.choice] = update.moment
         self.times.first = self.times.first or update.moment
         self.times.last = update.moment

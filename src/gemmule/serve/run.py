@@ -81,6 +81,7 @@ class GemmuleServer:
         self._uvicorn.should_exit = True
         aborting = asyncio.create_task(self._abort_slow())
         await serving
+        service.close()
         engine.stop(_FLUSH_SECONDS)
         for task in (ended, following, aborting):
             if task is not None:
