@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 # What was said is handed to the event loop so often at most. Small models take thousands of steps per second, and to
 # wake the loop after each would cost more than the step.
-_HAND_OUT_SECONDS = 0.004
+_HAND_OUT_SECONDS = 0.008
 
 Step = tuple[Sequence[TokenEvent], float]  # what a step said, and time.monotonic() at its end
 
