@@ -77,6 +77,7 @@ class EngineThread:
     async def submit(self, served: ServedModel, reply: Reply) -> None:
         """Hand a request to the engine; ApiError where it refuses it. Cancelling this cancels the request."""
         accepted: asyncio.Future[None] = self._loop.create_future()
+        reply.times.submitted = time.monotonic()  # its constraint has been compiled by now
         self._inbox.append(_Submission(served, reply, accepted))
         self._ring()
         try:
