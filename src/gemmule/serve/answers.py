@@ -15,6 +15,7 @@ from gemmule.serve.streams import DONE, ClientGone, Receive, disconnected, event
 T = TypeVar("T")
 # Log-probabilities from which on an answer is written in another thread, so that streams do not wait for it.
 _LARGE = 500
+_EVENT_END = b"]}\n\n"
 
 
 class Format(Protocol):
@@ -31,6 +32,9 @@ class Format(Protocol):
 
     def chunks(self, choice: int, part: Part) -> Iterator[dict[str, Any]]:
         """Yield what a part adds to a choice."""
+
+    def plain_chunk(self, choice: int, part: Part) -> bytes | None:
+        """Return the JSON of the one chunk of a part that is text alone, in the middle of a choice; else None."""
 
     def whole(self, choice: int, part: Part) -> dict[str, Any]:
         """Return a choice of the whole reply."""
@@ -83,8 +87,14 @@ async def whole(generation: Generation, format_: Format) -> bytes:
 
 def _encoded(prefix: bytes, format_: Format, parts: Sequence[tuple[int, Part]]) -> bytes:
     """Return the events of parts."""
-    chunks = (chunk for choice, part in parts for chunk in format_.chunks(choice, part))
-    return b"".join(prefix + json.dumps(each, separators=(",", ":")).encode() + b"]}\n\n" for each in chunks)
+    events: list[bytes] = []
+    for choice, part in parts:
+        if (plain := format_.plain_chunk(choice, part)) is not None:
+            events.append(prefix + plain + _EVENT_END)
+        else:
+            chunks = format_.chunks(choice, part)
+            events += [prefix + json.dumps(each, separators=(",", ":")).encode() + _EVENT_END for each in chunks]
+    return b"".join(events)
 
 
 def _prompt_scores(generation: Generation) -> int:

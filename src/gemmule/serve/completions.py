@@ -1,5 +1,6 @@
 """Replies of /v1/completions: whole, and in chunks."""
 
+import json
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -37,6 +38,17 @@ class CompletionFormat:
             yield {"index": choice, **content, "finish_reason": None}
         if part.finish:
             yield {"index": choice, "text": "", "logprobs": None, "finish_reason": part.finish}
+
+    def plain_chunk(self, choice: int, part: Part) -> bytes | None:
+        """Return the JSON of the one chunk of a part that is text alone, in the middle of a choice; else None.
+
+        Most are; to write them like this takes a tenth of the time.
+        """
+        body = self._body
+        if part.finish or choice not in self._begun or body.logprobs is not None or body.return_token_ids:
+            return None
+        text = json.dumps(part.text)
+        return f'{{"index":{choice},"text":{text},"logprobs":null,"finish_reason":null}}'.encode()
 
     def whole(self, choice: int, part: Part) -> dict[str, Any]:
         """Return a choice of the whole reply."""

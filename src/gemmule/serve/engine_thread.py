@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 # What was said is handed to the event loop so often at most. Small models take thousands of steps per second, and to
 # wake the loop after each would cost more than the step.
-_HAND_OUT_SECONDS = 0.004
+_HAND_OUT_SECONDS = 0.008
 
 Step = tuple[Sequence[TokenEvent], float]  # what a step said, and time.monotonic() at its end
 
@@ -77,6 +77,7 @@ class EngineThread:
     async def submit(self, served: ServedModel, reply: Reply) -> None:
         """Hand a request to the engine; ApiError where it refuses it. Cancelling this cancels the request."""
         accepted: asyncio.Future[None] = self._loop.create_future()
+        reply.times.submitted = time.monotonic()  # its constraint has been compiled by now
         self._inbox.append(_Submission(served, reply, accepted))
         self._ring()
         try:

@@ -31,7 +31,7 @@ _SEPARATE = 128
 _OBSERVED = 64
 
 
-@dataclass
+@dataclass(slots=True)
 class Part:
     """What a choice got: a token, or several where the client was slow."""
 
@@ -91,26 +91,31 @@ class Reply:
 
     def deliver(self, update: Update) -> None:
         """Add a token; in the event loop."""
-        prompt, sample = divmod(update.choice, self.samples)
-        self.cached[prompt] = update.cached
-        if sample == 0 and update.prompt_scores:
-            self.prompt_scores[prompt] = update.prompt_scores
-        if update.token is not None:
-            self.generated += 1
-            if (last := self._last.get(update.choice)) is not None:
-                self.gaps.append(update.moment - last)
-                if len(self.gaps) >= _OBSERVED and self.observe_gaps is not None:
-                    self.observe_gaps(self.gaps)
-                    self.gaps.clear()
-            self._last[update.choice] = update.moment
-        self.times.first = self.times.first or update.moment
-        self.times.last = update.moment
+        choice, moment = update.choice, update.moment
+        last = self._last.get(choice)
+        if last is None:
+            self._begin(update)
+        elif update.token is not None:
+            self.gaps.append(moment - last)
+            if len(self.gaps) >= _OBSERVED and self.observe_gaps is not None:
+                self.observe_gaps(self.gaps)
+                self.gaps.clear()
+        self.generated += update.token is not None
+        self._last[choice] = self.times.last = moment
         if update.finish:
             self.left -= 1
-        self._parts.append((update.choice, Part.of(update)))
+        self._parts.append((choice, Part.of(update)))
         if len(self._parts) > _SEPARATE * self.choices:
             self._parts = [*join_parts(self._parts).items()]
         self._ready.set()
+
+    def _begin(self, update: Update) -> None:
+        """Note what the first token of a choice brings."""
+        prompt, sample = divmod(update.choice, self.samples)
+        self.cached[prompt] = update.cached
+        if sample == 0:
+            self.prompt_scores[prompt] = update.prompt_scores
+        self.times.first = self.times.first or update.moment
 
     def fail(self, error: ApiError) -> None:
         """End with an error; in the event loop."""
