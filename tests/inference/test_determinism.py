@@ -133,10 +133,10 @@ def test_replies_are_the_same_bits_where_the_cache_is_too_small_to_keep_much() -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [1, 5, 16, 33, 500])
-@pytest.mark.parametrize("chunk", [1, 16, 100, 256])
+@pytest.mark.parametrize("window", [1, 16, 33])
+@pytest.mark.parametrize("chunk", [1, 256])
 def test_a_thousand_requests_are_the_same_bits_alone_and_in_a_crowd(
     dtype: torch.dtype, window: int, chunk: int
 ) -> None:
     model = lively_model(tiny_config(sliding_window=window, max_position_embeddings=LONGEST)).to(dtype)
-    check_crowd(model, 60, window + chunk, chunk, 64, exact_size(model.config, 20, LONGEST, chunk))
+    check_crowd(model, 84, window + chunk, chunk, 64, exact_size(model.config, 20, LONGEST, chunk))
