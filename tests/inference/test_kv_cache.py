@@ -180,17 +180,19 @@ class Reader:
         assert first == len(self.tokens[row])
         self.tokens[row] += tokens
         for position in range(first, first + len(tokens)):
-            self.place(row, position)[:] = hash(tuple(self.tokens[row][: position + 1])) % 2**20
+            for number in self.place(row, position):
+                number[:] = hash(tuple(self.tokens[row][: position + 1])) % 2**20
         self.cache.settle(row)
 
-    def place(self, row: int, position: int, kind: str = "") -> torch.Tensor:
+    def place(self, row: int, position: int) -> list[torch.Tensor]:
+        """Return a number of each kind that stands for the key of a position."""
         numbers = []
         for own, pool in self.cache.pools.items():
             page = int(self.cache.tables[own][row, position // PAGE])
             assert page
             assert pool.holders(page)
             numbers.append(pool.memory[page, position % PAGE : position % PAGE + 1])
-        return numbers[0] if kind == "local" else _Both(numbers)  # type: ignore[return-value]
+        return numbers
 
     def check(self, row: int) -> None:
         """What the next token attends to is what was written for this sequence."""
@@ -200,15 +202,6 @@ class Reader:
                 page = int(self.cache.tables[kind][row, position // PAGE])
                 assert page
                 assert pool.memory[page, position % PAGE] == hash(tuple(self.tokens[row][: position + 1])) % 2**20
-
-
-class _Both:
-    def __init__(self, places: Sequence[torch.Tensor]) -> None:
-        self._places = places
-
-    def __setitem__(self, key: slice, value: float) -> None:
-        for place in self._places:
-            place[key] = value
 
 
 @settings(max_examples=60, deadline=None)

@@ -32,7 +32,7 @@ def fails(engine):
     global count
     count += 1
     if count > 60:
-        raise RuntimeError("out of paper")
+        raise RuntimeError("a kernel failed")
     return step(engine)
 Engine.step = fails
 from gemmule.__main__ import main
@@ -147,7 +147,7 @@ def test_a_failure_of_the_engine_ends_the_process_with_1(long_model: Path) -> No
         connection.close()
         _, error = running.communicate(timeout=20)
         assert running.returncode == 1
-        assert "RuntimeError: out of paper" in error
+        assert "RuntimeError: a kernel failed" in error
         assert error.splitlines()[-1].startswith("gemmule: the engine failed")
 
 

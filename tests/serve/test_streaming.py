@@ -216,7 +216,7 @@ def test_a_failure_of_the_engine_reaches_every_stream(
 
     def fails(engine: Engine) -> list[TokenEvent]:
         if failing.is_set():
-            raise RuntimeError("out of paper")
+            raise RuntimeError("a kernel failed")
         return step(engine)
 
     monkeypatch.setattr(Engine, "step", fails)
@@ -235,12 +235,12 @@ def test_a_failure_of_the_engine_reaches_every_stream(
             for thread in threads:
                 thread.join(60)
 
-    with pytest.raises(RuntimeError, match="out of paper"):
+    with pytest.raises(RuntimeError, match="a kernel failed"):
         serve_until_it_fails()
     for answer in answers:
         error = answer.error if answer.status == 500 else answer.events[-1]["error"]
         assert error["code"] == "engine_failed"
-        assert "paper" not in error["message"]
+        assert "kernel" not in error["message"]
     assert len(answers) == 3
 
 

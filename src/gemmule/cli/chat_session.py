@@ -1,6 +1,5 @@
 """The session of `gemmule chat`: messages, replies, and the commands that begin with a slash."""
 
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,13 +16,11 @@ from gemmule.inference.conversation import (
     read_conversation,
     write_conversation,
 )
-from gemmule.inference.requests import LARGEST_SEED
+from gemmule.inference.requests import LARGEST_REQUEST_SEED, draw_seed
 from gemmule.processes import Terminated
 from gemmule.reading import local_path
 from gemmule.settings import check_recipe
 
-# Drawn seeds are exact in JavaScript, too.
-_SEED_BITS = 53
 _SHOWN = 60  # characters of a piece in a list
 
 HELP = """/set              the settings, with their values
@@ -242,8 +239,8 @@ class Session:
     def _next_seed(self) -> int:
         seed = self.settings.seed
         if seed is None:
-            return secrets.randbits(_SEED_BITS)
-        self.settings = self.settings.replace(seed=(seed + 1) % (LARGEST_SEED + 1))
+            return draw_seed()
+        self.settings = self.settings.replace(seed=(seed + 1) % (LARGEST_REQUEST_SEED + 1))
         return seed
 
     def _edited(self, text: str) -> str:

@@ -2,10 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from gemmule.cli.options import DecodingOption, DeviceOption, Int8Option
 from gemmule.errors import MissingExtra, UserError
 
 KEY_VARIABLE = "GEMMULE_API_KEY"
@@ -40,11 +41,9 @@ def serve(
     drain: Annotated[float, typer.Option(min=0, help="Seconds to finish what runs after SIGTERM.")] = 30,
     chat: Annotated[bool, typer.Option("--chat", help="Chat with models that have no chat template, too.")] = False,
     follow: Annotated[bool, typer.Option("--follow", help="Take up newer checkpoints of runs as they appear.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
-    decoding: Annotated[
-        Literal["auto", "plain", "native", "compiled"], typer.Option(help="Decoding backend. See docs/decoding.md.")
-    ] = "auto",
-    int8: Annotated[bool, typer.Option("--int8", help="Quantize the weights to int8.")] = False,
+    device: DeviceOption = "auto",
+    decoding: DecodingOption = "auto",
+    int8: Int8Option = False,
     access_log: Annotated[
         bool, typer.Option(help="Write a line of JSON for each request to standard output, without prompts.")
     ] = True,

@@ -17,7 +17,7 @@ from gemmule.evaluate.log_probabilities import (
     score_continuations,
     target_scores,
 )
-from gemmule.model.cache import Cache
+from gemmule.model.cache import EMPTY, Cache
 from gemmule.model.gemma3 import Gemma3
 from gemmule.runtime import Runtime
 
@@ -92,14 +92,10 @@ class _ContextCache(Cache):
         index = torch.repeat_interleave(torch.tensor(counts, dtype=torch.long, device=self.next_positions.device))
         self.next_positions = self.next_positions.expand(len(counts))[index]
         for kind, positions in self._positions.items():
-            self._positions[kind] = torch.where(positions < 0, _NEVER, positions).expand(len(counts), -1)[index]
+            self._positions[kind] = torch.where(positions < 0, EMPTY, positions).expand(len(counts), -1)[index]
         for layer, held in enumerate(self._layers):
             if held is not None:
                 self._layers[layer] = held[0][index], held[1][index]
-
-
-# A position later than every query, so that the attention mask hides it.
-_NEVER = 2**62
 
 
 def _no_logits(hidden: Tensor, _vocabulary: Tensor) -> Tensor:

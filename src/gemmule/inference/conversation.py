@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 from gemmule.errors import RecipeError, SourceError
 from gemmule.fields import Count, CountFrom0, Noun
 from gemmule.files import atomic_write
-from gemmule.inference.requests import LARGEST_SEED
+from gemmule.inference.requests import LARGEST_REQUEST_SEED
 from gemmule.inference.sampling import STORYTELLING, SamplingSettings
 from gemmule.settings import check_recipe
 from gemmule.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ class ReplySettings(SamplingSettings):
         tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_texts), Noun("a text, or a list of texts")
     ] = Field((), description="texts before which a reply ends")
     system: str = Field("", description="what a chat begins with, before the first turn")
-    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = Field(
+    seed: Annotated[int, Field(ge=0, le=LARGEST_REQUEST_SEED)] | None = Field(
         None, description="seed of the next reply, those after it have the seeds that follow; by default drawn"
     )
 
@@ -310,8 +310,8 @@ def _read_piece(number: int, given: object) -> Piece:
         if ids is not None and not (isinstance(ids, list) and all(map(_is_count, ids))):
             raise SourceError(f"{place}: {name}: must be a list of token ids")
     seed, parent = given.get("seed"), given.get("parent", number - 1 if number else None)
-    if seed is not None and not (_is_count(seed) and seed <= LARGEST_SEED):
-        raise SourceError(f"{place}: seed = {seed!r:.60}: must be from 0 to {LARGEST_SEED}")
+    if seed is not None and not (_is_count(seed) and seed <= LARGEST_REQUEST_SEED):
+        raise SourceError(f"{place}: seed = {seed!r:.60}: must be from 0 to {LARGEST_REQUEST_SEED}")
     if parent is not None and not (_is_count(parent) and parent < number):
         raise SourceError(f"{place}: parent = {parent!r:.60}: must be the number of an earlier piece, counted from 0")
     return Piece(

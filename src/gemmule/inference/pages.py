@@ -28,7 +28,7 @@ class PagePool:
         self, config: Gemma3Config, kind: Kind, pages: int, dtype: torch.dtype, device: torch.device, grows: bool
     ) -> None:
         self.layers = [layer for layer, own in enumerate(config.layer_kinds) if own == kind]
-        self.layer_numbers = 2 * config.num_key_value_heads * config.head_dim * PAGE
+        self.layer_numbers = numbers_per_layer(config)
         self.memory = _zeros(pages + 1, len(self.layers) * self.layer_numbers, dtype, device)
         self.grows = grows
         self._holders = [0] * (pages + 1)
@@ -118,6 +118,11 @@ def _zeros(pages: int, numbers: int, dtype: torch.dtype, device: torch.device) -
     except (OSError, OverflowError, ValueError) as error:
         raise MemoryError(f"{size:,} bytes: {error}") from None
     return torch.frombuffer(memory, dtype=dtype).view(pages, numbers)
+
+
+def numbers_per_layer(config: Gemma3Config) -> int:
+    """Return how many numbers a page has for each layer: keys, then values."""
+    return 2 * config.num_key_value_heads * config.head_dim * PAGE
 
 
 def layer_offsets(pools: Sequence[PagePool], layers: int) -> list[int]:

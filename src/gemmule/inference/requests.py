@@ -12,7 +12,7 @@ from gemmule.inference.constraints import Constraint, ConstraintSpec
 from gemmule.inference.sampling import LogProbabilities, Row, SamplingSettings, uniform
 from gemmule.inference.text_stream import TextStream
 
-LARGEST_SEED = 2**64 - 1
+LARGEST_REQUEST_SEED = 2**64 - 1
 # Sampling from the model's own distribution.
 PLAIN = SamplingSettings()
 
@@ -57,7 +57,7 @@ class Request:
             if getattr(self, name) < least:
                 raise RecipeError(f"{name} = {getattr(self, name)}: must be at least {least}")
         if self.seed is None:
-            object.__setattr__(self, "seed", secrets.randbits(63))
+            object.__setattr__(self, "seed", draw_seed())
         else:
             _check_seed(self.seed)
 
@@ -142,13 +142,18 @@ def requests_of(
     """Return a request for each prompt; the i-th has the seed `seed` + i."""
     if seed is not None:
         _check_seed(seed)
-    seeds = [None if seed is None else (seed + number) % (LARGEST_SEED + 1) for number in range(len(prompts))]
+    seeds = [None if seed is None else (seed + number) % (LARGEST_REQUEST_SEED + 1) for number in range(len(prompts))]
     return [
         Request(tuple(prompt), max_new_tokens, sampling, own, stops=stops)
         for prompt, own in zip(prompts, seeds, strict=True)
     ]
 
 
+def draw_seed() -> int:
+    """Return a random seed, which JavaScript can hold exactly, too."""
+    return secrets.randbits(53)
+
+
 def _check_seed(seed: int) -> None:
-    if not 0 <= seed <= LARGEST_SEED:
-        raise RecipeError(f"seed = {seed}: must be from 0 to {LARGEST_SEED}")
+    if not 0 <= seed <= LARGEST_REQUEST_SEED:
+        raise RecipeError(f"seed = {seed}: must be from 0 to {LARGEST_REQUEST_SEED}")

@@ -23,16 +23,13 @@ from gemmule.inference.pages import PAGE
 from gemmule.inference.quantize import int8_weights
 from gemmule.inference.step_batch import Ints, StepBatch
 from gemmule.model.attention import AttentionMask
-from gemmule.model.cache import Cache
+from gemmule.model.cache import EMPTY, Cache
 from gemmule.model.config import Gemma3Config, Kind
 from gemmule.model.gemma3 import Gemma3, all_logits
 
 # "auto" is native where that is available, else plain: half a minute of compilation pays off for long outputs alone.
 Decoding = Literal["auto", "plain", "native", "compiled"]
 DECODINGS: tuple[str, ...] = get_args(Decoding)
-
-# The position of an empty slot: later than every query, so that the attention mask hides it.
-EMPTY = 2**62
 
 
 class Runner(Protocol):
@@ -154,13 +151,18 @@ def paged_view(kv_cache: KVCache, rows: Ints, positions: Ints, device: torch.dev
     pages: dict[Kind, Tensor] = {}
     firsts: dict[Kind, Tensor] = {}
     for kind in kv_cache.pools:
-        window = kv_cache.config.window(kind)
-        first = np.zeros_like(rows) if window is None else np.maximum(positions[:, 0] - window + 1, 0) // PAGE
+        first = _first_pages(kv_cache, kind, positions[:, 0])
         count = int((positions[:, -1] // PAGE - first).max()) + 1
         index = np.minimum(first[:, None] + np.arange(count), kv_cache.tables[kind].shape[1] - 1)
         pages[kind] = torch.from_numpy(kv_cache.tables[kind][rows[:, None], index].astype(np.int64)).to(device)
         firsts[kind] = torch.from_numpy(first * PAGE).to(device)
     return PagedView(kv_cache, pages, firsts)
+
+
+def _first_pages(kv_cache: KVCache, kind: Kind, positions: Ints) -> Ints:
+    """Return the first page that a token at each position (B,) sees."""
+    window = kv_cache.config.window(kind)
+    return np.zeros_like(positions) if window is None else np.maximum(positions - window + 1, 0) // PAGE
 
 
 class CompiledRunner:
@@ -213,10 +215,9 @@ class _Graph:
         self._host[index, 0], self._host[index, 1] = torch.from_numpy(batch.tokens), torch.from_numpy(batch.positions)
         self._inputs.copy_(self._host, non_blocking=True)
         for kind, held in self._pages.items():
-            table, window = self._cache.tables[kind], self._cache.config.window(kind)
+            table = self._cache.tables[kind]
             first = np.zeros(len(table), dtype=np.int64)
-            if window is not None:
-                first[batch.rows] = np.maximum(batch.positions - window + 1, 0) // PAGE
+            first[batch.rows] = _first_pages(self._cache, kind, batch.positions)
             columns = np.minimum(first[batch.rows, None] + np.arange(held.shape[1]), table.shape[1] - 1)
             pages = np.zeros(held.shape, dtype=np.int64)  # the other rows are computed, too, and write to page 0
             pages[batch.rows] = table[batch.rows[:, None], columns]

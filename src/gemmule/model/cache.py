@@ -6,6 +6,9 @@ from torch import Tensor
 from gemmule.model.attention import AttentionMask
 from gemmule.model.config import Gemma3Config, Kind
 
+# The position of an empty slot: later than every query, so that the attention mask hides it.
+EMPTY = 2**62
+
 
 class Cache:
     """Keys and values per layer: everything for global layers, the last window - 1 tokens for local ones.

@@ -8,7 +8,7 @@ import torch
 
 from gemmule.errors import DeviceError
 from gemmule.inference.kv_cache import CacheSize, pages_of, window_pages
-from gemmule.inference.pages import KINDS, PAGE
+from gemmule.inference.pages import KINDS, PAGE, numbers_per_layer
 from gemmule.model.config import Gemma3Config, Kind
 
 # The share of the available memory that the caches of all models get together, where nothing else is said.
@@ -28,8 +28,7 @@ class CacheBound(NamedTuple):
 
 def page_bytes(config: Gemma3Config, kind: Kind, dtype: torch.dtype) -> int:
     """Return the bytes of a page of all layers of a kind."""
-    layers = sum(own == kind for own in config.layer_kinds)
-    return 2 * config.num_key_value_heads * config.head_dim * PAGE * layers * dtype.itemsize
+    return numbers_per_layer(config) * config.layer_kinds.count(kind) * dtype.itemsize
 
 
 def cache_bound(

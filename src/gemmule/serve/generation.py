@@ -9,7 +9,7 @@ from typing import Any
 
 from gemmule.errors import RecipeError, UserError
 from gemmule.inference.constraints import ConstraintSpec
-from gemmule.inference.requests import Request
+from gemmule.inference.requests import Request, draw_seed
 from gemmule.inference.sampling import LogProbabilities, SamplingSettings
 from gemmule.serve.failures import invalid
 from gemmule.serve.models import ServedModel
@@ -18,8 +18,6 @@ from gemmule.serve.protocol import CompletionBody, Sampled
 from gemmule.serve.replies import Reply
 from gemmule.serve.settings import Limits
 
-# Drawn seeds are exact in JavaScript, too.
-_SEED_BITS = 53
 # What JSON has instead of minus infinity, as OpenAI has it.
 _LEAST = -9999.0
 
@@ -85,7 +83,7 @@ def make_generation(kind: str, served: ServedModel, body: Sampled, prompts: list
     if samples * len(prompts) > limits.choices:
         message = f"prompt: {len(prompts)} prompts of {samples} replies; at most {limits.choices} replies a request"
         raise invalid("prompt", message)
-    seed = secrets.randbits(_SEED_BITS) if body.seed is None else body.seed
+    seed = draw_seed() if body.seed is None else body.seed
     sampling = _sampling(served, body)
     stops, constraint = _stops(served, body, limits), constraint_of(body)
     requests = [_request(served, body, prompt, sampling, seed, stops, constraint) for prompt in prompts]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from gemmule.fields import Noun
-from gemmule.inference.requests import LARGEST_SEED
+from gemmule.inference.requests import LARGEST_REQUEST_SEED
 from gemmule.serve.failures import ApiError, invalid, unsupported
 
 MOST_LIKELIEST = 20  # alternatives beside each token
@@ -117,7 +117,7 @@ class Sampled(Body):
         ]
         | None
     ) = Field(None, description="is added to the logits of single tokens")
-    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED), WHOLE] | None = Field(
+    seed: Annotated[int, Field(ge=0, le=LARGEST_REQUEST_SEED), WHOLE] | None = Field(
         None, description="repeats a reply; without one the reply tells which it got"
     )
     stop: (
