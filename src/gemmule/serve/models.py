@@ -23,6 +23,7 @@ from gemmule.model.gemma3 import Gemma3
 from gemmule.serve.cache_size import SHARE, CacheBound, available_memory, cache_bound
 from gemmule.serve.settings import ModelSpec, ServerSettings
 from gemmule.tokenizer import Tokenizer
+from gemmule.train.opening import load_with_path
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class ServedModel:
 
 def load_model(spec: ModelSpec, settings: ServerSettings, count: int = 1) -> ServedModel:
     """Open one of `count` models and warm its engine; UserError where it cannot be served as the settings ask."""
-    network, tokenizer, path = gemmule.load_with_path(spec.model, settings.device)
+    network, tokenizer, path = load_with_path(spec.model, settings.device)
     network, decoding = prepare_for_decoding(network, str(path), settings.decoding, settings.int8)
     if settings.chat and (tokenizer.start_of_turn_id is None or tokenizer.end_of_turn_id is None):
         raise TokenizerError(f"MODEL {spec.model}: --chat needs a vocabulary with turn tokens; leave it out")
