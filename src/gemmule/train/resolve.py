@@ -157,10 +157,11 @@ def resolve_steps(
         times.append(time.perf_counter() - began)
     # The lower quartile: other work on the machine makes steps slower, never faster.
     seconds = world.broadcast(statistics.quantiles(times[3:], n=4)[0])
-    steps = max(1, min(settings.steps, int(60 * minutes / seconds)))
+    first = recipe.schedule.restart_step
+    steps = max(1, min(settings.steps - first, int(60 * minutes / seconds)))
     unit = "minute" if minutes == 1 else "minutes"
     log.info(f"one step takes {seconds:.3f} s on this machine: {steps:,} steps fit into {minutes:g} {unit}")
-    return recipe.replace(train=settings.replace(steps=steps, minutes=None))
+    return recipe.replace(train=settings.replace(steps=first + steps, minutes=None))
 
 
 def build(recipe: Recipe, runtime: Runtime, start: Start | None = None) -> TrainState:

@@ -28,7 +28,7 @@ from gemmule.train.loop import Callbacks, train
 from gemmule.train.memory import out_of_memory_explained
 from gemmule.train.metrics import JsonLines, OverfittingWatch
 from gemmule.train.observer import Observer, SampleFunction
-from gemmule.train.open_run import claim_run, differences, keep_recipe, remove_leftovers
+from gemmule.train.open_run import Extension, claim_run, differences, keep_recipe, remove_leftovers
 from gemmule.train.parallel import gather_model
 from gemmule.train.recipe import Recipe
 from gemmule.train.resolve import ResolvedRecipe, build, check_ranks, resolve, training_rows
@@ -55,20 +55,21 @@ def run_recipe(
     observer: Observer | None = None,
     sample: SampleFunction | None = None,
     allow_changes: bool = False,
+    extend: Extension | None = None,
 ) -> Outcome:
     """Prepare the data, train from the start or from the newest good checkpoint, and write the model folder.
 
     Every process that torchrun started calls this; one that torchrun restarts resumes. A stop requested by Ctrl-C or
     SIGTERM ends the run after a checkpoint; `position.step` tells how far it came. `sample` continues the sample
     prompts after each validation. `allow_changes` lets a resumed run change the optimizer's constants, the schedule or
-    the number of steps.
+    the number of steps; `extend` trains it longer, with a schedule that begins anew where it was to end.
     """
     run, device, observer = RunFolder(out), choose_device(recipe.train.device), observer or Observer()
     with process_group(device) as world:
         runtime = Runtime(device, world=world)
         # Each machine's torchrun counts its own restarts, and a machine that joined later has counted none.
-        resume = resume or world.all_reduce_sum(world.restarts) != [0]
-        claim = claim_run(recipe, out, resume, allow_changes) if world.is_main else nullcontext(recipe)
+        resume = resume or extend is not None or world.all_reduce_sum(world.restarts) != [0]
+        claim = claim_run(recipe, out, resume, allow_changes, extend) if world.is_main else nullcontext(recipe)
         with claim as recipe:
             recipe, attempts = world.broadcast(recipe), count()
 
