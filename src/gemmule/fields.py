@@ -25,6 +25,8 @@ Text = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
 # The largest seed of torch's and NumPy's generators.
 LARGEST_SEED = 2**63 - 1
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+# The largest seed of a request to the inference engine, which draws by a hash of its own.
+LARGEST_REQUEST_SEED = 2**64 - 1
 
 # The value that unsets an optional setting.
 UNSET = "none"

@@ -154,17 +154,17 @@ def test_several_samples_have_seeds_that_repeat_each(tiny_run: Path) -> None:
 
 
 def test_the_largest_seed_is_followed_by_zero(tiny_run: Path) -> None:
-    options = ["--max-new-tokens", 3, "--seed", 2**63 - 1, "--num-samples", 2, "--json"]
-    assert [sample["seed"] for sample in json.loads(generate(tiny_run, *options))["samples"]] == [2**63 - 1, 0]
+    options = ["--max-new-tokens", 3, "--seed", 2**64 - 1, "--num-samples", 2, "--json"]
+    assert [sample["seed"] for sample in json.loads(generate(tiny_run, *options))["samples"]] == [2**64 - 1, 0]
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63, 99999999999999999999])
+@pytest.mark.parametrize("seed", [-1, 2**64, 99999999999999999999])
 def test_a_seed_out_of_range_is_refused(tiny_run: Path, seed: int) -> None:
     ended = gemmule("generate", tiny_run, "--seed", seed)
     assert (ended.code, ended.out) == (2, "")
     words = " ".join(ended.err.replace("│", " ").split())
     assert "Invalid value for '--seed'" in words
-    assert ("0" if seed < 0 else "9223372036854775807") in words
+    assert ("0" if seed < 0 else "18446744073709551615") in words
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_a_text_given_as_an_argument_is_told_to_be_an_option(tiny_run: Path) -> 
     ended = gemmule("generate", tiny_run, "Ein", "Mann's")
     assert ended.code == 2
     advice = "--prompt 'Ein Mann'\"'\"'s'"
-    words = f'gemmule: unexpected argument "Ein Mann\'s"; the text to continue is an option: {advice}\n'
+    words = f'gemmule: unexpected argument "Ein Mann\'s"; use {advice} to continue a text\n'
     assert (ended.out, ended.err) == ("", words)
     assert generate(tiny_run, "--max-new-tokens", 3, *shlex.split(advice)).startswith("Ein Mann's")
 

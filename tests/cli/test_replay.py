@@ -8,7 +8,8 @@ from runs import gemmule
 
 SESSION = "\n".join(
     [
-        "/set max_tokens 12", "Mia found", "", "the owl", "/retry", '/set stop ["e", "o"]', "/edit 1 Tom saw",
+        "/set max_tokens 12", "/set seed 3", "Mia found", "", "the owl", "/retry", '/set stop ["e", "o"]',
+        "/edit 1 Tom saw",
         "a key",
         "/set min_tokens 4", "/set repetition_penalty 1.3", "/set presence_penalty 0.5", "", "/branch 1", "on",
     ]

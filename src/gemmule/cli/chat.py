@@ -7,6 +7,7 @@ import typer
 
 from gemmule.cli.chat_terminal import ChatTerminal
 from gemmule.cli.options import DecodingOption, DeviceOption, Int8Option, refuse_others
+from gemmule.cli.screen import Screen, logged_to
 from gemmule.cli.serve import KEY_VARIABLE, read_keys
 from gemmule.errors import TokenizerError, UserError
 
@@ -87,4 +88,5 @@ def open_model(model: str, device: str, decoding: "Decoding", int8: bool, contex
 
     spec = ModelSpec(model, model)
     settings = ServerSettings((spec,), max_rows=1, context=context, device=device, decoding=decoding, int8=int8)
-    return load_model(spec, settings)
+    with logged_to(Screen()):
+        return load_model(spec, settings)

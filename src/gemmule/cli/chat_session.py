@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gemmule.cli.chat_terminal import ChatTerminal, Message
 from gemmule.errors import GemmuleError, UserError
-from gemmule.fields import UNSET, settings_of, toml_value
+from gemmule.fields import LARGEST_REQUEST_SEED, UNSET, settings_of, toml_value
 from gemmule.inference.conversation import (
     INITIAL,
     ChatModel,
@@ -16,7 +16,7 @@ from gemmule.inference.conversation import (
     read_conversation,
     write_conversation,
 )
-from gemmule.inference.requests import LARGEST_REQUEST_SEED, draw_seed
+from gemmule.inference.requests import draw_seed
 from gemmule.processes import Terminated
 from gemmule.reading import local_path
 from gemmule.settings import check_recipe

@@ -43,12 +43,12 @@ def doctor(
 
         gemmule doctor google/gemma-3-270m --data wiki.txt --json
     """
-    import gemmule
     from gemmule.evaluate.doctor import ModelUnderTest, examine, read_declared
+    from gemmule.train.opening import load_with_path
 
     settings, dataset = _text(local_path(model), data, separator, column)
     with Screen() as screen, logged_to(screen):
-        network, tokenizer, found = gemmule.load_with_path(model, device)
+        network, tokenizer, found = load_with_path(model, device)
         test = ModelUnderTest(network.float(), tokenizer, read_declared(found), settings, dataset)
         findings = examine(test, screen.progress)
     failed = [finding.name for finding in findings if finding.verdict == "failed"]

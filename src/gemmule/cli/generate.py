@@ -25,14 +25,12 @@ from gemmule.cli.options import (
     TopP,
     refuse_others,
 )
-from gemmule.cli.screen import print_json
+from gemmule.cli.screen import Screen, logged_to, print_json
 from gemmule.errors import SourceError, UserError
-from gemmule.fields import LARGEST_SEED
+from gemmule.fields import LARGEST_REQUEST_SEED
 
 if TYPE_CHECKING:
     from gemmule.inference.requests import Event
-    from gemmule.model.gemma3 import Gemma3
-    from gemmule.tokenizer import Tokenizer
 
 
 def generate(
@@ -75,9 +73,7 @@ def generate(
     """
     if context.args:  # instead of an error that does not mention the option
         text = " ".join(context.args)
-        raise UserError(
-            f"unexpected argument {text!r}; the text to continue is an option: --prompt {shlex.quote(text)}"
-        )
+        raise UserError(f"unexpected argument {text!r}; use --prompt {shlex.quote(text)} to continue a text")
     if replay is not None:
         from gemmule.cli.replay import show_replay
 
@@ -88,8 +84,11 @@ def generate(
         typer.echo("note: standard input is not read; --prompt - continues what comes from it", err=True)
     prompt = read_prompt(prompt)
     import gemmule
+    from gemmule.inference.preparing import prepare_for_decoding
 
-    network, tokenizer = _load(model, device, decoding, int8)
+    with logged_to(Screen()):
+        network, tokenizer = gemmule.load(model, device)
+        network, decoding = prepare_for_decoding(network, model, decoding, int8)
     settings: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
@@ -106,29 +105,13 @@ def generate(
     first = secrets.randbits(32) if seed is None else seed
     samples: list[dict[str, Any]] = []
     for number in range(num_samples):
-        own = (first + number) % (LARGEST_SEED + 1)
+        own = (first + number) % (LARGEST_REQUEST_SEED + 1)
         if num_samples > 1 and not as_json:
             sys.stdout.write("\n" * (number > 0) + f"--- sample {number + 1} of {num_samples}, seed {own} ---\n")
         events = gemmule.generate(network, tokenizer, prompt, seed=own, **settings)
         samples.append(_show(prompt, events, quiet=as_json) | {"seed": own})
     if as_json:
         print_json({"prompt": prompt} | (samples[0] if num_samples == 1 else {"samples": samples}))
-
-
-def _load(model: str, device: str, decoding: str, int8: bool) -> "tuple[Gemma3, Tokenizer]":
-    """Open a MODEL for decoding; ModelError where it is damaged. Notes on standard error why decoding is slow."""
-    import gemmule
-    from gemmule.inference.huge_pages import move_to_huge_pages
-    from gemmule.inference.quantize import quantize
-    from gemmule.inference.runners import slow_decoding_reason
-    from gemmule.model.finite import refuse_nonfinite_weights
-
-    network, tokenizer = gemmule.load(model, device)
-    refuse_nonfinite_weights(network, model)
-    network = move_to_huge_pages(quantize(network) if int8 else network)
-    if decoding == "auto" and (reason := slow_decoding_reason(network)):
-        typer.echo(f"note: {reason}; decoding is slower without the native step", err=True)
-    return network, tokenizer
 
 
 def _show(prompt: str, events: Iterable["Event"], quiet: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from gemmule.errors import UserError
-from gemmule.fields import LARGEST_SEED
+from gemmule.fields import LARGEST_REQUEST_SEED
 
 Temperature = Annotated[float, typer.Option(min=0, help="Softmax temperature; 0 is greedy decoding.")]
 TopK = Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0 is off.")]
@@ -27,7 +27,7 @@ FrequencyPenalty = Annotated[
     float, typer.Option(min=-2, max=2, help="Subtract it as often as a token occurs in the reply.")
 ]
 SamplingSeed = Annotated[
-    int | None, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling; random by default.")
+    int | None, typer.Option(min=0, max=LARGEST_REQUEST_SEED, help="Seed of the sampling; random by default.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")]
 DecodingOption = Annotated[

@@ -131,7 +131,7 @@ class _ScreenHandler(logging.Handler):
         self._screen = screen
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._screen.print(record.getMessage())
+        self._screen.print(self.format(record))  # with the traceback of what is logged as an exception
 
 
 def note(sentence: str) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from gemmule.cli.options import DecodingOption, DeviceOption, Int8Option
+from gemmule.cli.screen import Screen, logged_to
 from gemmule.errors import MissingExtra, UserError
 
 KEY_VARIABLE = "GEMMULE_API_KEY"
@@ -84,7 +85,8 @@ def serve(
         follow=follow,
         access_log=access_log,
     )
-    run(settings, lambda sentence: typer.echo(sentence, err=True))
+    with logged_to(Screen()):
+        run(settings, lambda sentence: typer.echo(sentence, err=True))
 
 
 def read_keys(file: Path | None) -> tuple[bytes, ...]:

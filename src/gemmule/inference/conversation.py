@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol, cast
 from pydantic import BeforeValidator, Field
 
 from gemmule.errors import RecipeError, SourceError
-from gemmule.fields import Count, CountFrom0, Noun
+from gemmule.fields import LARGEST_REQUEST_SEED, Count, CountFrom0, Noun
 from gemmule.files import atomic_write
-from gemmule.inference.requests import LARGEST_REQUEST_SEED
 from gemmule.inference.sampling import STORYTELLING, SamplingSettings
 from gemmule.settings import check_recipe
 from gemmule.tokenizer import Tokenizer

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 
 from gemmule.errors import GemmuleError, RecipeError
+from gemmule.fields import LARGEST_REQUEST_SEED
 from gemmule.inference.constraints import Constraint, ConstraintSpec
 from gemmule.inference.sampling import LogProbabilities, Row, SamplingSettings, uniform
 from gemmule.inference.text_stream import TextStream
 
-LARGEST_REQUEST_SEED = 2**64 - 1
 # Sampling from the model's own distribution.
 PLAIN = SamplingSettings()
 

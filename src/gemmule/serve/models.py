@@ -4,9 +4,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,15 @@ import torch
 import gemmule
 from gemmule.errors import TokenizerError, UserError
 from gemmule.inference.engine import CHUNK_CPU, CHUNK_GPU, Engine, run_alone, stop_tokens
-from gemmule.inference.huge_pages import move_to_huge_pages
-from gemmule.inference.quantize import quantize
+from gemmule.inference.preparing import prepare_for_decoding
+from gemmule.inference.quantize import Int8, named_weights
 from gemmule.inference.requests import Request
-from gemmule.inference.runners import cache_dtype, choose_decoding
-from gemmule.model.finite import refuse_nonfinite_weights
+from gemmule.inference.runners import Decoding, cache_dtype
 from gemmule.model.gemma3 import Gemma3
 from gemmule.serve.cache_size import SHARE, CacheBound, available_memory, cache_bound
 from gemmule.serve.settings import ModelSpec, ServerSettings
 from gemmule.tokenizer import Tokenizer
+from gemmule.train.opening import load_with_path
 
 log = logging.getLogger(__name__)
 
@@ -84,20 +84,17 @@ class ServedModel:
 
 def load_model(spec: ModelSpec, settings: ServerSettings, count: int = 1) -> ServedModel:
     """Open one of `count` models and warm its engine; UserError where it cannot be served as the settings ask."""
-    network, tokenizer, path = gemmule.load_with_path(spec.model, settings.device)
-    refuse_nonfinite_weights(network, str(path))
+    network, tokenizer, path = load_with_path(spec.model, settings.device)
+    network, decoding = prepare_for_decoding(network, str(path), settings.decoding, settings.int8)
     if settings.chat and (tokenizer.start_of_turn_id is None or tokenizer.end_of_turn_id is None):
         raise TokenizerError(f"MODEL {spec.model}: --chat needs a vocabulary with turn tokens; leave it out")
-    decoding = choose_decoding(network, settings.decoding)
-    fingerprint = model_fingerprint(network, tokenizer, decoding, settings.int8)
-    parameters, format_ = sum(each.numel() for each in network.parameters()), _format_of(network)
-    network = move_to_huge_pages(quantize(network) if settings.int8 else network)
     longest = network.config.max_position_embeddings
     if settings.context is not None:
         if settings.context > longest:
             raise UserError(f"--context {settings.context}: MODEL {spec.model} has {longest:,} positions")
         longest = settings.context
-    device = network.embedding.weight.device
+    weights = network.embedding.weight
+    device = weights.device
     chunk = settings.chunk or (CHUNK_CPU if device.type == "cpu" else CHUNK_GPU)
     given = settings.cache_bytes
     available = int(available_memory(device) * SHARE / count) if given is None else given
@@ -112,11 +109,11 @@ def load_model(spec: ModelSpec, settings: ServerSettings, count: int = 1) -> Ser
         bound=bound,
         context=longest,
         vocab_size=network.config.vocab_size,
-        parameters=parameters,
-        format="int8" if settings.int8 else format_,
+        parameters=sum(each.shape.numel() for _, each in named_weights(network)),
+        format="int8" if settings.int8 else _FORMATS[weights.dtype],
         chats=settings.chat or tokenizer.chat_template is not None,
         stops=stop_tokens(tokenizer),
-        fingerprint=fingerprint,
+        fingerprint=model_fingerprint(network, tokenizer, decoding),
         created=int(time.time()),
     )
 
@@ -127,17 +124,12 @@ def warm(engine: Engine) -> None:
         pass
 
 
-def model_fingerprint(network: Gemma3, tokenizer: Tokenizer, decoding: str, int8: bool) -> str:
+def model_fingerprint(network: Gemma3, tokenizer: Tokenizer, decoding: Decoding) -> str:
     """Return a hash of all that decides a reply beside the request: weights, vocabulary, version, decoding."""
-    settings = {"version": gemmule.__version__, "decoding": decoding, "int8": int8, "tokenizer": tokenizer.fingerprint}
+    settings = {"version": gemmule.__version__, "decoding": decoding, "tokenizer": tokenizer.fingerprint}
     found = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
-    state: Mapping[str, torch.Tensor] = network.state_dict()
-    for name, tensor in sorted(state.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    for name, weight in sorted(named_weights(network), key=itemgetter(0)):
+        for tensor in (weight.data, weight.scales) if isinstance(weight, Int8) else (weight,):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return f"fp_{found.hexdigest()}"
-
-
-def _format_of(network: Gemma3) -> str:
-    dtype = network.embedding.weight.dtype
-    return _FORMATS.get(dtype, str(dtype).removeprefix("torch."))

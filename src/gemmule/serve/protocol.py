@@ -7,8 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from gemmule.fields import Noun
-from gemmule.inference.requests import LARGEST_REQUEST_SEED
+from gemmule.fields import LARGEST_REQUEST_SEED, Noun
 from gemmule.serve.failures import ApiError, invalid, unsupported
 
 MOST_LIKELIEST = 20  # alternatives beside each token

@@ -28,7 +28,9 @@ _LABELS = ("license",)
 # Settings that the run has measured, and keeps where the recipe says "auto".
 _MEASURED = ("attention", "precision")
 # Settings that decide what the weights mean and which rows a step trains on: another value is another run.
-_FIXED = re.compile(r"data\..*|tokenizer\..*|model\..*|optimizer\.name|train\.(batch_size|context|seed|damp_branches)")
+_FIXED = re.compile(
+    r"data\..*|tokenizer\..*|model\..*|optimizer\.name|train\.(start|batch_size|context|seed|damp_branches)"
+)
 # Names of temporary files. Those of an interrupted preparation are used again.
 _LEFTOVER = re.compile(r"\.(?!data\.)[\w.-]+\.(partial|old)$")
 
@@ -91,6 +93,9 @@ def _not_a_run(out: Path) -> OutputError:
 def differences(given: Recipe, stored: Recipe) -> dict[str, str]:
     """Describe each setting that differs, apart from those that resolving sets or that may always change."""
     ignored = {f"train.{key}" for key in FREE} | {f"data.{key}" for key in _LABELS}
+    if given.train.start is not None:  # which decided what the recipe left out
+        unset = set(type(given.model).model_fields) - given.model.model_fields_set
+        ignored |= {"tokenizer.vocab_size", *(f"model.{key}" for key in unset)}
     if not gives_vocabulary(given.model):
         ignored.add("model.vocab_size")
     if not gives_vocabulary(given.tokenizer):

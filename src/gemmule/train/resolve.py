@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from gemmule.data.batches import MixedRows, PackedRows, RowStream
 from gemmule.data.dataset import Dataset
 from gemmule.errors import RecipeError
+from gemmule.model.gemma3 import Gemma3
 from gemmule.model.init import init_weights, meta_model
 from gemmule.runtime import Runtime, choose_precision, derive_seed
 from gemmule.settings import Problem
@@ -20,6 +22,7 @@ from gemmule.train.optim import Optimizers
 from gemmule.train.parallel import parallelize
 from gemmule.train.recipe import Recipe, gives_vocabulary
 from gemmule.train.settings import AUTO
+from gemmule.train.start import Start
 from gemmule.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -86,6 +89,8 @@ def resolve_vocabulary(recipe: Recipe, ids: int | None = None) -> Recipe:
 
     Without `ids` it is a tokenizer that is still to be trained, as the recipe says.
     """
+    if recipe.train.start is not None:  # the model decided
+        return recipe
     section, model = recipe.tokenizer, recipe.model
     ids = section.vocab_size if ids is None else ids
     if section.path is None and gives_vocabulary(section) and section.vocab_size != ids:
@@ -158,15 +163,22 @@ def resolve_steps(
     return recipe.replace(train=settings.replace(steps=steps, minutes=None))
 
 
-def build(recipe: Recipe, runtime: Runtime) -> TrainState:
-    """Build an initialized model on every rank, and its optimizers."""
+def build(recipe: Recipe, runtime: Runtime, start: Start | None = None) -> TrainState:
+    """Build a model on every rank, and its optimizers; its weights are those of `start`, or drawn by the seed."""
     seed, damp = derive_seed(recipe.train.seed, "weights"), recipe.train.damp_branches
+
+    def init(model: Gemma3, copy: Callable[[Tensor, Tensor], object]) -> None:
+        if start is None:
+            init_weights(model, seed, damp, copy)
+        else:
+            start.copy_weights(model, copy)
+
     parallel = parallelize(
         meta_model(recipe.model, recipe.train.attention),
         recipe.parallel,
         recipe.train.compile,
         runtime,
-        lambda model, copy: init_weights(model, seed, damp, copy),
+        init,
     )
     return TrainState(parallel, Optimizers(parallel.model, recipe.optimizer, runtime.precision))
 

@@ -22,7 +22,7 @@ from gemmule.runtime import Runtime, choose_device, derive_seed, interruptible
 from gemmule.settings import Problem, read_recipe, write_recipe
 from gemmule.tokenizer import Tokenizer
 from gemmule.tracking import Tracking, TrackingSettings
-from gemmule.train.checkpoint import Saver, load_checkpoint, newest_checkpoint, prune_checkpoints
+from gemmule.train.checkpoint import Saver, checkpoints, load_checkpoint, newest_checkpoint, prune_checkpoints
 from gemmule.train.environment import log_environment
 from gemmule.train.loop import Callbacks, train
 from gemmule.train.memory import out_of_memory_explained
@@ -32,6 +32,7 @@ from gemmule.train.open_run import claim_run, differences, keep_recipe, remove_l
 from gemmule.train.parallel import gather_model
 from gemmule.train.recipe import Recipe
 from gemmule.train.resolve import ResolvedRecipe, build, check_ranks, resolve, training_rows
+from gemmule.train.start import Start, open_start
 from gemmule.train.state import Position, TrainState
 from gemmule.train.validation import Score, score
 
@@ -84,11 +85,15 @@ def _run(
     if is_main:
         remove_leftovers(run)
     check_ranks(recipe, runtime)
-    dataset = _prepared_dataset(recipe, run, runtime.world, observer)
+    start = _start(recipe, run, runtime.world)
+    if start is not None:
+        recipe = start.adopt(recipe)
+        log.info(f"starting from the weights of {start.name}")
+    dataset = _prepared_dataset(recipe, run, runtime.world, observer, start)
     with out_of_memory_explained(recipe, runtime.device):
         resolved, runtime = resolve(recipe, dataset, runtime, observer.on_progress)
         log.info(implied_epochs(dataset, resolved))
-        state = build(resolved, runtime)
+        state = build(resolved, runtime, start)
         if resume:
             _restore(run, state, dataset)
         if state.position.step > resolved.train.steps:
@@ -112,8 +117,23 @@ def _run(
     return Outcome(resolved, state.position, dataset, model)
 
 
-def _prepared_dataset(recipe: Recipe, run: RunFolder, world: World, observer: Observer) -> Dataset:
-    """Open the prepared dataset; where the recipe names none, the main rank prepares it in the run folder."""
+def _start(recipe: Recipe, run: RunFolder, world: World) -> Start | None:
+    """Open the model that the run starts from; None where there is none, or a checkpoint takes its place."""
+    if world.broadcast(bool(checkpoints(run.path))):
+        return None
+    if not world.is_main:  # which may have to download it
+        world.barrier()
+    start = open_start(recipe)
+    if world.is_main:
+        world.barrier()
+    return start
+
+
+def _prepared_dataset(recipe: Recipe, run: RunFolder, world: World, observer: Observer, start: Start | None) -> Dataset:
+    """Open the prepared dataset; where the recipe names none, the main rank prepares it in the run folder.
+
+    The tokenizer is that of the model that the run starts from, if there is one.
+    """
     prepared = prepared_folder(recipe.data)
     if prepared and recipe.data.validation:
         log.info(f"data.validation is not read: {prepared} has validation documents of its own")
@@ -121,8 +141,11 @@ def _prepared_dataset(recipe: Recipe, run: RunFolder, world: World, observer: Ob
     if world.is_main and not (folder / DATASET_FILE).is_file():
         from gemmule.data.prepare import prepare_dataset
 
-        prepare_dataset(recipe.data, recipe.tokenizer, folder, observer.on_progress, workers=None)
+        vocabulary = recipe.tokenizer if start is None else start.tokenizer
+        prepare_dataset(recipe.data, vocabulary, folder, observer.on_progress, workers=None)
     dataset = open_dataset(world.broadcast(folder))
+    if start is not None:
+        start.check_dataset(dataset, recipe)
     log.info(str(dataset.report))
     return dataset
 
