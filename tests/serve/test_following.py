@@ -16,16 +16,6 @@ from gemmule.train.checkpoint import checkpoints
 from runs import wait_until
 
 
-@pytest.fixture
-def young_run(tiny_run: Path, tmp_path: Path) -> Path:
-    """A copy of a run that has its oldest checkpoint alone; the others lie beside it."""
-    copy = tmp_path / "young"
-    shutil.copytree(tiny_run, copy)
-    for checkpoint in checkpoints(copy)[:-1]:
-        checkpoint.rename(tmp_path / checkpoint.name)
-    return copy
-
-
 def test_a_newer_checkpoint_is_taken_up_and_requests_keep_theirs(young_run: Path, tmp_path: Path) -> None:
     newer = sorted(tmp_path.glob("step-*"))
     assert newer
