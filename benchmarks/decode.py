@@ -5,8 +5,8 @@
 MODEL is a model folder or .gguf file. Each backend is a process of its own that keeps the model open; in each trial all
 continue the same prompt greedily, one after the other (A B C A B C ...). Prints, and writes to --out, one JSON object:
 for each backend the median time per token, the share of the measured read bandwidth (weights read once a token), peak
-memory, and the ratios. With --rows, Gemmule alone decodes several rows side by side. With --loading, the startup of
-the commands is timed, too. `gemmule_backend` measures a GPU as well as a CPU.
+memory, and the ratios. With --loading, the startup of the commands is timed, too. Many rows are measured by
+benchmarks/engine.py, a GPU by benchmarks/gpu.py.
 """
 
 import argparse
@@ -309,31 +309,6 @@ def against_others(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def in_rows(options: argparse.Namespace) -> dict[str, Any]:
-    """Compare the decoding methods on batches of several rows."""
-
-    from gemmule.formats.opening import open_model
-
-    ids = open_model(options.model)[1].encode(PROMPT)
-    backends = {
-        f"{way} {options.precision} x{rows}": (
-            "gemmule",
-            str(options.model),
-            options.precision,
-            way,
-            rows,
-            "cpu",
-            options.threads,
-        )
-        for rows in options.rows
-        for way in ("native", "plain")
-    }
-    found = compare(backends, ids, options.tokens, options.trials)
-    for name, figures in found.items():
-        figures["tokens_per_second"] = round(int(name.rpartition("x")[2]) * 1000 / figures["ms"], 1)
-    return {"backends": found}
-
-
 def main() -> None:
     """Measure, and print the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -341,8 +316,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96, help="tokens per trial")
     parser.add_argument("--trials", type=int, default=5, help="number of trials")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of every backend")
-    parser.add_argument("--rows", type=int, nargs="+", help="decode so many rows, in Gemmule alone")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="bf16", help="with --rows")
     parser.add_argument("--backends", help="comma-separated names of the backends to run")
     parser.add_argument("--compiled", action="store_true", help="measure torch.compile, too (minutes)")
     parser.add_argument("--loading", action="store_true", help="time the start of the commands, too")
@@ -355,7 +328,7 @@ def main() -> None:
     from harness.trials import machine
 
     with tempfile.TemporaryDirectory() as name:
-        result = in_rows(options) if options.rows else against_others(options, Path(name))
+        result = against_others(options, Path(name))
     result |= {
         "model": options.model.name,
         "tokens": options.tokens,

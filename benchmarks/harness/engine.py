@@ -10,42 +10,40 @@ from typing import Any, NamedTuple
 
 import torch
 
-import gemmule
 from gemmule.formats.folder import save_folder
 from gemmule.formats.opening import open_model
 from gemmule.inference.engine import Engine
-from gemmule.inference.huge_pages import move_to_huge_pages
-from gemmule.inference.quantize import quantize
+from gemmule.inference.preparing import prepare_for_decoding
 from gemmule.inference.requests import Request, SequenceState
+from gemmule.inference.runners import Decoding
 from gemmule.inference.sampling import STORYTELLING, SamplingSettings
 from gemmule.model.gemma3 import Gemma3
 from gemmule.storybook import stories
 from gemmule.tokenizer import Tokenizer
-from harness.backends import Library, PeerError, check_library, gemmule_backend, peer_backend
+from gemmule.train.opening import load_with_path
+from harness.backends import Backend, Library, PeerError, check_library, gemmule_backend, peer_backend
 from harness.runner import Workload
 from harness.trials import Budget, Measurements, Progress, machine, peak, ratios, run_trials, spread
 
 GREEDY = SamplingSettings(temperature=0)
 PROMPT_TOKENS = 20
 SEED = 5  # of the stories whose beginnings are the prompts
+GGUF_DTYPES = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 
 
 class Peer(NamedTuple):
-    """Another engine that runs the same weights."""
+    """Another engine that runs the same weights, or ours with another decoding."""
 
-    program: str
-    library: Library
-    gguf: Mapping[str, str] | None  # dtype of the GGUF file by precision; None where it opens the folder
+    program: str | None  # in peers/; None for Gemmule itself
+    library: Library | None
+    changes: dict[str, Any]  # of the job
 
 
 PEERS: dict[str, Peer] = {
-    "llama.cpp": Peer(
-        "llama_cpp_engine",
-        Library("llama_cpp", "llama", "comparing with llama.cpp"),
-        {"fp32": "f32", "bf16": "bf16", "int8": "q8_0"},
-    ),
-    "transformers": Peer("transformers_engine", Library("transformers", "parity", "comparing with transformers"), None),
+    "llama.cpp": Peer("llama_cpp_engine", Library("llama_cpp", "llama", "comparing with llama.cpp"), {}),
+    "transformers": Peer("transformers_engine", Library("transformers", "parity", "comparing with transformers"), {}),
+    "gemmule-plain": Peer(None, None, {"decoding": "plain"}),
 }
 
 
@@ -65,37 +63,40 @@ def compare_engines(
     """
     precision = options["precision"]
     for name in peers:
-        check_library(PEERS[name].library, None)
-        if precision == "int8" and PEERS[name].gguf is None:
-            raise PeerError(f"--peer {name} has no int8 on a CPU; leave it out, or use --precision bf16")
-    network, tokenizer, _ = gemmule.load_with_path(model, dtype=DTYPES[precision])
+        if (library := PEERS[name].library) is not None:
+            check_library(library, None)
+    if precision == "int8" and "transformers" in peers:
+        raise PeerError("--peer transformers has no int8 on a CPU; leave it out, or use --precision bf16")
+    network, tokenizer, _ = load_with_path(model, dtype=DTYPES[precision])
+    prompts = prompts_of(tokenizer, options["rows"])
     job = {
         "model": str(folder / "hf"),
-        "prompts": prompts_of(tokenizer, options["rows"]),
+        "prompts": prompts,
         **{name: options[name] for name in ("precision", "decoding", "device", "tokens")},
         **budget._asdict(),
     }
     (folder / "hf").mkdir()
     save_folder(network, tokenizer, folder / "hf", DTYPES[precision])
-    backends = []
-    for name in ("gemmule", *peers):
-        changed = dict(job)
-        if name in PEERS and (gguf := PEERS[name].gguf) is not None:
-            from gemmule.formats.gguf import save_gguf
+    if "llama.cpp" in peers:
+        from gemmule.formats.gguf import save_gguf
 
-            changed["gguf"] = str(folder / f"{gguf[precision]}.gguf")
-            save_gguf(network, tokenizer, Path(changed["gguf"]), gguf[precision])
-        for rows in (1, options["rows"]):
-            one = changed | {"prompts": job["prompts"][:rows]}
-            title = f"{name} x{rows}"
-            backends.append(
-                peer_backend(title, PEERS[name].program, one)
-                if name in PEERS
-                else gemmule_backend(title, "engine", one)
-            )
+        job["gguf"] = str(folder / "model.gguf")
+        save_gguf(network, tokenizer, folder / "model.gguf", GGUF_DTYPES[precision])
     latencies = measure_latencies(network, options, budget.trials)
-    found = summary(job, run_trials(backends, budget.trials, progress))
-    return found | {"model": str(model)} | latencies
+    backends = [
+        _backend(name, rows, job | {"prompts": prompts[:rows]})
+        for name in ("gemmule", *peers)
+        for rows in sorted({1, options["rows"]})
+    ]
+    return summary(job, run_trials(backends, budget.trials, progress)) | {"model": str(model)} | latencies
+
+
+def _backend(name: str, rows: int, job: dict[str, Any]) -> Backend:
+    title = f"{name} x{rows}"
+    peer = PEERS.get(name)
+    if peer is not None and peer.program is not None:
+        return peer_backend(title, peer.program, job)
+    return gemmule_backend(title, "engine", job | (peer.changes if peer else {}))
 
 
 def prompts_of(tokenizer: Tokenizer, rows: int) -> list[list[int]]:
@@ -103,17 +104,12 @@ def prompts_of(tokenizer: Tokenizer, rows: int) -> list[list[int]]:
     return [tokenizer.encode(story.text)[:PROMPT_TOKENS] for story in stories(rows, SEED)]
 
 
-def prepare(model: Gemma3, precision: str, device: str) -> Gemma3:
-    """Return a model as it is decoded: quantized, in huge pages."""
-    return move_to_huge_pages(quantize(model) if precision == "int8" else model.to(device))
-
-
 def setup(job: dict[str, Any]) -> Workload:
-    """Return the greedy continuation of all prompts by an engine that has a row for each; its result are the tokens."""
-    model = prepare(open_model(job["model"], dtype=DTYPES[job["precision"]])[0], job["precision"], job["device"])
+    """Return the greedy continuation of all prompts by an engine with a row for each; it returns the tokens."""
+    model, _ = open_model(job["model"], dtype=DTYPES[job["precision"]])
+    model, decoding = _prepare(model, job)
     prompts, tokens = job["prompts"], job["tokens"]
     longest = max(map(len, prompts)) + tokens
-    decoding = Engine(model, 1, longest, job["decoding"]).decoding
 
     def step() -> list[list[int]]:
         engine = Engine(model, len(prompts), longest, decoding)  # of its own, so that no prompt is known
@@ -123,6 +119,12 @@ def setup(job: dict[str, Any]) -> Workload:
         return [sequence.generated for sequence in sequences]
 
     return step, {"decoding": decoding, "threads": torch.get_num_threads()}
+
+
+def _prepare(model: Gemma3, options: Mapping[str, Any]) -> tuple[Gemma3, Decoding]:
+    """Return a model as it is decoded, and how."""
+    model = model.to(options["device"])
+    return prepare_for_decoding(model, "MODEL", options["decoding"], options["precision"] == "int8")
 
 
 def summary(job: dict[str, Any], measurements: Measurements) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def same_of(replies: Sequence[Sequence[int]], expected: Sequence[Sequence[int]])
 
 def measure_latencies(model: Gemma3, options: Mapping[str, Any], trials: int) -> dict[str, Any]:
     """Return the time to the first token, gaps under a long prompt, and replies that are the same in a crowd."""
-    bench = Bench(prepare(model, options["precision"], options["device"]), options["decoding"])
+    bench = Bench(*_prepare(model, options))
     found: dict[str, Any] = {"first_token_ms": round(bench.first_token(3 * trials), 3)}
     if options["long"]:
         found["gap_ms"] = bench.gaps(options["long"])
@@ -182,7 +184,7 @@ def measure_latencies(model: Gemma3, options: Mapping[str, Any], trials: int) ->
 class Bench:
     """A model, the decoding that is measured, and prompts of random tokens."""
 
-    def __init__(self, model: Gemma3, decoding: Any) -> None:
+    def __init__(self, model: Gemma3, decoding: Decoding) -> None:
         self.model, self.decoding = model, decoding
         self._draw = random.Random(0)
 
