@@ -45,10 +45,7 @@ class LocalModel:
         usage = Usage(len(ids), 0, 0, 0.0)
         try:
             while not engine.idle:
-                for _, event in engine.step():
-                    if event is None:
-                        assert sequence.error is not None
-                        raise sequence.error
+                for _, event in step_or_raise(engine):
                     now = time.monotonic()
                     first = now if first == started else first
                     usage = Usage(len(ids), sequence.cached, len(sequence.generated), now - first)
