@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from serving import Served
 
 Opened = Callable[..., Any]
@@ -76,3 +77,11 @@ def export(page: Any) -> Any:
     with page.expect_download() as found:
         page.click("#export")
     return json.loads(Path(found.value.path()).read_text(encoding="utf-8"))
+
+
+def check_accessible(page: Any, width: int) -> None:
+    """Check that the page fits its width, and breaks no rule of axe-core; skips the test where that is missing."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the extra browser is not installed")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    results = axe.Axe().run(page)
+    assert results.violations_count == 0, results.generate_report()

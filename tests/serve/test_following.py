@@ -87,8 +87,9 @@ def test_runs_alone_are_followed_and_other_models_stand_beside_them(
 def test_the_length_of_training_is_reported_of_all_that_belongs_to_a_run(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint, copy = checkpoints(tiny_run)[0], tmp_path / "copy"
+    checkpoint, copy, namesake = checkpoints(tiny_run)[0], tmp_path / "copy", tmp_path / "other" / tiny_run.name
     shutil.copytree(RunFolder(tiny_run).model, copy)
+    shutil.copytree(tiny_run, namesake)
     monkeypatch.chdir(RunFolder(tiny_run).model)
     with serving(tiny_run, checkpoint, ".", copy, max_rows=2) as server:
         models = server.ask("/v1/models").json["data"]
@@ -97,6 +98,9 @@ def test_the_length_of_training_is_reported_of_all_that_belongs_to_a_run(
     run = (32, tiny_run.name)
     assert known == [(*run, step), (*run, step), (*run, None), (None, None, None)]
     assert not any(each["followed"] for each in models)
+    with serving(tiny_run, checkpoint, RunFolder(namesake).model, max_rows=2) as server:
+        runs = [each["run"] for each in server.ask("/v1/models").json["data"]]
+    assert runs == [f"{tiny_run.parent.name}/{tiny_run.name}"] * 2 + [f"other/{tiny_run.name}"]
 
 
 @pytest.mark.parametrize("recipe", ["", "train = 3", "[train]\ncontext = true", "[train", "\x00"])

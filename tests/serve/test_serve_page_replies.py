@@ -123,7 +123,7 @@ def test_one_prompt_is_followed_through_the_steps_of_a_run(open_page: Opened, yo
         newest.rename(RunFolder(young_run).checkpoints / newest.name)
         page.wait_for_selector("#steps-list li >> nth=1")
         assert steps(page)[0] == names[0]
-        assert steps(page)[1].startswith(f"{names[1]}, as {names[0]} for ")
+        assert steps(page)[1].startswith(f"{names[1]}, differs from {names[0]} at token ")
         assert page.locator("#steps-list .parts").count() == 1
         assert text_of(page) == "Mia found a", "what is typed meanwhile is left alone"
         assert page.evaluate("document.activeElement.id") == "editor"

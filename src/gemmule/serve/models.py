@@ -20,7 +20,8 @@ from gemmule.inference.quantize import Int8, named_weights
 from gemmule.inference.requests import Request
 from gemmule.inference.runners import Decoding, cache_dtype
 from gemmule.model.gemma3 import Gemma3
-from gemmule.run_folder import run_of, step_of
+from gemmule.reading import local_path
+from gemmule.run_folder import RunFolder, run_of, step_of
 from gemmule.serve.cache_size import SHARE, CacheBound, available_memory, cache_bound
 from gemmule.serve.settings import ModelSpec, ServerSettings
 from gemmule.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ class ServedModel:
     fingerprint: str
     created: int
     trained_context: int | None = None  # sequence length of training, where the run is known
-    run: str | None = None  # name of the run folder
+    run: str | None = None  # name of the run folder, which no other run has that is served
     followed: bool = False  # whether newer checkpoints take its place
 
     def described(self) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def load_model(spec: ModelSpec, settings: ServerSettings, count: int = 1) -> Ser
         fingerprint=model_fingerprint(network, tokenizer, decoding),
         created=int(time.time()),
         trained_context=None if run is None else run.trained_context(),
-        run=None if run is None else run.path.name,
+        run=None if run is None else _run_name(run, settings),
         followed=settings.follows(spec),
     )
 
@@ -140,3 +141,10 @@ def model_fingerprint(network: Gemma3, tokenizer: Tokenizer, decoding: Decoding)
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return f"fp_{found.hexdigest()}"
+
+
+def _run_name(run: RunFolder, settings: ServerSettings) -> str:
+    """Return the name of a run folder, with its parent's where another run that is served has the same one."""
+    runs = [run_of(local_path(spec.model).resolve()) for spec in settings.models]
+    unique = all(each.path == run.path for each in runs if each is not None and each.path.name == run.path.name)
+    return run.path.name if unique else f"{run.path.parent.name}/{run.path.name}"

@@ -19,6 +19,11 @@ export class Comparison {
     this.box.replaceChildren(...this.sides.map(({ made }) => made));
   }
 
+  // Show what the empty fields stand for.
+  settingChanged(name, value) {
+    for (const { inputs } of this.sides) for (const input of inputs) if (input.name === name) input.placeholder = value;
+  }
+
   side(name, models, settings) {
     const select = element("select", {}, element("option", { value: "", textContent: "as above" }));
     select.append(...models.map(({ id }) => element("option", { value: id, textContent: id })));
@@ -37,7 +42,7 @@ export class Comparison {
     side.made = element(
       "section", { class: "side", "aria-label": name }, element("h3", { textContent: name }),
       element("label", { class: "field" }, "Model", select),
-      element("details", {}, element("summary", { textContent: "Settings" }), element("div", { class: "inputs" }, ...inputs.map(([, field]) => field))),
+      element("details", {}, element("summary", { textContent: "Settings of this side" }), element("div", { class: "inputs" }, ...inputs.map(([, field]) => field))),
       reply, about, keep,
     );
     return side;

@@ -16,6 +16,7 @@ export class Editor {
     root.addEventListener("beforeinput", (event) => this.beforeInput(event));
     root.addEventListener("input", (event) => event.isComposing || this.read());
     root.addEventListener("compositionend", () => this.read());
+    root.addEventListener("click", () => this.moved()); // where the cursor was there already
     document.addEventListener("selectionchange", () => this.moved());
   }
 

@@ -2,7 +2,7 @@
 
 import { element } from "./tokens.js";
 
-const ENDS = { stop: "the model, or a stop text", length: "the limit", stopped: "you, or an error" };
+const ENDS = { stop: "the model", length: "the limit", stopped: "you, or an error" };
 
 // Tokens up to the end of the text that is shown; null where it ends with text that was never tokenized.
 function tokensUsed(sheet) {
@@ -19,11 +19,11 @@ export function showFigures(list, sheet, model, rate) {
     if (model) facts.push(["Context left", Math.max(0, model.context - used)]);
   }
   if (generation && !generation.chosen) {
-    const { usage, timings, seed, finish, fingerprint } = generation;
+    const { usage, timings, seed, finish, fingerprint, request } = generation;
     const speed = timings?.predicted_per_second ?? rate;
     facts.push(["of it cached", usage?.prompt_tokens_details?.cached_tokens ?? "\u2013"]);
     facts.push(["Tokens per second", speed ? speed.toFixed(1) : "\u2013"]);
-    facts.push(["Seed", seed ?? "\u2013"], ["Ended by", ENDS[finish] ?? "\u2013"]);
+    facts.push(["Seed", seed ?? "\u2013"], ["Ended by", finish === "stop" && request?.stop ? "the model, or a stop text" : ENDS[finish] ?? "\u2013"]);
     facts.push(["Model", generation.model], ["Fingerprint", fingerprint ?? "\u2013"]);
   } else if (model) {
     if (used === null) facts.push(["Context", model.context]);

@@ -8,6 +8,7 @@ import { makeId } from "./tree.js";
 const SAVE_AFTER = 300; // milliseconds
 const UNDO_STEPS = 100;
 const UNDO_PAUSE = 800;
+const CHARACTER = 2; // UTF-16 units at most
 
 let saving = 0;
 
@@ -37,21 +38,24 @@ export function dropSave() {
 
 // Edits can be undone until something else is done, of which the tree keeps what was there before.
 let undone = [];
-let last = { time: 0, place: 0 };
+let last = { time: 0 };
 
-export function keepUndo(begin, end) {
+// Keep what is there before a change. Characters that are typed, or deleted, one after the other are one step.
+export function keepUndo(begin, end, inserted) {
   const now = Date.now();
   const { nodes, current } = state.sheet;
-  if (now - last.time > UNDO_PAUSE || begin !== last.place) {
+  const typed = inserted.length > 0;
+  const small = end - begin <= CHARACTER && inserted.length <= CHARACTER;
+  if (!small || now - last.time > UNDO_PAUSE || end !== last.place || typed !== last.typed) {
     undone.push({ nodes: structuredClone(nodes), current });
     if (undone.length > UNDO_STEPS) undone.shift();
   }
-  last = { time: now, place: end };
+  last = { time: now, place: begin + inserted.length, typed };
 }
 
 export function forgetUndo() {
   undone = [];
-  last = { time: 0, place: 0 };
+  last = { time: 0 };
 }
 
 // Take the last edit back; whether there was one.

@@ -24,7 +24,7 @@ const TRY_AFTER = 3000;
 
 const editor = new Editor($("editor"), {
   change: (begin, end, inserted) => {
-    keepUndo(end, begin + inserted.length);
+    keepUndo(begin, end, inserted);
     edit(state.sheet, begin, end, inserted);
     remember(state.sheet);
     state.surprise = state.surprise.filter((each) => each.end <= begin);
@@ -110,6 +110,7 @@ function open(sheet) {
   if (state.models.some(({ id }) => id === sheet.model)) $("model").value = sheet.model;
   showSettings($("settings"), sheet.settings, (name, value) => {
     sheet.settings[name] = value;
+    comparison.settingChanged(name, value);
     changed();
   });
   showSheets();
@@ -431,6 +432,10 @@ function listen() {
   onClick("go", proceed);
   onClick("stop", stop);
   onClick("again", again);
+  onClick("close-token", () => {
+    editor.mark(null);
+    showToken($("token"), null);
+  });
   onClick("surprise", tintMine);
   onClick("run-both", runBoth);
   for (const id of ["compare", "through-steps"]) {

@@ -89,7 +89,7 @@ export class Steps {
     const generation = sheet.generations[reply.generation];
     const { tokens } = generation;
     const parts = before ? partsAt(sheet.generations[before.generation].tokens, tokens) : null;
-    const change = !before ? "" : parts === null ? `, the same as ${nameOf(before)}` : `, as ${nameOf(before)} for ${parts} of ${tokens.length} tokens`;
+    const change = !before ? "" : parts === null ? `, the same as ${nameOf(before)}` : `, differs from ${nameOf(before)} at token ${parts + 1}`;
     const keep = element("button", { type: "button", textContent: "Keep as a branch" });
     keep.addEventListener("click", () => this.keep(generation, sheet.steps.place));
     return element(
