@@ -227,6 +227,14 @@ def test_a_chat_is_edited_regenerated_and_continued(open_page: Opened, stage: Se
     reply.focus()
     page.keyboard.press("ArrowRight")
     assert page.locator("#token .alternatives button").count() >= 8
+    page.keyboard.press("Alt+ArrowDown")
+    assert page.evaluate("document.activeElement.closest('#token') !== null")
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.closest('.turn') !== null")
+    page.click("#token button:not([aria-current]):not(:disabled)")
+    finish(page)
+    assert page.locator(".turn.assistant .chosen").count() == 1
+    assert branches(page) >= 2
     page.get_by_role("button", name="Edit").first.click()
     page.fill(".turn textarea", "Who is it?")
     page.get_by_role("button", name="Send as a branch").click()

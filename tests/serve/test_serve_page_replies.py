@@ -151,6 +151,23 @@ def test_one_prompt_is_followed_through_the_steps_of_a_run(open_page: Opened, yo
             assert ids == [token["id"] for token in generation["tokens"]]
 
 
+def test_a_run_is_followed_again_when_its_server_is_back(open_page: Opened, young_run: Path, tmp_path: Path) -> None:
+    newest = max(tmp_path.glob("step-*"))
+    with serving(young_run, follow=True, follow_seconds=0.1, max_rows=4) as server:
+        page = opened(open_page, server)
+        page.click("#editor")
+        page.keyboard.type("Mia")
+        follow(page)
+        page.wait_for_selector("#steps-status:has-text('Waits for')")
+        port = server.port
+    page.wait_for_selector("#problem:has-text('cannot be reached')")
+    newest.rename(RunFolder(young_run).checkpoints / newest.name)
+    with serving(young_run, follow=True, follow_seconds=0.1, max_rows=4, port=port):
+        page.wait_for_selector("#steps-list li >> nth=1")
+        page.wait_for_selector("#steps-status:has-text('Waits for')")
+        assert not page.locator("#problem").is_visible()
+
+
 def test_checkpoints_that_are_served_beside_the_run_reply_in_the_order_of_their_steps(
     open_page: Opened, tiny_run: Path
 ) -> None:

@@ -103,6 +103,11 @@ export class Chat {
     this.mark(all[Math.max(0, Math.min(all.length - 1, here + step))]);
   }
 
+  // Give the focus to the reply that has the marked token.
+  focus() {
+    this.list.querySelector(".reply:has(.here)")?.focus();
+  }
+
   mark(made) {
     if (!made) return;
     this.list.querySelector(".here")?.classList.remove("here");

@@ -113,6 +113,10 @@ export class Editor {
     return range.toString().length;
   }
 
+  focus() {
+    this.root.focus();
+  }
+
   // Begin and end of the selection as positions in the text; its end where the sheet has no selection.
   selection() {
     const found = getSelection();

@@ -382,10 +382,10 @@ function onKey(event) {
   } else if (event.key === "Escape" && !$("key-dialog").open) {
     if (state.running) stop();
     else if (event.target.closest(".turn textarea")) chat.show(state.sheet, false);
-    else if ($("token").contains(document.activeElement)) $("editor").focus();
+    else if ($("token").contains(document.activeElement)) (state.sheet.mode === "chat" ? chat : editor).focus();
   } else if (event.altKey && event.key === "ArrowDown" && event.target.nodeName !== "SELECT") {
     event.preventDefault();
-    editor.moved();
+    if (event.target === $("editor")) editor.moved();
     $("token").querySelector("button:not(:disabled)")?.focus();
   } else if (event.altKey && (event.key === "PageUp" || event.key === "PageDown")) {
     event.preventDefault();
