@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from gemmule.errors import ModelError
 from gemmule.inference.conversation import Chunk, Piece, ReplySettings, Usage, encode_piece, prompt_ids
+from gemmule.inference.engine import step_or_raise
 from gemmule.inference.requests import Request
 from gemmule.serve.models import ServedModel
 
