@@ -18,7 +18,7 @@ from gemmule.inference.engine import Engine, TokenEvent
 from gemmule.inference.requests import Event, Request, SequenceState
 from gemmule.inference.sampling import LogProbabilities
 from gemmule.serve.failures import ApiError
-from gemmule.serve.replies import Part, Reply, Update, join_parts
+from gemmule.serve.replies import Got, Part, Reply, join_parts
 from gemmule.tokenizer import Tokenizer
 
 LONG = 4000  # tokens: some seconds
@@ -133,28 +133,28 @@ def test_a_client_that_takes_nothing_is_given_up(busy: Served) -> None:
     connection.close()
 
 
-def update(choice: int, token: int, text: str, finish: str | None = None) -> Update:
-    return Update(choice, token, text, finish, None, 0, (), time.monotonic())
+def deliver(reply: Reply, choice: int, *events: Event) -> None:
+    sequence = SequenceState(reply.requests[0], choice)
+    reply.deliver(choice, sequence, [Got(event, time.monotonic()) for event in events])
 
 
 def test_what_waits_for_a_slow_client_is_joined() -> None:
     async def read() -> None:
-        reply = Reply([Request((2,), 999, samples=2)])
-        for token, text in ((5, "Mi"), (6, "a")):
-            reply.deliver(update(0, token, text))
-        reply.deliver(update(1, 8, "Tom"))
+        reply = Reply([Request((2,), 9999, samples=2)], streamed=True)
+        deliver(reply, 0, Event(5, "Mi", None), Event(6, "a", None))
+        deliver(reply, 1, Event(8, "Tom", None))
         assert await reply.parts() == [(0, Part("Mi", [5])), (0, Part("a", [6])), (1, Part("Tom", [8]))]
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(reply.parts(), 0.01)
-        for token in range(700):
-            reply.deliver(update(token % 2, token, f"{token} "))
-        reply.deliver(update(0, 9, ".", "stop"))
-        reply.deliver(update(1, 9, ".", "length"))
+        for token in range(3000):
+            deliver(reply, token % 2, Event(token, f"{token} ", None))
+        deliver(reply, 0, Event(9, ".", "stop"))
+        deliver(reply, 1, Event(9, ".", "length"))
         parts = await reply.parts()
-        assert len(parts) < 300
+        assert len(parts) < 1100
         joined = join_parts(parts)
-        assert joined[0].tokens == [*range(0, 700, 2), 9]
-        assert joined[1].text == " ".join(map(str, range(1, 700, 2))) + " ."
+        assert joined[0].tokens == [*range(0, 3000, 2), 9]
+        assert joined[1].text == " ".join(map(str, range(1, 3000, 2))) + " ."
         assert [joined[0].finish, joined[1].finish] == ["stop", "length"]
         assert await reply.parts() == []
 
@@ -163,8 +163,8 @@ def test_what_waits_for_a_slow_client_is_joined() -> None:
 
 def test_an_error_comes_after_what_was_said() -> None:
     async def read() -> None:
-        reply = Reply([Request((2,), 9)])
-        reply.deliver(update(0, 5, "Mia"))
+        reply = Reply([Request((2,), 9)], streamed=True)
+        deliver(reply, 0, Event(5, "Mia", None))
         reply.fail(ApiError(500, "no", code="x"))
         assert await reply.parts() == [(0, Part("Mia", [5]))]
         with pytest.raises(ApiError, match="no"):

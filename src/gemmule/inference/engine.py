@@ -33,9 +33,9 @@ MAX_ROWS = 64
 
 
 class TokenEvent(NamedTuple):
-    """A token that a sequence got in a step; `event` is None where it ended without one.
+    """A token that a sequence got in a step; `event` is None where the sequence finished without one.
 
-    It failed then, which its `error` explains, or no token was asked for.
+    Its `finish` is then "error", with the reason in its `error`, or "length" where `max_new_tokens` is 0.
     """
 
     sequence: SequenceState
@@ -235,6 +235,8 @@ class Engine:
 
     def _score_prompts(self, batch: StepBatch, logits: Tensor) -> None:
         """Keep the log-probabilities of the prompt tokens that were asked for."""
+        if not self._reading:
+            return
         asked: list[tuple[SequenceState, Query]] = []
         rows, positions = batch.rows[batch.outputs].tolist(), batch.positions[batch.outputs].tolist()
         for index, (row, position) in enumerate(zip(rows, positions, strict=True)):
@@ -318,13 +320,19 @@ def _append(sequence: SequenceState, token: int, scores: LogProbabilities | None
 
 def run_alone(engine: Engine, request: Request) -> Iterator[Event]:
     """Yield the events of a request of one sample in an engine that has no other; raise what it fails with."""
-    (sequence,) = engine.submit(request)
+    engine.submit(request)
     while not engine.idle:
-        for _, event in engine.step():
-            if event is None:
-                assert sequence.error is not None
-                raise sequence.error
+        for _, event in step_or_raise(engine):
             yield event
+
+
+def step_or_raise(engine: Engine) -> list[tuple[SequenceState, Event]]:
+    """Run the model once; return the tokens that sequences got, and raise the error of a sequence that failed."""
+    events = engine.step()
+    for sequence, event in events:
+        if event is None and sequence.error is not None:
+            raise sequence.error
+    return [(sequence, event) for sequence, event in events if event is not None]
 
 
 def stream_tokens(
@@ -347,7 +355,8 @@ def stream_tokens(
     engine = Engine(model, len(requests), max(each.positions for each in requests), decoding)
     sequences = [engine.submit(request)[0] for request in requests]
     while not engine.idle:
-        if tokens := _tokens_by_sequence(engine):
+        if events := step_or_raise(engine):
+            tokens = {sequence: event.token for sequence, event in events}
             yield [tokens.get(sequence) for sequence in sequences]
 
 
@@ -361,17 +370,8 @@ def reply_to_all(
     engine = Engine(model, rows, max(each.positions for each in requests), decoding)
     sequences = [engine.submit(request)[0] for request in requests]
     while not engine.idle:
-        _tokens_by_sequence(engine)
+        step_or_raise(engine)
     return [sequence.generated for sequence in sequences]
-
-
-def _tokens_by_sequence(engine: Engine) -> dict[SequenceState, int]:
-    """Step; return the tokens, and raise what a sequence fails with."""
-    events = engine.step()
-    for sequence, _ in events:
-        if sequence.error is not None:
-            raise sequence.error
-    return {sequence: event.token for sequence, event in events if event is not None}
 
 
 def generate(

@@ -89,7 +89,7 @@ class Service:
         record.model = generation.served.id
         record.prompt_tokens = sum(len(prompt.ids) for prompt in generation.prompts)
         self.replies[generation.reply] = generation.served.id
-        generation.reply.observe_gaps = self.metrics.observe_gaps
+        generation.reply.observe_gap = self.metrics.gap.observe
         try:
             await self.engine.submit(generation.served, generation.reply)
         except BaseException:

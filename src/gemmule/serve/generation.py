@@ -96,7 +96,9 @@ def make_generation(kind: str, served: ServedModel, body: Sampled, prompts: list
                 f"{served.bound.tokens}; ask for fewer, or for shorter ones with max_tokens",
                 "cache_too_small",
             )
-    return Generation(f"{kind}-{secrets.token_hex(12)}", served, body, prompts, Reply(requests), seed)
+    return Generation(
+        f"{kind}-{secrets.token_hex(12)}", served, body, prompts, Reply(requests, streamed=bool(body.stream)), seed
+    )
 
 
 def _request(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from gemmule.errors import ModelError
 from gemmule.inference.conversation import Chunk, Piece, ReplySettings, Usage, encode_piece, prompt_ids
+from gemmule.inference.engine import step_or_raise
 from gemmule.inference.requests import Request
 from gemmule.serve.models import ServedModel
 
@@ -45,10 +46,7 @@ class LocalModel:
         usage = Usage(len(ids), 0, 0, 0.0)
         try:
             while not engine.idle:
-                for _, event in engine.step():
-                    if event is None:
-                        assert sequence.error is not None
-                        raise sequence.error
+                for _, event in step_or_raise(engine):
                     now = time.monotonic()
                     first = now if first == started else first
                     usage = Usage(len(ids), sequence.cached, len(sequence.generated), now - first)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -51,7 +51,6 @@ class ServedModel:
     trained_context: int | None = None  # sequence length of training, where the run is known
     run: str | None = None  # name of the run folder
     followed: bool = False  # whether newer checkpoints take its place
-    _bytes: dict[int, bytes] = field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:
         """Return the model as /v1/models lists it."""
@@ -83,11 +82,7 @@ class ServedModel:
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that a token stands for; a special token has its name."""
-        known = self._bytes.get(token)
-        if known is None:
-            known = self.tokenizer.piece(token) or self.tokenizer.decode([token], specials=True).encode()
-            self._bytes[token] = known
-        return known
+        return self.tokenizer.piece(token) or self.tokenizer.decode([token], specials=True).encode()
 
 
 def load_model(spec: ModelSpec, settings: ServerSettings, count: int = 1) -> ServedModel:

@@ -44,6 +44,7 @@ class Tokenizer:
         self._config = dict(config)
         self._library = _open_library(document)
         self._library.encode_special_tokens = True
+        self._known_pieces: dict[int, bytes] = {}  # of the tokens that occurred
         self.bos_id = self._special_id("bos_token")
         self.eos_id = self._special_id("eos_token")
         self.pad_id = self._special_id("pad_token")
@@ -177,11 +178,16 @@ class Tokenizer:
         Their sum over `encode(text)` is the length of the text in bytes, for byte-level and byte-fallback vocabularies
         without normalization (ours, Gemma's, GPT-2's).
         """
-        return [len(self.piece(index)) for index in range(self.vocab_size)]
+        return [len(self._read_piece(index)) for index in range(self.vocab_size)]
 
     def piece(self, token: int) -> bytes:
         """Return the bytes that an id stands for within a text; special tokens and unknown ids have none."""
-        text = self._library.id_to_token(token) if 0 <= token < self.vocab_size else None
+        if token not in self._known_pieces and 0 <= token < self.vocab_size:
+            self._known_pieces[token] = self._read_piece(token)
+        return self._known_pieces.get(token, b"")
+
+    def _read_piece(self, token: int) -> bytes:
+        text = self._library.id_to_token(token)
         return b"" if text is None else self._pieces.text(text, token)
 
     @property
