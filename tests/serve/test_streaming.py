@@ -1,6 +1,7 @@
 """What streams do when the engine is busy, clients are slow or gone, and things fail."""
 
 import asyncio
+import contextlib
 import json
 import re
 import socket
@@ -17,6 +18,7 @@ from gemmule.errors import ModelError
 from gemmule.inference.engine import Engine, TokenEvent
 from gemmule.inference.requests import Event, Request, SequenceState
 from gemmule.inference.sampling import LogProbabilities
+from gemmule.serve.engine_thread import HAND_OVER_SECONDS, EngineThread, Tokens
 from gemmule.serve.failures import ApiError
 from gemmule.serve.replies import Got, Part, Reply, join_parts
 from gemmule.tokenizer import Tokenizer
@@ -159,6 +161,39 @@ def test_what_waits_for_a_slow_client_is_joined() -> None:
         assert await reply.parts() == []
 
     asyncio.run(read())
+
+
+def test_all_streams_wake_the_event_loop_together(long_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deliver, delivered = EngineThread._deliver, []
+
+    def counting(thread: EngineThread, tokens: Tokens) -> None:
+        delivered.append(sum(map(len, tokens.values())))
+        deliver(thread, tokens)
+
+    monkeypatch.setattr(EngineThread, "_deliver", counting)
+    with serving(long_folder, max_rows=8) as server:
+        began = time.monotonic()
+        answer = server.complete(prompt="Mia", n=8, max_tokens=300, min_tokens=300, stream=True)
+        seconds = time.monotonic() - began
+    unfinished = [each for each in answer.events[:-1] if each["choices"][0]["finish_reason"] is None]
+    assert sum(delivered) == len(unfinished) == 8 * 300
+    # Once for the first tokens, once for the last ones, and at most every 20 ms between.
+    assert len(delivered) <= 2 + seconds / HAND_OVER_SECONDS
+
+
+def test_first_and_last_tokens_do_not_wait(long_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemmule.serve.engine_thread.HAND_OVER_SECONDS", 3600.0)
+    with serving(long_folder, max_rows=2, drain_seconds=0.1) as server:
+        connection = begin(server, endless(stream=True))
+        received = b""
+        while b"data: " not in received:
+            received += connection.recv(65536)
+        assert server.complete(prompt="Tom", max_tokens=9, min_tokens=9).json["usage"]["completion_tokens"] == 9
+        connection.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            received += connection.recv(1 << 20)
+        assert received.count(b"data: ") == 1
+        connection.close()
 
 
 def test_an_error_comes_after_what_was_said() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gemmule.errors import DeviceError, GemmuleError, ModelError, TokenizerError
 from gemmule.inference.constraints import Constraint, ConstraintCompiler, ConstraintSpec
-from gemmule.inference.kv_cache import CacheSize, KVCache, exact_size
+from gemmule.inference.kv_cache import CacheSize, CacheTooSmallError, KVCache, exact_size
 from gemmule.inference.native.sampler import make_sampler
 from gemmule.inference.requests import Event, Request, SequenceState, requests_of
 from gemmule.inference.runners import Decoding, cache_dtype, choose_decoding, make_runner
@@ -92,8 +92,8 @@ class Engine:
     def submit(self, request: Request) -> list[SequenceState]:
         """Add a request; return its samples.
 
-        ValueError where the engine could never hold it, or has no tokenizer for it; RecipeError where its settings
-        name a token that the vocabulary lacks.
+        ValueError where the engine could never hold it (CacheTooSmallError where it has the rows and positions), or has
+        no tokenizer for it; RecipeError where its settings name a token that the vocabulary lacks.
         """
         sampling, count = request.sampling, request.samples
         sampling.check_vocabulary(self._vocabulary)
@@ -103,7 +103,7 @@ class Engine:
             limits = f"the engine was made for {self.cache.rows} of {self.longest} positions"
             raise ValueError(f"{count} sequences of up to {request.positions} positions: {limits}")
         if not self.cache.could_fit(self._need(request), count):
-            raise ValueError(f"{count} sequences of {request.positions} positions: the KV cache is smaller")
+            raise CacheTooSmallError(f"{count} sequences of {request.positions} positions: the KV cache is smaller")
         samples = [self._new_sequence(request, sample) for sample in range(count)]
         self._queue.append([*samples])
         return samples

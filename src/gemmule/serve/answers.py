@@ -97,7 +97,7 @@ def _encoded(prefix: str, format_: Format, parts: Sequence[tuple[int, Part]]) ->
 
 
 def _prompt_scores(generation: Generation) -> int:
-    """Return how many log-probabilities of prompts are told."""
+    """Return how many log-probabilities of prompts are returned."""
     reply = generation.reply
     asked = reply.requests[0].prompt_log_probabilities is not None
     return reply.samples * sum(len(prompt.ids) for prompt in generation.prompts) if asked else 0

@@ -82,10 +82,10 @@ class CompletionFormat:
             prompt, before = echoed
             tokens, scores = [*prompt.ids], [None, *before]
             places = offsets.of_prompt(prompt)
-        said = shown_tokens(part, self._generation)
-        places += offsets.of_tokens(said)
-        tokens += said
-        scores += part.scores[: len(said)]
+        shown = shown_tokens(part, self._generation)
+        places += offsets.of_tokens(shown)
+        tokens += shown
+        scores += part.scores[: len(shown)]
         found: dict[str, Any] = {
             "tokens": [token_text(served, token) for token in tokens],
             "token_logprobs": [None if each is None else finite(each.token) for each in scores],

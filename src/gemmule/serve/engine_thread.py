@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from gemmule.errors import GemmuleError, UserError
 from gemmule.inference.engine import Engine
+from gemmule.inference.kv_cache import CacheTooSmallError
 from gemmule.inference.requests import SequenceState
-from gemmule.serve.failures import ApiError
+from gemmule.serve.failures import ApiError, invalid
 from gemmule.serve.metrics import Metrics
 from gemmule.serve.models import ServedModel, load_model
 from gemmule.serve.replies import Got, Reply
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 # The first and the last token of a sequence are handed to the event loop at once, those between so often at most: small
 # models take thousands of steps per second, and to write to each client after each step costs more than the step.
-_HAND_OVER_SECONDS = 0.02
+HAND_OVER_SECONDS = 0.02
 
 Tokens = Mapping[SequenceState, Sequence[Got]]  # by the sequences that got them
 
@@ -140,7 +141,7 @@ class EngineThread:
                 self._step(engine)
             elif self._engines[engine] not in self.models.values():
                 del self._engines[engine]  # of a checkpoint that another one replaced
-        if time.monotonic() - self._handed_over >= _HAND_OVER_SECONDS:
+        if time.monotonic() - self._handed_over >= HAND_OVER_SECONDS:
             self._hand_over_all()
 
     def _hand_over_all(self) -> None:
@@ -178,7 +179,7 @@ class EngineThread:
                     reply.sequences.append(sequence)
         except (UserError, ValueError) as error:
             self._cancel(reply)
-            self._call(_refuse, given.accepted, ApiError(400, str(error), code="invalid_value"))
+            self._call(_refuse, given.accepted, _refusal_of(error, given))
         else:
             self._call(self._accept, given)
 
@@ -250,8 +251,16 @@ class EngineThread:
 
 def _error_of(error: GemmuleError) -> ApiError:
     if isinstance(error, UserError):
-        return ApiError(400, str(error), code="invalid_value")
+        return invalid(None, str(error))
     return ApiError(500, str(error), code="generation_failed")
+
+
+def _refusal_of(error: Exception, given: _Submission) -> ApiError:
+    if isinstance(error, CacheTooSmallError):
+        advice = "ask for fewer replies, or for shorter ones with max_tokens"
+        param = "max_tokens" if given.reply.samples == 1 else "n"
+        return invalid(param, f"{error}, it keeps {given.served.bound.tokens} tokens; {advice}", "cache_too_small")
+    return invalid(None, str(error))
 
 
 def _refuse(accepted: "asyncio.Future[None]", error: ApiError) -> None:

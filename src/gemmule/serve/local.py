@@ -1,4 +1,4 @@
-"""A model of this process that chats, without HTTP: one engine over all turns; and the replay of what it said."""
+"""A model of this process that chats, without HTTP: one engine over all turns; and the replay of its replies."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from gemmule.serve.models import ServedModel
 
 
 class LocalModel:
-    """Replies in the caller's thread; turns that were read or said before are taken from the engine's cache."""
+    """Replies in the caller's thread; earlier turns are taken from the engine's cache."""
 
     def __init__(self, served: ServedModel, chats: bool | None = None) -> None:
         """Take a model; `chats` is by default whether it has a chat template."""

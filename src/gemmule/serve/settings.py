@@ -1,4 +1,4 @@
-"""What the server is told at its start."""
+"""The settings of a server."""
 
 import re
 from collections.abc import Sequence
