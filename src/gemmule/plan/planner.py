@@ -1,6 +1,7 @@
 """Plan a recipe on a device: peak memory, time, energy, cost, and the assumptions of the estimate."""
 
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -138,7 +139,7 @@ class Plan(NamedTuple):
 
 
 class Planner:
-    """Plans variants of one recipe on one device, with cached traces."""
+    """Plans a recipe, and variants of it, on one device."""
 
     def __init__(
         self,
@@ -169,13 +170,10 @@ class Planner:
         self.recipe = recipe.replace(train=recipe.train.replace(precision=self.precision))
         self.sharding = Sharding(recipe.parallel.strategy, gpus, self.device.per_node)
         self.price = self.device.price if price is None else price
-        self._traces: dict[TraceSettings, tuple[Trace, Trace]] = {}
 
     def variant(self, recipe: Recipe, gpus: int) -> "Planner":
-        """Return a planner of a changed recipe that shares the cached traces."""
-        other = Planner(recipe, self.device.name, gpus, self.price, self._process)
-        other._traces = self._traces
-        return other
+        """Return a planner of a changed recipe on the same device."""
+        return Planner(recipe, self.device.name, gpus, self.price, self._process)
 
     def plan(self, search: bool = True) -> Plan:
         """Make the plan; `search` also finds the largest micro-batch that fits."""
@@ -183,7 +181,7 @@ class Planner:
         rank_batch_size = settings.batch_size // self.sharding.gpus
         rows = min(settings.micro_batch_size or rank_batch_size, rank_batch_size)
         memory = self.memory(rows)
-        eager, traced = self._traced(self.trace_settings(rows))
+        eager, traced = _traced(self.trace_settings(rows))
         optimizer_step = self.optimizer_step()
         flops = micro_batch_flops(traced, model.layer_kinds)
         cost_model: CostModel = Roofline(self.device, self.precision)
@@ -238,7 +236,7 @@ class Planner:
             kind = "cpu"
         elif not self.device.fused_attention:
             kind = "apple"
-        traced = self._traced(settings)[1]
+        traced = _traced(settings)[1]
         options = (self.precision, kind, settings.compiled, settings.gradient_accumulation, self._process)
         return peak_memory(self.recipe.model, traced, self.optimizer_step(), self.sharding, *options)
 
@@ -250,13 +248,6 @@ class Planner:
     def capacity(self) -> float:
         """Bytes available on one device."""
         return self.device.memory * (1.0 if self.device.fused_attention else _APPLE_SHARE)
-
-    def _traced(self, settings: TraceSettings) -> tuple[Trace, Trace]:
-        """Return the trace of an eager micro-batch, and of one as the recipe runs it, compiled or not."""
-        if settings not in self._traces:
-            eager = trace(settings)
-            self._traces[settings] = (eager, fuse(eager) if settings.compiled else eager)
-        return self._traces[settings]
 
     def _largest(self, rows: int, rank_batch_size: int, memory: PeakMemory) -> int:
         """Find the largest micro-batch that fits and divides the batch of a rank; memory is linear in its size."""
@@ -316,6 +307,13 @@ class Planner:
                 "communication overlaps with compute"
             )
         return found
+
+
+@lru_cache(maxsize=32)
+def _traced(settings: TraceSettings) -> tuple[Trace, Trace]:
+    """Return the trace of an eager micro-batch, and of one as the recipe runs it, compiled or not."""
+    eager = trace(settings)
+    return eager, fuse(eager) if settings.compiled else eager
 
 
 def device_at_hand() -> Device:
