@@ -82,7 +82,7 @@ def write_text(path: Path, documents: int, seed: int = 0) -> Path:
 
 def write_recipe_file(folder: Path) -> Path:
     """Write training and validation text and the recipe `tiny.toml` that names them; return the recipe."""
-    train, valid = write_text(folder / "train.txt", 400), write_text(folder / "valid.txt", 60, seed=1)
+    train, valid = write_text(folder / "train.txt", 400), write_text(folder / "valid.txt", 24, seed=1)
     recipe = folder / "tiny.toml"
     recipe.write_text(f'[data]\ntrain = "{train}"\nvalidation = "{valid}"\n{RECIPE}', encoding="utf-8")
     return recipe
