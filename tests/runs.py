@@ -164,12 +164,16 @@ def start(
     death: Death | None = None,
     threads: int = 1,
     environment: Mapping[str, object] | None = None,
+    constants: Mapping[str, object] | None = None,
 ) -> ForkServerProcess:
-    """Start a command in a process of its own, which comes from a server that has loaded torch already."""
+    """Start a command in a process of its own, which comes from a server that has loaded torch already.
+
+    `constants` are values by "module:NAME" that the process has in place of its own.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gemmule.train.run", "gemmule.tracking.tensorboard", "matplotlib.figure"])
     words, variables = [str(word) for word in arguments], {k: str(v) for k, v in (environment or {}).items()}
-    process = context.Process(target=_run, args=(words, log, death, threads, variables))
+    process = context.Process(target=_run, args=(words, log, death, threads, variables, constants or {}))
     process.start()
     return process
 
@@ -194,11 +198,20 @@ def start_world(
     ]
 
 
-def _run(arguments: list[str], log: Path, death: Death | None, threads: int, environment: Mapping[str, str]) -> None:
+def _run(
+    arguments: list[str],
+    log: Path,
+    death: Death | None,
+    threads: int,
+    environment: Mapping[str, str],
+    constants: Mapping[str, object],
+) -> None:
     os.environ.update(environment)
     import torch
 
     torch.set_num_threads(threads)
+    for name, value in constants.items():
+        setattr(importlib.import_module(name.partition(":")[0]), name.partition(":")[2], value)
     if death is not None:
         death.arm()
     sys.stdout = sys.stderr = log.open("w", encoding="utf-8")
