@@ -11,6 +11,12 @@ from runs import gemmule
 from tiny import lively_model, tiny_config
 
 
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are of the command; what the checks find is that of `tests/evaluate/test_doctor.py`."""
+    monkeypatch.setattr("gemmule.evaluate.doctor.text._MOST_TOKENS", 1024)
+
+
 @pytest.fixture
 def folder(tiny_tokenizer: Tokenizer, tmp_path: Path) -> Path:
     model = lively_model(tiny_config(vocab_size=380, num_hidden_layers=4))

@@ -274,7 +274,7 @@ assert all(after.values()) and len(set(sum(after.values(), []))) > 1, after
 @pytest.mark.parametrize(
     ("variables", "pin"),
     [
-        ({"OMP_PROC_BIND": "true"}, ""),
+        pytest.param({"OMP_PROC_BIND": "true"}, "", marks=pytest.mark.slow),  # another way to the same
         ({}, "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])"),
     ],
 )
