@@ -138,9 +138,9 @@ def test_the_floor_is_known_where_all_of_the_validation_is_measured(
     recipe = recipe.replace(train=recipe.train.replace(validation_tokens=limit))
     dataset = open_dataset(tiny_run / "data")
     state = build(recipe, Runtime(CPU))
-    assert fixed_validation(dataset, recipe, state).floor is None, "of this text nobody knows the entropy"
+    assert fixed_validation(dataset, recipe.train, state).floor is None, "of this text nobody knows the entropy"
     targets = dataset.validation.tokens - dataset.validation.documents
-    measure = fixed_validation(dataset._replace(floor_nats=2.5 * targets), recipe, state)
+    measure = fixed_validation(dataset._replace(floor_nats=2.5 * targets), recipe.train, state)
     assert measure.floor == (pytest.approx(2.5) if known else None)
     assert measure.score().tokens == (targets if known else pytest.approx(limit, abs=40))
 

@@ -51,12 +51,12 @@ def plan(
     with _garbage_collector_off():
         from rich.console import Console
 
-        from gemmule.plan.planner import Planner
+        from gemmule.plan.planner import planner_of
         from gemmule.plan.prediction_log import summary
         from gemmule.settings import read_recipe
         from gemmule.train.recipe import Recipe
 
-        planner = Planner(read_recipe(recipe, Recipe, overrides or [], warn=note), device, gpus, price)
+        planner = planner_of(read_recipe(recipe, Recipe, overrides or [], warn=note), device, gpus, price)
         found = planner.plan()
         _show(Console(stderr=as_json, highlight=False, emoji=False), str(recipe), planner, found)
         if as_json:

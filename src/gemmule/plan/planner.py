@@ -138,42 +138,40 @@ class Plan(NamedTuple):
         return (self.flops_forward * 3) * self.tokens_per_second / (peak * self.sharding.gpus)
 
 
+def planner_of(recipe: Recipe, device: str | None = None, gpus: int = 1, price: float | None = None) -> "Planner":
+    """Settle device, vocabulary and precision of a recipe; DeviceError or RecipeError where it cannot run there."""
+    process = process_peak_memory()  # before the measurements allocate memory
+    if device is None and recipe.train.device == "cpu":
+        device = "cpu"
+    chosen = device_at_hand() if device is None else this_machine() if device == "cpu" else find_device(device)
+    if chosen.name == "cpu" and gpus > 1:
+        raise DeviceError(f"--gpus {gpus}: needs a GPU; choose one with --device, such as h100")
+    if recipe.train.batch_size % gpus:
+        nearest = max(gpus, recipe.train.batch_size // gpus * gpus)
+        raise RecipeError(
+            f"train.batch_size = {recipe.train.batch_size}: must be a multiple of {gpus} GPUs, such as {nearest}"
+        )
+    recipe = resolve_vocabulary(recipe, _known_vocabulary(recipe))
+    settings = recipe.train.replace(precision=_resolve_precision(recipe, chosen))
+    return Planner(recipe.replace(train=settings), chosen, gpus, process, price)
+
+
 class Planner:
     """Plans a recipe, and variants of it, on one device."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        device: str | None = None,
-        gpus: int = 1,
-        price: float | None = None,
-        process: float | None = None,
-    ) -> None:
-        """Resolve device, vocabulary and precision; DeviceError or RecipeError where the recipe cannot run there.
+    def __init__(self, recipe: Recipe, device: Device, gpus: int, process: float, price: float | None = None) -> None:
+        """Take a recipe whose vocabulary and precision are settled.
 
-        `process` is the memory of this process without a model, in bytes, where it already holds one.
+        `process` is the memory of this process without a model, in bytes.
         """
-        if device is None and recipe.train.device == "cpu":
-            device = "cpu"
-        self.device = device_at_hand() if device is None else this_machine() if device == "cpu" else find_device(device)
-        if self.device.name == "cpu" and gpus > 1:
-            raise DeviceError(f"--gpus {gpus}: needs a GPU; choose one with --device, such as h100")
-        if recipe.train.batch_size % gpus:
-            nearest = max(gpus, recipe.train.batch_size // gpus * gpus)
-            raise RecipeError(
-                f"train.batch_size = {recipe.train.batch_size}: must be a multiple of {gpus} GPUs, such as {nearest}"
-            )
-        self._process = process_peak_memory() if process is None else process  # before the measurements allocate memory
-        recipe = resolve_vocabulary(recipe, _known_vocabulary(recipe))
-        recipe = recipe.replace(model=recipe.model.replace(size=None))
-        self.precision = _resolve_precision(recipe, self.device)
-        self.recipe = recipe.replace(train=recipe.train.replace(precision=self.precision))
-        self.sharding = Sharding(recipe.parallel.strategy, gpus, self.device.per_node)
-        self.price = self.device.price if price is None else price
+        self.recipe, self.device, self._process = recipe, device, process
+        self.precision: Literal["bf16", "fp32"] = "bf16" if recipe.train.precision == "bf16" else "fp32"
+        self.sharding = Sharding(recipe.parallel.strategy, gpus, device.per_node)
+        self.price = device.price if price is None else price
 
     def variant(self, recipe: Recipe, gpus: int) -> "Planner":
         """Return a planner of a changed recipe on the same device."""
-        return Planner(recipe, self.device.name, gpus, self.price, self._process)
+        return Planner(recipe, self.device, gpus, self._process, self.price)
 
     def plan(self, search: bool = True) -> Plan:
         """Make the plan; `search` also finds the largest micro-batch that fits."""

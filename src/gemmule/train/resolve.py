@@ -9,6 +9,7 @@ import torch
 
 from gemmule.data.batches import MixedRows, PackedRows, RowStream
 from gemmule.data.dataset import Dataset
+from gemmule.distributed import World
 from gemmule.errors import RecipeError
 from gemmule.model.init import init_weights, meta_model
 from gemmule.runtime import Runtime, choose_precision, derive_seed
@@ -59,7 +60,7 @@ def resolve(
     rows = training_rows(dataset, recipe)  # first, because a corpus may be too short
     if runtime.world.is_main:
         on_progress("comparing number formats and attention kernels", 0, None)
-        recipe = resolve_computation(recipe, runtime)
+        recipe = recipe.replace(train=tune(trial_of(recipe, runtime.device, runtime.world.size), recipe.train))
     recipe = runtime.world.broadcast(recipe)
     runtime = runtime._replace(precision=choose_precision(recipe.train.precision, runtime.device))
     log.info(describe(recipe, runtime))
@@ -68,9 +69,8 @@ def resolve(
     return ResolvedRecipe.model_validate(recipe.model_dump(exclude_unset=True)), runtime
 
 
-def check_ranks(recipe: Recipe, runtime: Runtime) -> None:
+def check_ranks(batch_size: int, world: World) -> None:
     """Raise RecipeError where ranks cannot have equal shares of a step, or machines equally many ranks."""
-    world, batch_size = runtime.world, recipe.train.batch_size
     if batch_size % world.size:
         nearest = max(world.size, batch_size // world.size * world.size)
         advice = f"must be a multiple of the {world.size} processes, such as {nearest}"
@@ -114,11 +114,6 @@ def check_prompts(recipe: Recipe, tokenizer: Tokenizer) -> None:
         raise RecipeError(str(Problem("train.sample_prompts", prompt, advice)))
 
 
-def resolve_computation(recipe: Recipe, runtime: Runtime) -> Recipe:
-    """Settle precision, compilation and attention kernel by trials on this machine."""
-    return recipe.replace(train=tune(trial_of(recipe, runtime.device, runtime.world.size), recipe.train))
-
-
 def trial_of(recipe: Recipe, device: torch.device, ranks: int = 1) -> Trial:
     """Return what a rank of a run computes with, whose vocabulary is resolved."""
     per_rank = recipe.train.batch_size // ranks
@@ -160,13 +155,13 @@ def resolve_steps(
 
 def build(recipe: Recipe, runtime: Runtime) -> TrainState:
     """Build an initialized model on every rank, and its optimizers."""
-    seed, damp = derive_seed(recipe.train.seed, "weights"), recipe.train.damp_branches
+    settings = recipe.train
     parallel = parallelize(
-        meta_model(recipe.model, recipe.train.attention),
+        meta_model(recipe.model, settings.attention),
         recipe.parallel,
-        recipe.train.compile,
+        settings.compile,
         runtime,
-        lambda model, copy: init_weights(model, seed, damp, copy),
+        lambda model, copy: init_weights(model, derive_seed(settings.seed, "weights"), settings.damp_branches, copy),
     )
     return TrainState(parallel, Optimizers(parallel.model, recipe.optimizer, runtime.precision))
 
