@@ -22,7 +22,7 @@ test: .venv/ready-dev ## the quick tests, about three minutes
 test-all: .venv/ready-all ## every test: also parity with transformers and llama.cpp, Google's weights, memory, whole runs
 	$(PYTEST)
 
-coverage: .venv/ready-dev ## branch coverage of the quick tests
+coverage: .venv/ready-dev ## branch coverage of the quick tests, which must not fall below its floor in pyproject.toml
 	$(PYTEST) -m "not slow" --cov --cov-report=term
 
 check: .venv/ready-dev ## formatting, lint, types, layers

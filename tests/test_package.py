@@ -9,6 +9,7 @@ import gemmule
 from gemmule.errors import DeviceError, ModelError
 from gemmule.train import checkpoint
 from gemmule.train.checkpoint import checkpoints
+from gemmule.train.opening import load_with_path
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,14 +84,14 @@ def test_a_run_that_is_being_trained_can_be_opened(
         return position
 
     monkeypatch.setattr(checkpoint, "verify_checkpoint", verify_and_lose)
-    assert gemmule.load_with_path(run)[2] == newest
+    assert load_with_path(run)[2] == newest
 
 
 def test_opening_a_run_reads_no_optimizer_state(tiny_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "run")
     newest = checkpoints(run)[0]
     (newest / "optimizer.safetensors").unlink()
-    assert gemmule.load_with_path(run)[2] == newest
+    assert load_with_path(run)[2] == newest
 
 
 def test_a_damaged_checkpoint_of_a_run_that_stands_still_is_explained(tiny_run: Path, tmp_path: Path) -> None:

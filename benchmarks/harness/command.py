@@ -21,7 +21,7 @@ INTERRUPTED = 130  # 128 and the number of SIGINT
 # Of each benchmark: its figure, the unit, the format.
 FIGURES = {
     "train": ("tokens_per_second", "tokens/s", ",.0f"),
-    "generate": ("tokens_per_second", "tokens/s", ",.1f"),
+    "engine": ("tokens_per_second", "tokens/s", ",.0f"),
     "prepare": ("megabytes_per_second", "MB/s", ",.1f"),
     "evaluate": ("tokens_per_second", "tokens/s", ",.0f"),
     "load": ("seconds_to_first_token", "s to the first token", ".2f"),
@@ -65,10 +65,19 @@ def parser_of(work: str, description: str | None) -> argparse.ArgumentParser:
         parser.add_argument(
             "--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="change one setting"
         )
-    if work in ("generate", "evaluate", "load"):
+    if work in ("engine", "evaluate", "load"):
         parser.add_argument("--model", type=Path, help="model folder (default: randomly initialized)")
-    if work == "generate":
-        parser.add_argument("--tokens", type=count, default=64, help="number of new tokens (default: 64)")
+    if work == "engine":
+        from gemmule.inference.runners import DECODINGS
+
+        natural = number_from(int, 0)
+        parser.add_argument("--tokens", type=count, default=200, help="number of new tokens (default: 200)")
+        parser.add_argument("--rows", type=count, default=16, help="sequences that are decoded together (default: 16)")
+        parser.add_argument("--precision", choices=("fp32", "bf16", "int8"), default="fp32")
+        parser.add_argument("--decoding", choices=DECODINGS, default="auto", help="decoding of Gemmule")
+        parser.add_argument("--device", default="cpu", help="device of Gemmule and transformers")
+        parser.add_argument("--long", type=natural, default=0, help="tokens of a prompt during which gaps are measured")
+        parser.add_argument("--replies", type=natural, default=0, help="replies compared alone and in a crowd")
     if work == "evaluate":
         parser.add_argument("--documents", type=count, default=200, help="number of stories (default: 200)")
     if work == "train":
@@ -118,8 +127,8 @@ def show_progress(label: str, done: int, total: int | None) -> None:
 
 
 def _compare(work: str, options: argparse.Namespace) -> dict[str, Any]:
+    import harness.engine
     import harness.evaluate
-    import harness.generate
     import harness.load
     import harness.models
     import harness.prepare
@@ -146,7 +155,7 @@ def _compare(work: str, options: argparse.Namespace) -> dict[str, Any]:
             return harness.evaluate.compare_evaluating(
                 model, options.documents, options.peers, budget, folder, show_progress
             )
-        return harness.generate.compare_generating(model, options.tokens, options.peers, budget, folder, show_progress)
+        return harness.engine.compare_engines(model, options.peers, budget, folder, show_progress, vars(options))
 
 
 def _recipe(path: Path | None, overrides: list[str]) -> "Recipe":

@@ -6,29 +6,44 @@ memory can be read.
 """
 
 import json
+import os
 import runpy
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
-# One repetition; returns a figure by which the work can be checked (the loss, the number of tokens).
-Step = Callable[[], float]
+# One repetition; returns what the work can be checked by (the loss, the number of tokens, the tokens), for JSON.
+Step = Callable[[], Any]
 # (the repetition, or None where the setup is what is measured; facts about it)
 Workload = tuple[Optional[Step], dict[str, Any]]  # noqa: UP045 - the peer's Python may be older than ours
+# (several ways to do the same work, by name; facts)
+Choice = tuple[dict[str, Step], dict[str, Any]]
 
 
-def measure(setup: Callable[[dict[str, Any]], Workload], job: dict[str, Any]) -> None:
-    """Set up, warm up, time each repetition, and print the measurement."""
+def measure(setup: Callable[[dict[str, Any]], Union[Workload, Choice]], job: dict[str, Any]) -> None:  # noqa: UP007
+    """Set up, warm up, time each repetition, and print the measurement; of several ways the fastest is measured."""
     step, facts = setup(job)
     measurement = dict(facts)
+    if isinstance(step, dict):
+        measurement["tried"] = {name: _second_time(way) for name, way in step.items()}
+        measurement["chosen"] = min(measurement["tried"], key=measurement["tried"].__getitem__)
+        step = step[measurement["chosen"]]
     if step is not None:
         measurement["results"] = [step() for _ in range(job["warmup"])]
         measurement["seconds"] = list(_times(step, job))
     sys.stdout.write(json.dumps({"measurement": measurement}) + "\n")
     sys.stdout.flush()
     sys.stdin.read()
+
+
+def _second_time(step: Step) -> float:
+    """Return the seconds of the second repetition."""
+    step()
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
 
 
 def _times(step: Step, job: dict[str, Any]) -> list[float]:
@@ -46,6 +61,7 @@ def main() -> None:
     if Path(sys.path[0]) == Path(__file__).parent:  # it is not with PYTHONSAFEPATH
         sys.path.pop(0)  # a program of a peer must not import this package's modules
     measure(runpy.run_path(sys.argv[1])["setup"], json.loads(sys.argv[2]))
+    os._exit(0)  # whatever threads of the peer still run
 
 
 if __name__ == "__main__":

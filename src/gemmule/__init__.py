@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
-
     from gemmule.inference.engine import generate as generate
     from gemmule.model.gemma3 import Gemma3
     from gemmule.tokenizer import Tokenizer
@@ -27,48 +25,10 @@ def load(model: str | Path, device: str = "cpu") -> tuple["Gemma3", "Tokenizer"]
     MODEL is a model folder (ours or Hugging Face's), a run folder (its newest good checkpoint), a GGUF file, or
     owner/name, which is fetched from the Hugging Face Hub. ModelError where it is none of these, or damaged.
     """
+    from gemmule.train.opening import load_with_path
+
     network, tokenizer, _ = load_with_path(model, device)
     return network, tokenizer
-
-
-def load_with_path(
-    model: str | Path,
-    device: str = "cpu",
-    dtype: "torch.dtype | None" = None,
-) -> tuple["Gemma3", "Tokenizer", Path]:
-    """Open a MODEL as `load` does, and return also the folder or file that it was opened from.
-
-    What is downloaded and ignored is logged. `dtype` is the one of the weights, by default as stored.
-    """
-    from gemmule.errors import ModelError, UserError
-    from gemmule.formats.opening import find_model, open_model
-    from gemmule.reading import local_path, path_kind
-    from gemmule.run_folder import RECIPE_FILE
-    from gemmule.runtime import choose_device
-
-    target, run = choose_device(device), local_path(model)
-    path_kind(run, lambda message: ModelError(f"MODEL {message}"))
-    is_run = path_kind(run / RECIPE_FILE, ModelError) and not path_kind(run / "config.json", ModelError)
-    if not is_run:
-        found = find_model(model)
-        network, tokenizer = open_model(found, dtype)
-        return network.to(target), tokenizer, found
-    from gemmule.train.checkpoint import checkpoints, newest_checkpoint  # slow to load, so only where it is needed
-
-    while True:
-        present = checkpoints(run)
-        newest, damage = newest_checkpoint(run, weights_only=True)
-        try:
-            if newest is None:
-                damaged = "".join(f"; {each}" for each in damage)
-                raise ModelError(f"MODEL {run}: a run without a good checkpoint yet{damaged}")
-            network, tokenizer = open_model(newest, dtype)
-            return network.to(target), tokenizer, newest
-        except (UserError, OSError) as error:
-            if checkpoints(run) == present:
-                message = f"MODEL {run}: cannot be read: {error}"
-                raise (error if isinstance(error, UserError) else ModelError(message)) from None
-            # The run is being trained: it has written another checkpoint, and removed this one.
 
 
 def __getattr__(name: str) -> Any:

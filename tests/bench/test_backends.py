@@ -60,6 +60,24 @@ def test_without_a_number_of_steps_seconds_are_filled_with_three_at_least(tmp_pa
         assert least <= len(answer["seconds"]) <= most
 
 
+def test_of_several_ways_the_fastest_is_measured(tmp_path: Path) -> None:
+    program = (
+        "import time\ndef setup(job):\n"
+        "    return {'slow': lambda: time.sleep(0.2) or 'slow', 'fast': lambda: 'fast'}, {'more': 1}\n"
+    )
+    answer = run_backend(backend(program, tmp_path, {"steps": 3, "seconds": 0, "warmup": 1}))
+    assert (answer["chosen"], answer["results"], answer["more"]) == ("fast", ["fast"], 1)
+    assert answer["tried"]["slow"] > 0.2 > answer["tried"]["fast"]
+
+
+def test_threads_that_still_run_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    program = (
+        "import threading, time\ndef setup(job):\n"
+        "    threading.Thread(target=time.sleep, args=[600]).start()\n    return None, {}\n"
+    )
+    assert run_backend(backend(program, tmp_path, {}))["peak_memory"] != 0
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_a_family_counts_its_children(tmp_path: Path) -> None:
     parent = (

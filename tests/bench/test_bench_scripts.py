@@ -50,7 +50,7 @@ def test_training_is_measured_and_written_down(tmp_path: Path) -> None:
     ("work", "peers", "figure"),
     [
         ("train", ["transformers"], "tokens_per_second"),
-        ("generate", ["transformers", "llama.cpp", "llama.cpp-q8_0"], "tokens_per_second"),
+        ("engine", ["transformers", "llama.cpp"], "tokens_per_second"),
         ("load", ["transformers"], "seconds_to_first_token"),
         ("prepare", ["transformers"], "megabytes_per_second"),
     ],
@@ -59,11 +59,14 @@ def test_each_kind_of_work_is_compared(work: str, peers: list[str], figure: str)
     for library in ("transformers", "datasets", *(["llama_cpp", "gguf"] if len(peers) > 1 else [])):
         pytest.importorskip(library, reason=f"{library} is not installed")
     named = [word for peer in peers for word in ("--peer", peer)]
-    options = {"prepare": ["--megabytes", "2", "--kills", "1"], "generate": [*SMALL, "--tokens", "4"]}
+    options = {"prepare": ["--megabytes", "2", "--kills", "1"], "engine": [*SMALL, "--tokens", "4", "--rows", "3"]}
     found = measured(work, *named, *QUICK, *options.get(work, SMALL))
     assert found.get("killed_and_resumed_is_byte_identical", True)
-    assert set(found["backends"]) == {"gemmule", *peers}
-    assert set(found["ratios"]) == set(peers)
+    names = {"gemmule", *peers}
+    if work == "engine":
+        names, peers = {f"{name} x{rows}" for name in names for rows in (1, 3)}, [f"{peer} x3" for peer in peers]
+    assert set(found["backends"]) == names
+    assert set(found["ratios"]) == names - {"gemmule", "gemmule x3"}
     assert all(backend[figure]["median"] > 0 and backend["peak_memory"] > 0 for backend in found["backends"].values())
     assert all(found["backends"][peer]["versions"] for peer in peers)
 
@@ -74,6 +77,8 @@ def test_each_kind_of_work_is_compared(work: str, peers: list[str], figure: str)
         (["train", "--peer", "llama.cpp"], "--peer: invalid choice: 'llama.cpp' (choose from "),
         (["train", "--peer", "litgpt"], "pip install litgpt torch, then --litgpt-python"),
         (["train", "--peer", "gemmule-muon", "--peer", "gemmule-muon"], "name each once"),
+        (["engine", "--precision", "int8", "--peer", "transformers"], "has no int8 on a CPU; leave it out"),
+        (["engine", "--long", "-1"], "--long: -1 is not a finite number of at least 0"),
         (["load", "--peer", "litgpt"], "invalid choice: 'litgpt' (choose from "),
         (["train", "--set", "train.stpes=1"], "did you mean train.steps"),
         (["train", "--recipe", "nowhere.toml"], "no such file"),

@@ -45,6 +45,19 @@ def test_a_report_comes_with_curves_and_a_model_card(run: Path) -> None:
     assert (run / "loss.svg").read_bytes() == again
 
 
+@pytest.mark.parametrize(("start", "base"), [("google/gemma-3-270m", '"google/gemma-3-270m"'), ("runs/other", None)])
+def test_the_card_names_the_model_that_a_run_started_from(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str, base: str | None
+) -> None:
+    (tmp_path / "runs").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path)  # where runs/other is a path, and the other none
+    recipe = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(recipe.replace("[train]\n", f'[train]\nstart = "{start}"\n', 1))
+    assert gemmule("report", run).code == 0
+    found = re.search("^base_model: (.*)$", (run / "model" / "README.md").read_text(), re.MULTILINE)
+    assert (found and found[1]) == base
+
+
 def test_the_card_has_results_with_intervals_as_the_hub_reads_them(run: Path) -> None:
     assert gemmule("report", run).code == 0
     hub = pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")

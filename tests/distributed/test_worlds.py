@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gemmule.train.checkpoint import checkpoints
-from runs import STEADY, Death, assert_same_curve, gemmule, overrides, start_world, write_recipe_file
+from runs import STEADY, Death, assert_same_curve, gemmule, overrides, start_world, timeless_metrics, write_recipe_file
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +53,20 @@ def test_two_processes_learn_what_one_does(
     run = tmp_path / "run"
     run_world(2, recipe, run, optimizer, f"parallel.strategy={strategy}", f"train.micro_batch_size={rows}")
     assert_same_curve(run, alone)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_continue_a_model_as_one_does(
+    straight: tuple[Path, Path], tmp_path: Path, optimizer: str, strategy: str
+) -> None:
+    recipe, trained = straight
+    start = f"train.start={trained}"
+    changes = overrides(*STEADY, optimizer, start, "train.micro_batch_size=8")
+    assert gemmule("train", recipe, *changes, "--out", tmp_path / "alone").code == 0
+    run_world(2, recipe, tmp_path / "both", optimizer, start, f"parallel.strategy={strategy}")
+    assert_same_curve(tmp_path / "both", tmp_path / "alone")
+    first, last = (timeless_metrics(run)[end]["loss"] for run, end in ((tmp_path / "both", 0), (trained, -1)))
+    assert first < last + 0.5, "it goes on from where the model was"
 
 
 def test_two_machines_of_two_processes_learn_what_one_does(

@@ -1,7 +1,11 @@
-"""Servers for tests: in a thread of this process, on a free port of loopback."""
+"""Servers for tests, on a free port of loopback: in a thread of this process, or in a process of their own."""
 
 import asyncio
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -178,3 +182,28 @@ def serving(
         assert not thread.is_alive()
     for failure in failures:
         raise failure
+
+
+@contextmanager
+def server_process(
+    *arguments: object, program: str | None = None, environment: Mapping[str, str] | None = None
+) -> Iterator[tuple["subprocess.Popen[str]", int, list[str]]]:
+    """Run `gemmule serve` on a free port; yield the process, its port and what it has printed so far."""
+    start = ["-m", "gemmule"] if program is None else ["-c", program]
+    command = [sys.executable, *start, "serve", *map(str, arguments), "--port", "0", "--cache", "64MB"]
+    running = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (environment or {})
+    )
+    assert running.stderr is not None
+    said: list[str] = []
+    try:
+        for line in running.stderr:
+            said.append(line)
+            if line.startswith("ready: "):
+                break
+        found = re.search(r"http://[^:]+:(\d+)", "".join(said))
+        assert found is not None, said
+        yield running, int(found[1]), said
+    finally:
+        running.kill()
+        running.communicate()

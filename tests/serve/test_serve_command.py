@@ -1,22 +1,19 @@
 """`gemmule serve` as a process: how it begins, and all the ways in which it ends."""
 
 import json
-import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import events_of, save_model
+from serving import events_of, save_model, server_process
 
 from gemmule.cli.serve import read_size
 from gemmule.errors import UserError
@@ -57,31 +54,6 @@ def long_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokeniz
     return save_model(tmp_path_factory.mktemp("long") / "long", tiny_tokenizer, context=8192)
 
 
-@contextmanager
-def process(
-    *arguments: object, program: str | None = None, environment: Mapping[str, str] | None = None
-) -> Iterator[tuple["subprocess.Popen[str]", int, list[str]]]:
-    """Start a server on a free port; yield it with its port and what it has said so far."""
-    start = ["-m", "gemmule"] if program is None else ["-c", program]
-    command = [sys.executable, *start, "serve", *map(str, arguments), "--port", "0", "--cache", "64MB"]
-    running = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (environment or {})
-    )
-    assert running.stderr is not None
-    said: list[str] = []
-    try:
-        for line in running.stderr:
-            said.append(line)
-            if line.startswith("ready: "):
-                break
-        found = re.search(r"http://[^:]+:(\d+)", "".join(said))
-        assert found is not None, said
-        yield running, int(found[1]), said
-    finally:
-        running.kill()
-        running.communicate()
-
-
 def begin(port: int, body: Mapping[str, Any]) -> HTTPConnection:
     connection = HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -93,7 +65,7 @@ def endless(**more: Any) -> dict[str, Any]:
 
 
 def test_sigterm_finishes_what_runs_and_ends_with_0(long_model: Path) -> None:
-    with process(long_model) as (running, port, said):
+    with server_process(long_model) as (running, port, said):
         assert any("keeps" in line and "tokens" in line for line in said), "the bound of the cache"
         connection = begin(port, endless(max_tokens=1500, min_tokens=1500))
         response = connection.getresponse()
@@ -109,7 +81,7 @@ def test_sigterm_finishes_what_runs_and_ends_with_0(long_model: Path) -> None:
 
 @pytest.mark.slow
 def test_what_is_left_after_the_drain_gets_an_error_and_the_process_ends_with_0(long_model: Path) -> None:
-    with process(long_model, "--drain", "0.3") as (running, port, _):
+    with server_process(long_model, "--drain", "0.3") as (running, port, _):
         connections = [begin(port, endless(n=8)) for _ in range(2)]
         responses = [each.getresponse() for each in connections]
         running.send_signal(signal.SIGTERM)
@@ -124,7 +96,7 @@ def test_what_is_left_after_the_drain_gets_an_error_and_the_process_ends_with_0(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(long_model: Path, number: signal.Signals) -> None:
-    with process(long_model) as (running, port, _):
+    with server_process(long_model) as (running, port, _):
         connection = begin(port, endless(n=8))
         connection.getresponse()
         running.send_signal(number)
@@ -139,7 +111,7 @@ def test_a_second_signal_ends_at_once(long_model: Path, number: signal.Signals) 
 
 
 def test_a_failure_of_the_engine_ends_the_process_with_1(long_model: Path) -> None:
-    with process(long_model, program=FAILING) as (running, port, _):
+    with server_process(long_model, program=FAILING) as (running, port, _):
         connection = begin(port, endless())
         events = events_of(connection.getresponse().read())
         assert events[-1]["error"]["code"] == "engine_failed"
@@ -153,7 +125,7 @@ def test_a_failure_of_the_engine_ends_the_process_with_1(long_model: Path) -> No
 
 @pytest.mark.slow
 def test_clients_that_are_killed_cost_nothing(long_model: Path) -> None:
-    with process(long_model) as (running, port, _):
+    with server_process(long_model) as (running, port, _):
         clients = [
             subprocess.Popen([sys.executable, "-c", CLIENT, str(port), json.dumps(endless())], stdout=subprocess.PIPE)
             for _ in range(3)
@@ -180,7 +152,7 @@ def test_clients_that_are_killed_cost_nothing(long_model: Path) -> None:
 
 @pytest.mark.slow
 def test_the_key_of_the_environment_is_asked_for(long_model: Path) -> None:
-    with process(long_model, environment={"GEMMULE_API_KEY": "secret-key"}) as (_, port, _):
+    with server_process(long_model, environment={"GEMMULE_API_KEY": "secret-key"}) as (_, port, _):
         for key, status in (("secret-key", 200), ("other-key", 401)):
             connection = HTTPConnection("127.0.0.1", port, timeout=10)
             connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})

@@ -1,117 +1,28 @@
 """The server's page in Debian's Chromium, driven by playwright: slow, since it starts a browser."""
 
 import json
-import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Served, save_model, serving
-
-from gemmule.tokenizer import Tokenizer
+from page_driver import (
+    Opened,
+    branches,
+    change_requests,
+    export,
+    finish,
+    opened,
+    proceed,
+    setting,
+    text_of,
+    word,
+    write,
+)
+from serving import Served, serving
 
 pytestmark = pytest.mark.slow
-Opened = Callable[..., Any]
 KEY = "sk-gemmule-1234"
 SCRIPT = "<script>document.title='bad'</script><img src=x onerror=document.title=1>"
-
-
-@pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
-    """A model that goes on for long."""
-    return save_model(tmp_path_factory.mktemp("models") / "story", tiny_tokenizer, context=4096)
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "other", tiny_tokenizer, context=4096, seed=7)
-
-
-@pytest.fixture(scope="module")
-def stage(story: Path, other: Path) -> Iterator[Served]:
-    """Two models that chat."""
-    with serving(story, other, chat=True) as served:
-        yield served
-
-
-@pytest.fixture
-def may_load() -> Callable[[str], bool]:
-    """Whether an address is the server's; tests without a server of their own load nothing else."""
-    return lambda url: url.startswith(("http://127.0.0.1:", "blob:http://127.0.0.1:")) or url == "data:,"
-
-
-@pytest.fixture
-def may_say() -> Callable[[str], bool]:
-    """Chromium itself reports requests that fail, which the tests of keys and of a stopped server cause."""
-    return lambda line: line.startswith("Failed to load resource") and ("401" in line or "ERR_CONNECTION" in line)
-
-
-def opened(open_page: Opened, served: Served, width: int = 1280, **options: Any) -> Any:
-    page = open_page(f"{served.server.address}/", width, **options)
-    page.wait_for_selector("body[data-ready]")
-    page.set_default_timeout(15_000)
-    page.locator("#settings-box").evaluate("box => { box.open = true; }")
-    setting(page, "seed", "5")
-    return page
-
-
-def write(page: Any, text: str, tokens: int = 12) -> None:
-    """Write a text and let the model continue it."""
-    setting(page, "max_tokens", str(tokens))
-    page.click("#editor")
-    page.keyboard.press("Control+End")
-    page.keyboard.type(text)
-    proceed(page)
-
-
-def setting(page: Any, name: str, value: str) -> None:
-    page.fill(f"#settings [name={name}]", value)
-    page.dispatch_event(f"#settings [name={name}]", "change")
-
-
-def proceed(page: Any) -> None:
-    page.keyboard.press("Control+Enter")
-    finish(page)
-
-
-def finish(page: Any) -> None:
-    page.wait_for_selector("#go:not(:disabled)")
-    for _ in range(100):
-        if page.inner_text("#status"):
-            break
-        page.wait_for_timeout(20)
-    page.wait_for_selector("#stop:disabled")
-
-
-def text_of(page: Any) -> str:
-    return str(page.evaluate("document.getElementById('editor').textContent"))
-
-
-def word(page: Any, number: int) -> Any:
-    """Return a token of the model that shows a letter; nonsense has parts of characters, too."""
-    return page.locator("#editor .t").filter(has_text=re.compile("[A-Za-z]")).nth(number)
-
-
-def change_requests(page: Any, **fields: Any) -> None:
-    """Send fields that the page does not."""
-
-    def changed(route: Any) -> None:
-        route.continue_(post_data=json.dumps(route.request.post_data_json | fields))
-
-    page.route("**/v1/completions", changed)
-
-
-def branches(page: Any) -> int:
-    return int(page.locator("#branches button").count())
-
-
-def export(page: Any) -> Any:
-    if not page.locator("#export").is_visible():
-        page.click(".menu summary")
-    with page.expect_download() as found:
-        page.click("#export")
-    return json.loads(Path(found.value.path()).read_text(encoding="utf-8"))
 
 
 def test_a_text_is_continued_and_yours_differs_from_the_models(open_page: Opened, stage: Served) -> None:
@@ -293,28 +204,6 @@ def test_your_own_text_is_tinted_by_surprise(open_page: Opened, stage: Served) -
     page.wait_for_selector("#editor .t", state="detached")
 
 
-def test_side_by_side_parts_only_where_the_models_do(open_page: Opened, stage: Served) -> None:
-    page = opened(open_page, stage)
-    setting(page, "max_tokens", "12")
-    page.click("#editor")
-    page.keyboard.type("Mia")
-    page.click("#compare")
-
-    def both() -> list[str]:
-        page.click("#run-both")
-        page.wait_for_selector("#status:has-text('Both are done')")
-        return [each.evaluate("each => each.textContent") for each in page.locator(".side .reply").all()]
-
-    assert len(set(both())) == 1, "same prompt, seed and settings"
-    assert page.locator(".parts").count() == 0
-    page.locator(".side select").nth(1).select_option("other")
-    left, right = both()
-    assert left != right
-    assert page.locator(".parts").count() == 2
-    page.locator(".side button").nth(1).click()
-    assert text_of(page) == "Mia" + right
-
-
 def test_a_chat_is_edited_regenerated_and_continued(open_page: Opened, stage: Served) -> None:
     page = opened(open_page, stage)
     page.click("#new-chat")
@@ -335,7 +224,7 @@ def test_a_chat_is_edited_regenerated_and_continued(open_page: Opened, stage: Se
     reply.focus()
     page.keyboard.press("ArrowRight")
     assert page.locator("#token .alternatives button").count() >= 8
-    page.get_by_role("button", name="Edit").click()
+    page.get_by_role("button", name="Edit").first.click()
     page.fill(".turn textarea", "Who is it?")
     page.get_by_role("button", name="Send as a branch").click()
     finish(page)

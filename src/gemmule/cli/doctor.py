@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemmule.cli.screen import Screen, logged_to, print_json
-from gemmule.cli.text_settings import run_of, text_settings
+from gemmule.cli.text_settings import text_settings
 from gemmule.reading import local_path
+from gemmule.run_folder import run_of
 
 if TYPE_CHECKING:
     from gemmule.data.settings import DataSettings
@@ -43,12 +44,12 @@ def doctor(
 
         gemmule doctor google/gemma-3-270m --data wiki.txt --json
     """
-    import gemmule
     from gemmule.evaluate.doctor import ModelUnderTest, examine, read_declared
+    from gemmule.train.opening import load_with_path
 
     settings, dataset = _text(local_path(model), data, separator, column)
     with Screen() as screen, logged_to(screen):
-        network, tokenizer, found = gemmule.load_with_path(model, device)
+        network, tokenizer, found = load_with_path(model, device)
         test = ModelUnderTest(network.float(), tokenizer, read_declared(found), settings, dataset)
         findings = examine(test, screen.progress)
     failed = [finding.name for finding in findings if finding.verdict == "failed"]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemmule.cli.screen import Screen, logged_to, print_json
-from gemmule.cli.text_settings import run_of, text_settings
+from gemmule.cli.text_settings import text_settings
 from gemmule.reading import local_path
+from gemmule.run_folder import run_of
 
 if TYPE_CHECKING:
     from gemmule.data.settings import DataSettings
@@ -231,9 +232,9 @@ def _tell_stories(screen: Screen, models: Sequence[str], suite: str, device: str
 
 def _open(model: str, device: str) -> "tuple[Gemma3, Tokenizer, Path]":
     """Open a model; a CPU computes in fp32, of a folder in bf16, too."""
-    import gemmule
+    from gemmule.train.opening import load_with_path
 
-    network, tokenizer, path = gemmule.load_with_path(model, device)
+    network, tokenizer, path = load_with_path(model, device)
     return (network.float() if network.embedding.weight.device.type == "cpu" else network), tokenizer, path
 
 

@@ -41,7 +41,6 @@ def export(
 
         gemmule export runs/story --to ollama --out story-ollama
     """
-    import gemmule
     from gemmule.errors import OutputError
     from gemmule.evaluate.certificate import CertificateError, certify, check_runtime, describe, write_certificate
     from gemmule.formats.exports import (
@@ -55,6 +54,7 @@ def export(
     )
     from gemmule.formats.model_card import license_note, read_card
     from gemmule.model.finite import refuse_nonfinite_weights
+    from gemmule.train.opening import load_with_path
 
     runtime = "transformers" if to == "hf" else "llama.cpp"
     if verify:
@@ -62,7 +62,7 @@ def export(
     present, advice = verify and output_exists(out), "choose a new file or folder"
     check_export(to, out, dtype, exists=present)
     with Screen() as screen, logged_to(screen):
-        network, tokenizer, found = gemmule.load_with_path(model)
+        network, tokenizer, found = load_with_path(model)
         refuse_nonfinite_weights(network, model)
         exported = Export(network, tokenizer, dtype, read_card(found), _name(model, found))
         if note := license_note(exported.card, model):

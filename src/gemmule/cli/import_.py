@@ -29,7 +29,6 @@ def import_(
     """
     import torch
 
-    import gemmule
     from gemmule.errors import OutputError
     from gemmule.files import atomic_folder
     from gemmule.formats.exports import output_exists
@@ -37,6 +36,7 @@ def import_(
     from gemmule.formats.model_card import license_note, read_card, write_card
     from gemmule.model.finite import refuse_nonfinite_weights
     from gemmule.reading import require_utf8
+    from gemmule.train.opening import load_with_path
 
     require_utf8(out, lambda message: OutputError(f"--out {message}"))
     if output_exists(out):
@@ -44,7 +44,7 @@ def import_(
     wanted = {"f32": torch.float32, "bf16": torch.bfloat16, None: None}[dtype]
     screen = Screen()
     with logged_to(screen):
-        network, tokenizer, found = gemmule.load_with_path(source, dtype=wanted)
+        network, tokenizer, found = load_with_path(source, dtype=wanted)
     refuse_nonfinite_weights(network, source)
     card = read_card(found)
     if note := license_note(card, source):

@@ -55,8 +55,11 @@ def plan(
         from gemmule.plan.prediction_log import summary
         from gemmule.settings import read_recipe
         from gemmule.train.recipe import Recipe
+        from gemmule.train.start import open_start
 
-        planner = planner_of(read_recipe(recipe, Recipe, overrides or [], warn=note), device, gpus, price)
+        settings = read_recipe(recipe, Recipe, overrides or [], warn=note)
+        start = open_start(settings)
+        planner = planner_of(settings if start is None else start.adopt(settings), device, gpus, price)
         found = planner.plan()
         _show(Console(stderr=as_json, highlight=False, emoji=False), str(recipe), planner, found)
         if as_json:

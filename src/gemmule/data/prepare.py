@@ -66,7 +66,7 @@ _CLEANING_SETTINGS = {
 
 def prepare_dataset(
     settings: DataSettings,
-    tokenizer_settings: TokenizerSettings,
+    vocabulary: TokenizerSettings | Tokenizer,
     out: Path,
     progress: Progress | None = None,
     *,
@@ -74,6 +74,8 @@ def prepare_dataset(
     engine: str = "local",
 ) -> Dataset:
     """Read, clean, deduplicate and tokenize text into a dataset; the folder `out` appears atomically at the end.
+
+    The tokenizer is given, or trained as its settings say.
 
     Deterministic: the result does not depend on the number of workers (processes; None: all cores, or fewer for little
     text), the engine, or interruptions; the same call resumes from the stage cache. Memory: a few MiB of text per
@@ -88,7 +90,7 @@ def prepare_dataset(
         with directory_lock(work):
             try:
                 preparation = Preparation(settings, work, progress or (lambda *_: None), workers, ENGINES[engine])
-                staged = preparation.run(tokenizer_settings)
+                staged = preparation.run(vocabulary)
                 atomic_replace(staged, out, last=DATASET_FILE)
             finally:
                 if (out / DATASET_FILE).is_file() or not any(work.glob("clean/*.json")):
@@ -122,6 +124,17 @@ def _roll_back(staged: Path, out: Path) -> list[str]:
     return moved
 
 
+def _existing_tokenizer(settings: TokenizerSettings) -> Tokenizer | None:
+    """Load the tokenizer that the settings name, if they do."""
+    if settings.path is None:
+        return None
+    tokenizer = Tokenizer.load(Path(settings.path).expanduser())
+    ignored, ids = settings.vocab_size, tokenizer.vocab_size
+    if "vocab_size" in settings.model_fields_set and ignored != ids:
+        log.info(f"tokenizer.vocab_size = {ignored} is ignored: tokenizer.path has {ids} ids")
+    return tokenizer
+
+
 class Cleaned(NamedTuple):
     """The result of the cleaning stage."""
 
@@ -146,21 +159,18 @@ class Preparation:
         self.clean, self.label, self.encode = work / "clean", work / "label", work / "encode"
         self.staged = work / STAGED
 
-    def run(self, tokenizer_settings: TokenizerSettings) -> Path:
+    def run(self, vocabulary: TokenizerSettings | Tokenizer) -> Path:
         """Run the stages that are not cached; return the folder of the staged dataset."""
         settings = self.settings
-        given = Tokenizer.load(Path(tokenizer_settings.path).expanduser()) if tokenizer_settings.path else None
-        if given and "vocab_size" in tokenizer_settings.model_fields_set:
-            ignored, ids = tokenizer_settings.vocab_size, given.vocab_size
-            if ignored != ids:
-                log.info(f"tokenizer.vocab_size = {ignored} is ignored: tokenizer.path has {ids} ids")
+        given = vocabulary if isinstance(vocabulary, Tokenizer) else _existing_tokenizer(vocabulary)
+        vocab_size = vocabulary.vocab_size
         units = [*plan_units(settings, "validation"), *plan_units(settings, "train")]
         workers = self.workers or _default_workers(units)
         cleaning = settings.model_dump(include=_CLEANING_SETTINGS)
         clean_key = cache_key(_VERSION, units, cleaning, settings.near_duplicates is not None)
         holdout = settings.holdout if settings.validation is None else None
         label_key = cache_key(clean_key, holdout, settings.near_duplicates)
-        encode_key = cache_key(label_key, given.fingerprint if given else tokenizer_settings.vocab_size)
+        encode_key = cache_key(label_key, given.fingerprint if given else vocab_size)
         if (self.staged / DATASET_FILE).is_file() and open_stage(self.encode, encode_key):
             return self.staged
         cached = [
@@ -172,7 +182,7 @@ class Preparation:
         cleaned = self._clean(units, workers)
         labels = self._label(units)
         self._check_not_empty(units, labels, cleaned)
-        tokenizer = self._tokenizer(units, labels, cleaned, given, tokenizer_settings.vocab_size)
+        tokenizer = self._tokenizer(units, labels, cleaned, given, vocab_size)
         counts = self._encode(units, cleaned.documents, tokenizer.fingerprint, workers)
         self._write_dataset(units, cleaned, labels, counts, tokenizer)
         return self.staged

@@ -46,7 +46,7 @@ def find_model(source: str | Path) -> Path:
         return path
     if path.suffix.lower() == ".gguf" or (kind == "file" and is_gguf(path)):
         return path
-    if _is_repository(path):
+    if is_repository(path):
         return fetch(str(source))
     advice = "name a model folder or a run folder, a .gguf file, or owner/name of the Hugging Face Hub"
     raise ModelError(f"MODEL {source}: {'no such folder' if kind is None else 'not a folder'}; {advice}")
@@ -71,7 +71,7 @@ def _refuse_folder_of_models(folder: Path) -> None:
         )
 
 
-def _is_repository(path: Path) -> bool:
+def is_repository(path: Path) -> bool:
     """Whether a name is `owner/name` of the Hub and not a mistyped path."""
     plain = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path.as_posix(), re.ASCII)
     return plain is not None and path_kind(path.parent, ModelError) is None

@@ -154,7 +154,10 @@ class KVCache:
     def settle(self, row: int) -> None:
         """After a step: bring the pages that are full now into the tree, and give back those that left the window."""
         own = self._rows[row]
-        for index in range(len(own.nodes) - 1, len(own.tokens) // PAGE):
+        full = len(own.tokens) // PAGE
+        if full < len(own.nodes):  # nothing has changed: fifteen of sixteen tokens
+            return
+        for index in range(len(own.nodes) - 1, full):
             self._share_page(row, own, index)
         if "local" in self.pools:
             self._leave_window(row, own)

@@ -195,7 +195,8 @@ class Planner:
         times = self._times(eager, traced, optimizer_step, cost_model, collectives, dataset, rows, micro_batches)
         steps = settings.steps
         if settings.minutes is not None:
-            steps = max(1, min(steps, int(60 * settings.minutes / times.step)))
+            first = recipe.schedule.restart_step
+            steps = first + max(1, min(steps - first, int(60 * settings.minutes / times.step)))
         tokens = rows * settings.context
         return Plan(
             recipe, self.device, self.sharding, self.precision, count, rows, micro_batches,

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from gemmule.formats.model_card import CardResult, hub_card
+from gemmule.formats.opening import is_repository
 from gemmule.report.figures import measures
 from gemmule.report.summary import RunFacts
 from gemmule.report.verdict import answers, verdict
@@ -20,7 +22,9 @@ def model_card(facts: RunFacts) -> str:
         lines += [f"| {_plain(each.dataset)} | {_plain(each.metric)} | {_cells(each)} |" for each in results]
         lines.append("")
     lines += ["## Recipe", "", *(f"    {line}" for line in facts.recipe_text.splitlines()), ""]
-    return hub_card(facts.name, "\n".join(lines), datasets=hub, results=results)
+    start = facts.setting("train", "start")
+    base = str(start) if start and is_repository(Path(str(start))) else None
+    return hub_card(facts.name, "\n".join(lines), base_model=base, datasets=hub, results=results)
 
 
 def _results(facts: RunFacts) -> Iterator[CardResult]:

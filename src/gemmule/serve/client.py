@@ -37,6 +37,8 @@ class RemoteModel:
         self.chats = bool(described.get("chats", True)) if chats is None else chats
         context = described.get("context", described.get("max_model_len"))
         self.context: int | None = context if isinstance(context, int) else None
+        trained = described.get("trained_context")
+        self.trained_context: int | None = trained if isinstance(trained, int) else None
         self.fingerprint: str | None = described.get("fingerprint")
         self._start: list[int] | None = None
 
@@ -90,7 +92,11 @@ class RemoteModel:
                 raise UserError(f"{self._url}: {_message(event)}")
             self.fingerprint = event.get("system_fingerprint") or self.fingerprint
             now = time.monotonic()
+            if (prompt := event.get("prompt_token_ids")) is not None:
+                yield Chunk("", prompt=tuple(prompt))
             for choice in event.get("choices", ()):
+                if (prompt := choice.get("prompt_token_ids")) is not None:
+                    yield Chunk("", prompt=tuple(prompt))
                 finish = choice.get("finish_reason") or finish
                 text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
                 tokens = tuple(choice.get("token_ids") or ())

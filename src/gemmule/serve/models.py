@@ -20,9 +20,11 @@ from gemmule.inference.quantize import Int8, named_weights
 from gemmule.inference.requests import Request
 from gemmule.inference.runners import Decoding, cache_dtype
 from gemmule.model.gemma3 import Gemma3
+from gemmule.run_folder import run_of, step_of
 from gemmule.serve.cache_size import SHARE, CacheBound, available_memory, cache_bound
 from gemmule.serve.settings import ModelSpec, ServerSettings
 from gemmule.tokenizer import Tokenizer
+from gemmule.train.opening import load_with_path
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,9 @@ class ServedModel:
     stops: frozenset[int]
     fingerprint: str
     created: int
+    trained_context: int | None = None  # sequence length of training, where the run is known
+    run: str | None = None  # name of the run folder
+    followed: bool = False  # whether newer checkpoints take its place
     _bytes: dict[int, bytes] = field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:
@@ -57,6 +62,7 @@ class ServedModel:
             "owned_by": "gemmule",
             "context": self.context,
             "max_model_len": self.context,  # its name in vLLM
+            "trained_context": self.trained_context,
             "parameters": self.parameters,
             "format": self.format,
             "decoding": self.engine.decoding,
@@ -64,7 +70,10 @@ class ServedModel:
             # Whether a reply depends on the request alone, bit for bit.
             "reproducible": self.engine.decoding == "native",
             "fingerprint": self.fingerprint,
+            "run": self.run,
             "checkpoint": self.path.name,
+            "step": step_of(self.path),
+            "followed": self.followed,
         }
 
     @cached_property
@@ -83,7 +92,7 @@ class ServedModel:
 
 def load_model(spec: ModelSpec, settings: ServerSettings, count: int = 1) -> ServedModel:
     """Open one of `count` models and warm its engine; UserError where it cannot be served as the settings ask."""
-    network, tokenizer, path = gemmule.load_with_path(spec.model, settings.device)
+    network, tokenizer, path = load_with_path(spec.model, settings.device)
     network, decoding = prepare_for_decoding(network, str(path), settings.decoding, settings.int8)
     if settings.chat and (tokenizer.start_of_turn_id is None or tokenizer.end_of_turn_id is None):
         raise TokenizerError(f"MODEL {spec.model}: --chat needs a vocabulary with turn tokens; leave it out")
@@ -100,6 +109,7 @@ def load_model(spec: ModelSpec, settings: ServerSettings, count: int = 1) -> Ser
     bound = cache_bound(network.config, available, settings.max_rows, longest, chunk, cache_dtype(network, decoding))
     engine = Engine(network, settings.max_rows, longest, decoding, tokenizer=tokenizer, size=bound.size, chunk=chunk)
     warm(engine)
+    run = run_of(path.resolve())
     return ServedModel(
         id=spec.id,
         path=path,
@@ -114,6 +124,9 @@ def load_model(spec: ModelSpec, settings: ServerSettings, count: int = 1) -> Ser
         stops=stop_tokens(tokenizer),
         fingerprint=model_fingerprint(network, tokenizer, decoding),
         created=int(time.time()),
+        trained_context=None if run is None else run.trained_context(),
+        run=None if run is None else run.path.name,
+        followed=settings.follows(spec),
     )
 
 

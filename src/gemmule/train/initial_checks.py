@@ -47,14 +47,26 @@ _LEAK = 1e-2
 _ODD = 1.5
 
 
-def check_first_step(model: Gemma3, loss: float, targets: Tensor) -> None:
-    """Raise TrainingError for parameters without a gradient; log a warning for an implausible initial loss."""
+def check_first_step(model: Gemma3, loss: float, targets: Tensor, pretrained: bool = False) -> None:
+    """Raise TrainingError for parameters without a gradient; log a warning for an implausible initial loss.
+
+    A `pretrained` model predicts better than the frequencies of the tokens would, one with first weights knows
+    nothing.
+    """
     without_gradient = [
         name for name, p in model.named_parameters() if p.grad is None or not bool(full_tensor(p.grad.norm()))
     ]
     if without_gradient:
         more = " ..." if len(without_gradient) > 5 else ""
         raise TrainingError(f"step 0: no gradient reaches {', '.join(without_gradient[:5])}{more}")
+    if pretrained:
+        entropy = unigram_entropy(targets)
+        if not loss < entropy:
+            log.warning(
+                f"step 0: the loss is {loss:.2f} nats per token, and the frequencies of these tokens alone would cost "
+                f"{entropy:.2f}: the model of train.start knows little of this text, or is damaged (gemmule doctor)"
+            )
+        return
     expected = expected_first_loss(model, targets)
     if not abs(loss - expected) < _ODD:
         log.warning(

@@ -68,7 +68,7 @@ def train(
         step_ok = math.isfinite(loss) and math.isfinite(norm)
         if step_ok:
             if step == 0:
-                check_first_step(parallel.model, loss, batch.targets)
+                check_first_step(parallel.model, loss, batch.targets, pretrained=settings.start is not None)
             optimizers.clip_grad_norm(grad_norm)
             optimizers.step()
         optimizers.zero_grad()

@@ -6,8 +6,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from gemmule.errors import OutputError
+from gemmule.fields import LARGEST_COUNT
 from gemmule.files import as_output_error, atomic_write, directory_lock, remove
 from gemmule.reading import require_utf8
 from gemmule.run_folder import RunFolder
@@ -28,14 +30,34 @@ _LABELS = ("license",)
 # Settings that the run has measured, and keeps where the recipe says "auto".
 _MEASURED = ("attention", "precision")
 # Settings that decide what the weights mean and which rows a step trains on: another value is another run.
-_FIXED = re.compile(r"data\..*|tokenizer\..*|model\..*|optimizer\.name|train\.(batch_size|context|seed|damp_branches)")
+_FIXED = re.compile(
+    r"data\..*|tokenizer\..*|model\..*|optimizer\.name|train\.(start|batch_size|context|seed|damp_branches)"
+)
 # Names of temporary files. Those of an interrupted preparation are used again.
 _LEFTOVER = re.compile(r"\.(?!data\.)[\w.-]+\.(partial|old)$")
 
 
+class Extension(NamedTuple):
+    """How much longer a run trains: so many steps, or as many as fit into so many minutes."""
+
+    steps: int | None = None
+    minutes: float | None = None
+
+    def apply(self, recipe: Recipe) -> Recipe:
+        """Return the recipe of the longer run, whose schedule begins anew at the step that was to be the last."""
+        end = recipe.train.steps
+        length = (
+            {"steps": LARGEST_COUNT, "minutes": self.minutes} if self.steps is None else {"steps": end + self.steps}
+        )
+        schedule, train = recipe.schedule.replace(restart_step=end), recipe.train.replace(**length)
+        return recipe.replace(schedule=schedule, train=train)
+
+
 @contextmanager
-def claim_run(recipe: Recipe, out: Path, resume: bool, allow_changes: bool = False) -> Iterator[Recipe]:
-    """Lock the run folder `out` and yield the recipe to follow: its own where a run is resumed.
+def claim_run(
+    recipe: Recipe, out: Path, resume: bool, allow_changes: bool = False, extend: Extension | None = None
+) -> Iterator[Recipe]:
+    """Lock the run folder `out` and yield the recipe to follow: its own where a run is resumed or extended.
 
     OutputError where another process has locked it, or where it holds something else.
     """
@@ -45,7 +67,20 @@ def claim_run(recipe: Recipe, out: Path, resume: bool, allow_changes: bool = Fal
     with as_output_error(out):
         out.mkdir(parents=True, exist_ok=True)
     with directory_lock(out):
-        yield _recipe_to_follow(recipe, RunFolder(out), resume, allow_changes)
+        run = RunFolder(out)
+        followed = _recipe_to_follow(recipe, run, resume, allow_changes or extend is not None)
+        if extend is None:
+            yield followed
+            return
+        if not run.metrics.is_file():
+            raise OutputError(f"--out {out}: has no run to extend yet; train it without --extend first")
+        longer = extend.apply(followed)
+        length = f"{extend.minutes:g} minutes" if extend.steps is None else f"{extend.steps:,} steps"
+        log.info(
+            f"extending the run by {length}: from step {longer.schedule.restart_step:,} on the learning rate warms up "
+            f"and decays anew ({longer.schedule.name})"
+        )
+        yield longer
 
 
 def _recipe_to_follow(recipe: Recipe, run: RunFolder, resume: bool, allow_changes: bool) -> Recipe:
@@ -83,11 +118,12 @@ def _resumed_recipe(recipe: Recipe, run: RunFolder, allow_changes: bool) -> Reci
 
 def _with_changes(known: Recipe, given: Recipe) -> Recipe:
     """Take over what --allow-changes allows: the optimizer's and schedule's constants, precision and steps."""
-    changes: dict[str, object] = {"precision": given.train.precision}
-    if given.train.minutes is None:
+    changes: dict[str, object] = {} if given.train.precision == AUTO else {"precision": given.train.precision}
+    restart = known.schedule.restart_step
+    if given.train.minutes is None and not restart:
         changes["steps"] = given.train.steps
-    train = known.train.replace(**changes)
-    return known.replace(optimizer=given.optimizer, schedule=given.schedule, train=train)
+    train, schedule = known.train.replace(**changes), given.schedule.replace(restart_step=restart)
+    return known.replace(optimizer=given.optimizer, schedule=schedule, train=train)
 
 
 def _not_a_run(out: Path) -> OutputError:
@@ -97,14 +133,17 @@ def _not_a_run(out: Path) -> OutputError:
 def differences(given: Recipe, stored: Recipe) -> dict[str, str]:
     """Describe each setting that differs, apart from those that resolving sets or that may always change."""
     ignored = {f"train.{key}" for key in FREE} | {f"data.{key}" for key in _LABELS}
+    if given.train.start is not None:  # which decided what the recipe left out
+        unset = set(type(given.model).model_fields) - given.model.model_fields_set
+        ignored |= {"tokenizer.vocab_size", *(f"model.{key}" for key in unset)}
     if not gives_vocabulary(given.model):
         ignored.add("model.vocab_size")
     if not gives_vocabulary(given.tokenizer):
         ignored.add("tokenizer.vocab_size")
     if given.train.precision == AUTO:
         ignored.add("train.precision")
-    if given.train.minutes is not None:
-        ignored |= {"train.minutes", "train.steps"}
+    if given.train.minutes is not None or stored.schedule.restart_step:  # an extended run has steps of its own
+        ignored |= {"train.minutes", "train.steps", "schedule.restart_step"}
     new, old = (
         {
             f"{section}.{key}": value

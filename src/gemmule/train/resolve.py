@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from gemmule.data.batches import MixedRows, PackedRows, RowStream
 from gemmule.data.dataset import Dataset
 from gemmule.distributed import World
 from gemmule.errors import RecipeError
+from gemmule.model.gemma3 import Gemma3
 from gemmule.model.init import init_weights, meta_model
 from gemmule.runtime import Runtime, choose_precision, derive_seed
 from gemmule.settings import Problem
@@ -21,6 +23,7 @@ from gemmule.train.optim import Optimizers
 from gemmule.train.parallel import parallelize
 from gemmule.train.recipe import Recipe, gives_vocabulary
 from gemmule.train.settings import AUTO
+from gemmule.train.start import Start
 from gemmule.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -86,6 +89,8 @@ def resolve_vocabulary(recipe: Recipe, ids: int | None = None) -> Recipe:
 
     Without `ids` it is a tokenizer that is still to be trained, as the recipe says.
     """
+    if recipe.train.start is not None:  # the model decided
+        return recipe
     section, model = recipe.tokenizer, recipe.model
     ids = section.vocab_size if ids is None else ids
     if section.path is None and gives_vocabulary(section) and section.vocab_size != ids:
@@ -147,21 +152,29 @@ def resolve_steps(
         times.append(time.perf_counter() - began)
     # The lower quartile: other work on the machine makes steps slower, never faster.
     seconds = world.broadcast(statistics.quantiles(times[3:], n=4)[0])
-    steps = max(1, min(settings.steps, int(60 * minutes / seconds)))
+    first = recipe.schedule.restart_step
+    steps = max(1, min(settings.steps - first, int(60 * minutes / seconds)))
     unit = "minute" if minutes == 1 else "minutes"
     log.info(f"one step takes {seconds:.3f} s on this machine: {steps:,} steps fit into {minutes:g} {unit}")
-    return recipe.replace(train=settings.replace(steps=steps, minutes=None))
+    return recipe.replace(train=settings.replace(steps=first + steps, minutes=None))
 
 
-def build(recipe: Recipe, runtime: Runtime) -> TrainState:
-    """Build an initialized model on every rank, and its optimizers."""
+def build(recipe: Recipe, runtime: Runtime, start: Start | None = None) -> TrainState:
+    """Build a model on every rank, and its optimizers; its weights are those of `start`, or drawn by the seed."""
     settings = recipe.train
+
+    def init(model: Gemma3, copy: Callable[[Tensor, Tensor], object]) -> None:
+        if start is None:
+            init_weights(model, derive_seed(settings.seed, "weights"), settings.damp_branches, copy)
+        else:
+            start.copy_weights(model, copy)
+
     parallel = parallelize(
         meta_model(recipe.model, settings.attention),
         recipe.parallel,
         settings.compile,
         runtime,
-        lambda model, copy: init_weights(model, derive_seed(settings.seed, "weights"), settings.damp_branches, copy),
+        init,
     )
     return TrainState(parallel, Optimizers(parallel.model, recipe.optimizer, runtime.precision))
 

@@ -22,17 +22,18 @@ from gemmule.runtime import Runtime, choose_device, derive_seed, interruptible
 from gemmule.settings import Problem, read_recipe, write_recipe
 from gemmule.tokenizer import Tokenizer
 from gemmule.tracking import Tracking, TrackingSettings
-from gemmule.train.checkpoint import Saver, load_checkpoint, newest_checkpoint, prune_checkpoints
+from gemmule.train.checkpoint import Saver, checkpoints, load_checkpoint, newest_checkpoint, prune_checkpoints
 from gemmule.train.environment import log_environment
 from gemmule.train.loop import Callbacks, train
 from gemmule.train.memory import out_of_memory_explained
 from gemmule.train.metrics import JsonLines, OverfittingWatch
 from gemmule.train.observer import Observer, SampleFunction
-from gemmule.train.open_run import claim_run, differences, keep_recipe, remove_leftovers
+from gemmule.train.open_run import Extension, claim_run, differences, keep_recipe, remove_leftovers
 from gemmule.train.parallel import gather_model
 from gemmule.train.recipe import Recipe
 from gemmule.train.resolve import ResolvedRecipe, build, check_ranks, resolve, training_rows
 from gemmule.train.settings import TrainSettings
+from gemmule.train.start import Start, open_start
 from gemmule.train.state import Position, TrainState
 from gemmule.train.validation import Score, score
 
@@ -55,20 +56,21 @@ def run_recipe(
     observer: Observer | None = None,
     sample: SampleFunction | None = None,
     allow_changes: bool = False,
+    extend: Extension | None = None,
 ) -> Outcome:
     """Prepare the data, train from the start or from the newest good checkpoint, and write the model folder.
 
     Every process that torchrun started calls this; one that torchrun restarts resumes. A stop requested by Ctrl-C or
     SIGTERM ends the run after a checkpoint; `position.step` tells how far it came. `sample` continues the sample
     prompts after each validation. `allow_changes` lets a resumed run change the optimizer's constants, the schedule or
-    the number of steps.
+    the number of steps; `extend` trains it longer, with a schedule that begins anew where it was to end.
     """
     run, device, observer = RunFolder(out), choose_device(recipe.train.device), observer or Observer()
     with process_group(device) as world:
         runtime = Runtime(device, world=world)
         # Each machine's torchrun counts its own restarts, and a machine that joined later has counted none.
-        resume = resume or world.all_reduce_sum(world.restarts) != [0]
-        claim = claim_run(recipe, out, resume, allow_changes) if world.is_main else nullcontext(recipe)
+        resume = resume or extend is not None or world.all_reduce_sum(world.restarts) != [0]
+        claim = claim_run(recipe, out, resume, allow_changes, extend) if world.is_main else nullcontext(recipe)
         with claim as recipe:
             recipe, attempts = world.broadcast(recipe), count()
 
@@ -85,11 +87,15 @@ def _run(
     if is_main:
         remove_leftovers(run)
     check_ranks(recipe.train.batch_size, runtime.world)
-    dataset = _prepared_dataset(recipe, run, runtime.world, observer)
+    start = _start(recipe, run, runtime.world)
+    if start is not None:
+        recipe = start.adopt(recipe)
+        log.info(f"starting from the weights of {start.name}")
+    dataset = _prepared_dataset(recipe, run, runtime.world, observer, start)
     with out_of_memory_explained(recipe, runtime.device):
         resolved, runtime = resolve(recipe, dataset, runtime, observer.on_progress)
         log.info(implied_epochs(dataset, resolved))
-        state = build(resolved, runtime)
+        state = build(resolved, runtime, start)
         if resume:
             _restore(run, state, dataset)
         if state.position.step > resolved.train.steps:
@@ -113,8 +119,23 @@ def _run(
     return Outcome(resolved, state.position, dataset, model)
 
 
-def _prepared_dataset(recipe: Recipe, run: RunFolder, world: World, observer: Observer) -> Dataset:
-    """Open the prepared dataset; where the recipe names none, the main rank prepares it in the run folder."""
+def _start(recipe: Recipe, run: RunFolder, world: World) -> Start | None:
+    """Open the model that the run starts from; None where there is none, or a checkpoint takes its place."""
+    if world.broadcast(bool(checkpoints(run.path))):
+        return None
+    if not world.is_main:  # which may have to download it
+        world.barrier()
+    start = open_start(recipe)
+    if world.is_main:
+        world.barrier()
+    return start
+
+
+def _prepared_dataset(recipe: Recipe, run: RunFolder, world: World, observer: Observer, start: Start | None) -> Dataset:
+    """Open the prepared dataset; where the recipe names none, the main rank prepares it in the run folder.
+
+    The tokenizer is that of the model that the run starts from, if there is one.
+    """
     prepared = prepared_folder(recipe.data)
     if prepared and recipe.data.validation:
         log.info(f"data.validation is not read: {prepared} has validation documents of its own")
@@ -122,8 +143,11 @@ def _prepared_dataset(recipe: Recipe, run: RunFolder, world: World, observer: Ob
         from gemmule.data.prepare import prepare_dataset
 
         observer.on_prepare_data()
-        prepare_dataset(recipe.data, recipe.tokenizer, run.data, observer.on_progress, workers=None)
+        vocabulary = recipe.tokenizer if start is None else start.tokenizer
+        prepare_dataset(recipe.data, vocabulary, run.data, observer.on_progress, workers=None)
     dataset = open_dataset(world.broadcast(prepared or run.data))
+    if start is not None:
+        start.check_dataset(dataset, recipe)
     log.info(str(dataset.report))
     return dataset
 

@@ -18,6 +18,11 @@ class TrainSettings(Settings):
     """The length of training, its batches, its arithmetic, validation, samples and checkpoints."""
 
     steps: Count = Field(description="optimizer steps; where minutes is set, at most so many", examples=[1])
+    start: Text | None = Field(
+        None,
+        description="model folder, run folder, .gguf file or owner/name whose weights, shape and tokenizer training "
+        "continues from (continued pretraining); unset, first weights are drawn by seed",
+    )
     minutes: Positive | None = Field(
         None, description="minutes of training: steps are timed before step 0, and as many taken as fit"
     )
@@ -88,5 +93,7 @@ class TrainSettings(Settings):
             yield Problem("attention", self.attention, f"no such kernel; there are {', '.join((AUTO, *KERNELS))}")
         if not re.fullmatch(r"auto|(cpu|cuda|mps)(:\d{1,4})?", self.device):
             yield Problem("device", self.device, "no such device; write auto, cpu, cuda, cuda:1 or mps")
+        if self.start is not None and self.damp_branches:
+            yield Problem("damp_branches", True, "is for first weights that are drawn; train.start brings its own")
         if self.precision == "fp16":
             yield Problem("precision", self.precision, NO_FP16)

@@ -13,6 +13,7 @@ from gemmule.evaluate.lm_eval.chat import render_messages
 from gemmule.evaluate.lm_eval.generation import Prompt, generate_replies, read_generation_settings
 from gemmule.evaluate.log_probabilities import ContinuationScore, default_runtime, score_continuations
 from gemmule.runtime import Runtime
+from gemmule.train.opening import load_with_path
 
 NAME = "gemmule"  # of `--model`
 
@@ -54,7 +55,7 @@ class HarnessModel:
             raise RecipeError(f"model_args: {', '.join(unknown)}: no such argument of {NAME}; there are {there}")
         if dtype not in (None, "auto", *_DTYPES):
             raise RecipeError(f"model_args: dtype = {dtype!r}: must be one of {', '.join(_DTYPES)}")
-        network, tokenizer, self._path = gemmule.load_with_path(pretrained, device or "auto", _DTYPES.get(str(dtype)))
+        network, tokenizer, self._path = load_with_path(pretrained, device or "auto", _DTYPES.get(str(dtype)))
         on_cpu = network.embedding.weight.device.type == "cpu"
         self._network = network.float() if on_cpu and dtype != "bfloat16" else network
         self._runtime = default_runtime(self._network)

@@ -1,0 +1,82 @@
+"""`train.start`: a run that continues from the weights, the shape and the tokenizer of a model."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gemmule.data.dataset import Dataset, prepared_folder
+from gemmule.errors import RecipeError
+from gemmule.model.config import Gemma3Config
+from gemmule.model.finite import refuse_nonfinite_weights
+from gemmule.model.gemma3 import Gemma3
+from gemmule.settings import Problem
+from gemmule.tokenizer import Tokenizer
+from gemmule.train.opening import load_with_path
+from gemmule.train.recipe import Recipe, gives_vocabulary
+
+# Settings of [model] that change no shape and no function of the weights, so that a recipe may choose them.
+_OWN = frozenset({"dropout", "attention_dropout"})
+
+
+class Start(NamedTuple):
+    """The model that a run starts from, on the CPU."""
+
+    name: str
+    model: Gemma3
+    tokenizer: Tokenizer
+
+    def adopt(self, recipe: Recipe) -> Recipe:
+        """Give a recipe the model's config and vocabulary; RecipeError lists the settings that contradict them."""
+        problems = [str(problem) for problem in self._contradictions(recipe)]
+        if problems:
+            advice = f"train.start = {self.name} decides the shape and the tokenizer; leave these settings out"
+            raise RecipeError("\n  ".join([advice, *problems]))
+        own = {key: getattr(recipe.model, key) for key in _OWN}
+        tokenizer = recipe.tokenizer.replace(vocab_size=self._ids)
+        return recipe.replace(model=Gemma3Config(**self.model.config.model_dump() | own), tokenizer=tokenizer)
+
+    def check_dataset(self, dataset: Dataset, recipe: Recipe) -> None:
+        """Raise RecipeError where a dataset was prepared with another tokenizer."""
+        if dataset.tokenizer.fingerprint != self.tokenizer.fingerprint:
+            advice = (
+                f"was prepared with another tokenizer than that of train.start = {self.name}; name its text instead"
+            )
+            raise RecipeError(f"data.train = {prepared_folder(recipe.data)}: {advice}")
+
+    def copy_weights(self, model: Gemma3, copy: Callable[[Tensor, Tensor], object]) -> None:
+        """Write the weights into a model of the same shape, by `copy(parameter, full values)`."""
+        weights = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                copy(parameter, weights[name].detach().float())
+
+    @property
+    def _ids(self) -> int:
+        # Google's 1B has a token without an embedding, which no text is encoded to.
+        return min(self.tokenizer.vocab_size, self.model.config.vocab_size)
+
+    def _contradictions(self, recipe: Recipe) -> Iterator[Problem]:
+        config = self.model.config
+        for key in sorted(recipe.model.model_fields_set - _OWN):
+            given, own = getattr(recipe.model, key), getattr(config, key)
+            if given != own:
+                yield Problem(f"model.{key}", given, f"the model has {own!r}")
+        if recipe.tokenizer.path is not None:
+            yield Problem("tokenizer.path", recipe.tokenizer.path, "the model brings its tokenizer")
+        elif gives_vocabulary(recipe.tokenizer) and recipe.tokenizer.vocab_size != self._ids:
+            yield Problem("tokenizer.vocab_size", recipe.tokenizer.vocab_size, f"the model has {self._ids}")
+
+
+def open_start(recipe: Recipe) -> Start | None:
+    """Open the model of `train.start`, on the CPU; None where a recipe trains from scratch.
+
+    Raises ModelError where there is none, or a weight of it is not finite.
+    """
+    name = recipe.train.start
+    if name is None:
+        return None
+    model, tokenizer, _ = load_with_path(name)
+    refuse_nonfinite_weights(model, f"train.start = {name}")
+    return Start(name, model, tokenizer)
