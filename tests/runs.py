@@ -207,6 +207,8 @@ def _run(
     constants: Mapping[str, object],
 ) -> None:
     os.environ.update(environment)
+    if "WORLD_SIZE" in environment:  # whose curves nobody looks at
+        sys.modules["matplotlib.figure"] = None  # type: ignore[assignment]
     import torch
 
     torch.set_num_threads(threads)
