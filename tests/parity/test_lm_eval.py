@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default::UserWarning", "default::ResourceWarning", "default::SyntaxWarning"),
 ]
 
-ITEMS = 200
+ITEMS = 60
 
 # Trained for seconds: enough to write words, and to prefer one choice to another.
 RECIPE = """

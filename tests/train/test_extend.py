@@ -17,9 +17,20 @@ from gemmule.train.run import Outcome, run_recipe
 from gemmule.train.schedule import ScheduleSettings, lr_scale
 from runs import final_weights, gemmule, timeless_metrics
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 
 def run(recipe: Path, out: Path, *changes: str, **options: Any) -> Outcome:
-    return run_recipe(read_recipe(recipe, Recipe, ("train.steps=6", *changes)), out, **options)
+    short = ("train.steps=6", "model.num_hidden_layers=3")
+    return run_recipe(read_recipe(recipe, Recipe, (*short, *changes)), out, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps, to be copied and extended."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run(tiny_recipe, out)
+    return out
 
 
 def rates(out: Path) -> list[float]:
@@ -36,9 +47,10 @@ def test_a_restart_ends_one_schedule_and_begins_another(name: str) -> None:
     ]
 
 
-def test_a_finished_run_is_extended(tiny_recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    out = tmp_path / "run"
-    run(tiny_recipe, out)
+def test_a_finished_run_is_extended(
+    tiny_recipe: Path, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "run")
     before = timeless_metrics(out)
     caplog.set_level("INFO", "gemmule")
     assert run(tiny_recipe, out, extend=Extension(steps=3)).position.step == 9
@@ -56,11 +68,9 @@ def test_a_finished_run_is_extended(tiny_recipe: Path, tmp_path: Path, caplog: p
 
 
 def test_an_extension_that_was_interrupted_is_resumed_exactly(
-    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    for out in (straight, stopped):
-        run(tiny_recipe, out)
+    straight, stopped = (shutil.copytree(finished, tmp_path / name) for name in ("straight", "stopped"))
     run(tiny_recipe, straight, extend=Extension(steps=4))
 
     def scale(step: int, steps: int, settings: ScheduleSettings) -> float:
@@ -77,9 +87,8 @@ def test_an_extension_that_was_interrupted_is_resumed_exactly(
     assert timeless_metrics(stopped) == timeless_metrics(straight)
 
 
-def test_an_extension_may_have_another_rate(tiny_recipe: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    run(tiny_recipe, out)
+def test_an_extension_may_have_another_rate(tiny_recipe: Path, finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "run")
     changes = ("optimizer.learning_rate=0.002", "schedule.name=constant", "schedule.warmup_share=0")
     run(tiny_recipe, out, *changes, extend=Extension(steps=2))
     assert rates(out)[6:] == pytest.approx([0.002, 0.002])
@@ -87,9 +96,8 @@ def test_an_extension_may_have_another_rate(tiny_recipe: Path, tmp_path: Path) -
         run(tiny_recipe, out, "model.hidden_size=64", extend=Extension(steps=2))
 
 
-def test_minutes_are_turned_into_steps(tiny_recipe: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    run(tiny_recipe, out)
+def test_minutes_are_turned_into_steps(tiny_recipe: Path, finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "run")
     done = run(tiny_recipe, out, extend=Extension(minutes=1e-6)).position.step
     assert done == 7
     assert read_recipe(out / "recipe.toml", ResolvedRecipe).train.minutes is None

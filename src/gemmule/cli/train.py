@@ -73,19 +73,19 @@ def train(
     from gemmule.train.run import run_recipe
 
     run, longer = RunFolder(out or Path("runs") / recipe.stem), None if extend is None else _read_extension(extend)
+    again = _command_to_resume(recipe, run, overrides or [], track or [])
     launched = launch_environment()
     is_main = launched is None or launched.rank == 0
     settings = read_recipe(recipe, Recipe, overrides or [], warn=note if is_main else lambda _: None)
     settings = settings.replace(tracking=with_trackers(settings.tracking, track or []))
 
-    again = _command_to_resume(recipe, run, overrides or [], track or [])
     with Screen(quiet=not is_main) as screen, logged_to(screen):
         observer = None
         if is_main:
             from gemmule.cli.observer import ScreenObserver
             from gemmule.plan.prediction_log import PredictionLog
 
-            observer = ScreenObserver(screen, run, PredictionLog(settings, run, launched.size if launched else 1))
+            observer = ScreenObserver(screen, run, PredictionLog(run, launched.size if launched else 1))
         try:
             outcome = run_recipe(settings, run.path, resume, observer, _sample, allow_changes, longer)
         except KeyboardInterrupt:

@@ -87,13 +87,19 @@ def _recipe_to_follow(recipe: Recipe, run: RunFolder, resume: bool, allow_change
     names = {file.name for file in run.path.iterdir() if not file.name.endswith(".partial")}
     if names and run.recipe.name not in names:
         raise _not_a_run(run.path)
-    if names <= {run.recipe.name}:  # empty, or left by a run that failed before it had read its data
-        with atomic_write(run.recipe) as temporary:
-            write_recipe(recipe, temporary, "The recipe of this run, as given.", given_only=True)
-        return recipe
-    if not resume:
-        advice = f"resume it with --resume, name another folder, or remove it (rm -r {run.path})"
-        raise OutputError(f"--out {run.path}: holds a run already; {advice}")
+    if names - {run.recipe.name}:
+        if not resume:
+            advice = f"resume it with --resume, name another folder, or remove it (rm -r {run.path})"
+            raise OutputError(f"--out {run.path}: holds a run already; {advice}")
+        return _resumed_recipe(recipe, run, allow_changes)
+    # Empty, or left by a run that failed before it had read its data.
+    with atomic_write(run.recipe) as temporary:
+        write_recipe(recipe, temporary, "The recipe of this run, as given.", given_only=True)
+    return recipe
+
+
+def _resumed_recipe(recipe: Recipe, run: RunFolder, allow_changes: bool) -> Recipe:
+    """Return the run's own recipe with the settings of the given one that may change."""
     known = read_recipe(run.recipe, Recipe)
     differing = differences(recipe, known)
     if differing:

@@ -32,6 +32,7 @@ from gemmule.train.open_run import Extension, claim_run, differences, keep_recip
 from gemmule.train.parallel import gather_model
 from gemmule.train.recipe import Recipe
 from gemmule.train.resolve import ResolvedRecipe, build, check_ranks, resolve, training_rows
+from gemmule.train.settings import TrainSettings
 from gemmule.train.start import Start, open_start
 from gemmule.train.state import Position, TrainState
 from gemmule.train.validation import Score, score
@@ -85,7 +86,7 @@ def _run(
     is_main = runtime.world.is_main
     if is_main:
         remove_leftovers(run)
-    check_ranks(recipe, runtime)
+    check_ranks(recipe.train.batch_size, runtime.world)
     start = _start(recipe, run, runtime.world)
     if start is not None:
         recipe = start.adopt(recipe)
@@ -138,13 +139,13 @@ def _prepared_dataset(recipe: Recipe, run: RunFolder, world: World, observer: Ob
     prepared = prepared_folder(recipe.data)
     if prepared and recipe.data.validation:
         log.info(f"data.validation is not read: {prepared} has validation documents of its own")
-    folder = prepared or run.data
-    if world.is_main and not (folder / DATASET_FILE).is_file():
+    if world.is_main and not prepared and not (run.data / DATASET_FILE).is_file():
         from gemmule.data.prepare import prepare_dataset
 
+        observer.on_prepare_data()
         vocabulary = recipe.tokenizer if start is None else start.tokenizer
-        prepare_dataset(recipe.data, vocabulary, folder, observer.on_progress, workers=None)
-    dataset = open_dataset(world.broadcast(folder))
+        prepare_dataset(recipe.data, vocabulary, run.data, observer.on_progress, workers=None)
+    dataset = open_dataset(world.broadcast(prepared or run.data))
     if start is not None:
         start.check_dataset(dataset, recipe)
     log.info(str(dataset.report))
@@ -187,7 +188,7 @@ def _train(
 ) -> list[OutputError]:
     """Train to the end, with checkpoints, metrics and samples in the run folder; return what could not be written."""
     saver = Saver(run, state, dataset.tokenizer, recipe.train.keep_checkpoints, dataset.identity)
-    validation = fixed_validation(dataset, recipe, state)
+    validation = fixed_validation(dataset, recipe.train, state)
     logs = RunLogs(recipe, run, state, observer, validation.floor, sample, dataset.tokenizer)
 
     def save(position: Position) -> None:
@@ -311,9 +312,8 @@ class FixedValidation(NamedTuple):
     floor: float | None
 
 
-def fixed_validation(dataset: Dataset, recipe: Recipe, state: TrainState) -> FixedValidation:
+def fixed_validation(dataset: Dataset, settings: TrainSettings, state: TrainState) -> FixedValidation:
     """Choose the documents to validate on, the same each time."""
-    settings = recipe.train
     documents = WholeDocuments(
         dataset.validation,
         settings.context,
