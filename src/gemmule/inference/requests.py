@@ -93,7 +93,8 @@ class SequenceState:
         """Return how its next token is drawn; RecipeError where its constraint has become too complex."""
         row, request, index = self._row, self.request, len(self.generated)
         assert request.seed is not None
-        row.uniform = uniform(request.seed, self.sample, index)
+        if request.sampling.temperature:  # else nothing is drawn
+            row.uniform = uniform(request.seed, self.sample, index)
         row.excluded = request.stops if index < request.min_new_tokens else ()
         row.allowed = None if self.constraint is None else torch.from_numpy(self.constraint.allowed())
         return row
