@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default::UserWarning", "default::ResourceWarning", "default::SyntaxWarning"),
 ]
 
-ITEMS = 60
+ITEMS = 200
 
 # Trained for seconds: enough to write words, and to prefer one choice to another.
 RECIPE = """
