@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.server import http_head, start_server
 from harness.trials import machine
 
 PROMPTS = ("Once upon a time", "Tom found a red", "Mia saw the owl. The owl", "The end. " * 12, "One day " * 60, "")
@@ -62,14 +63,6 @@ def requests(count: int, tokens: int, seed: int) -> list[dict[str, Any]]:
         }
         for number in range(count)
     ]
-
-
-def head(length: int) -> bytes:
-    """Return the head of a request with a body of so many bytes."""
-    return (
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % length
-    )
 
 
 def texts(received: bytes) -> tuple[dict[int, str], str]:
@@ -140,11 +133,11 @@ class Clients:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=limit)
         try:
             if kind == "silent":
-                writer.write(head(len(content)) + content[: len(content) // 2])
+                writer.write(http_head(len(content)) + content[: len(content) // 2])
                 await asyncio.wait_for(reader.read(), draw.uniform(0.2, self.patience)) if draw.random() < 0.5 else None
                 return b""
             began = last = time.monotonic()
-            writer.write(head(len(content)) + content)
+            writer.write(http_head(len(content)) + content)
             received, cut = b"", draw.randint(1, 20_000)
             while piece := await reader.read(SLOW_BYTES if kind == "slow" else 65536):
                 if kind == "reads" and b"data: " in piece:
@@ -230,19 +223,6 @@ def percentiles(numbers: Sequence[float]) -> dict[str, float]:
     return {name: round(1000 * number, 1) for name, number in found.items()}
 
 
-def start(options: argparse.Namespace) -> tuple["subprocess.Popen[str]", int]:
-    """Start the server; return it and its port."""
-    command = [sys.executable, "-m", "gemmule", "serve", options.model, "--port", "0", "--no-access-log"]
-    command += ["--cache", options.cache, "--drain", "10"]
-    with options.log.open("w", encoding="utf-8") as log:  # not a pipe, which would fill
-        server = subprocess.Popen(command, stderr=log, text=True)
-    while server.poll() is None:
-        if ready := re.search(r"^ready: http://[^:]+:(\d+)", options.log.read_text(encoding="utf-8"), re.MULTILINE):
-            return server, int(ready[1])
-        time.sleep(0.1)
-    raise SystemExit(f"the server ended with {server.returncode}; see {options.log}")
-
-
 def main() -> None:
     """Soak a server and print what was seen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,7 +238,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, default=Path("serve_soak.log"), help="what the server says")
     parser.add_argument("--json", type=Path, help="write the result there")
     options = parser.parse_args()
-    server, port = start(options)
+    server, port = start_server(options.model, options.log, "--cache", options.cache, "--drain", "10")
     try:
         found = asyncio.run(soak(options, port, server))
         if not options.kill:

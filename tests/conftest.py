@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,12 @@ def messages() -> Iterator[list[str]]:
     logger.setLevel(level)
 
 
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where matplotlib is not installed: drawing takes longer than a small preparation or run itself."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Tokenizer:
     """A vocabulary of 380 ids trained on a few sentences."""
@@ -57,13 +64,20 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
-    """The run folder of `tiny_recipe`, trained to its end; shared, so leave it as it is."""
+def tiny_training(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> tuple[Path, str]:
+    """The run folder of `tiny_recipe`, trained to its end, and what was printed meanwhile."""
     import runs
 
     folder = tmp_path_factory.mktemp("run") / "tiny"
-    assert runs.gemmule("train", tiny_recipe, "--out", folder).code == 0
-    return folder
+    ended = runs.gemmule("train", tiny_recipe, "--out", folder)
+    assert ended.code == 0
+    return folder, ended.err
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_training: tuple[Path, str]) -> Path:
+    """The run folder of `tiny_recipe`, trained to its end; shared, so leave it as it is."""
+    return tiny_training[0]
 
 
 @pytest.fixture(scope="module")

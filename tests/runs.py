@@ -82,7 +82,7 @@ def write_text(path: Path, documents: int, seed: int = 0) -> Path:
 
 def write_recipe_file(folder: Path) -> Path:
     """Write training and validation text and the recipe `tiny.toml` that names them; return the recipe."""
-    train, valid = write_text(folder / "train.txt", 400), write_text(folder / "valid.txt", 60, seed=1)
+    train, valid = write_text(folder / "train.txt", 400), write_text(folder / "valid.txt", 24, seed=1)
     recipe = folder / "tiny.toml"
     recipe.write_text(f'[data]\ntrain = "{train}"\nvalidation = "{valid}"\n{RECIPE}', encoding="utf-8")
     return recipe
@@ -164,12 +164,16 @@ def start(
     death: Death | None = None,
     threads: int = 1,
     environment: Mapping[str, object] | None = None,
+    constants: Mapping[str, object] | None = None,
 ) -> ForkServerProcess:
-    """Start a command in a process of its own, which comes from a server that has loaded torch already."""
+    """Start a command in a process of its own, which comes from a server that has loaded torch already.
+
+    `constants` are values by "module:NAME" that the process has in place of its own.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gemmule.train.run", "gemmule.tracking.tensorboard", "matplotlib.figure"])
     words, variables = [str(word) for word in arguments], {k: str(v) for k, v in (environment or {}).items()}
-    process = context.Process(target=_run, args=(words, log, death, threads, variables))
+    process = context.Process(target=_run, args=(words, log, death, threads, variables, constants or {}))
     process.start()
     return process
 
@@ -194,11 +198,22 @@ def start_world(
     ]
 
 
-def _run(arguments: list[str], log: Path, death: Death | None, threads: int, environment: Mapping[str, str]) -> None:
+def _run(
+    arguments: list[str],
+    log: Path,
+    death: Death | None,
+    threads: int,
+    environment: Mapping[str, str],
+    constants: Mapping[str, object],
+) -> None:
     os.environ.update(environment)
+    if "WORLD_SIZE" in environment:  # whose curves nobody looks at
+        sys.modules["matplotlib.figure"] = None  # type: ignore[assignment]
     import torch
 
     torch.set_num_threads(threads)
+    for name, value in constants.items():
+        setattr(importlib.import_module(name.partition(":")[0]), name.partition(":")[2], value)
     if death is not None:
         death.arm()
     sys.stdout = sys.stderr = log.open("w", encoding="utf-8")

@@ -129,7 +129,8 @@ def test_names_of_devices_are_not_judged_by_this_machine(device: str) -> None:
 GIVEN: dict[str, object] = {
     "data.validation": "v.txt", "data.weights": [1.0], "data.max_characters": 9, "data.keep_matching": "a",
     "data.drop_matching": "a", "data.near_duplicates": 0.8, "data.license": "mit", "tokenizer.path": "t",
-    "model.size": "1b", "train.minutes": 3, "train.micro_batch_size": 1, "train.validation_tokens": 9,
+    "model.size": "1b", "train.start": "m", "train.minutes": 3, "train.micro_batch_size": 1,
+    "train.validation_tokens": 9,
 }  # fmt: skip
 
 
@@ -283,7 +284,7 @@ def test_a_name_of_other_programs_leads_to_ours(wrong: str, meant: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "advice"),
     [
-        ("train.zzz", "no such setting; train has steps, minutes, batch_size, micro_batch_size, context, seed"),
+        ("train.zzz", "no such setting; train has steps, start, minutes, batch_size, micro_batch_size, context, seed"),
         ("zzz", "no such setting; a recipe has data, tokenizer, model, train, optimizer, schedule, parallel"),
         ("train.wandb", "no such setting; did you mean tracking.to? (or the option --track; see docs/tracking.md)"),
         ("train.comet", "no such setting; there are TensorBoard, wandb, mlflow and trackio; see docs/tracking.md"),

@@ -1,12 +1,14 @@
 """A Gemma 3 small enough for tests, in which nothing that could be confused is equal."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
-from gemmule.train.optim import Optimizers
+
+if TYPE_CHECKING:
+    from gemmule.train.optim import Optimizers  # takes a second to import, also in processes that tests start
 
 LENGTH = 13  # of test sequences: more than twice the window
 
@@ -40,7 +42,7 @@ def lively_model(config: Gemma3Config, kernel: str = "sdpa", seed: int = 0) -> G
     return model.eval()
 
 
-def optimizer_step(optimizers: Optimizers, scale: float = 1.0) -> float:
+def optimizer_step(optimizers: "Optimizers", scale: float = 1.0) -> float:
     """Clip, update and clear the gradients, as the training loop does; return their norm before clipping."""
     grad_norm = optimizers.grad_norm()
     optimizers.clip_grad_norm(grad_norm)

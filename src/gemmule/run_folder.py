@@ -1,6 +1,7 @@
 """The run folder: the one place that knows the names of the files of a run."""
 
 import json
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,15 @@ class RunFolder:
         """The checkpoint of a step."""
         return self.checkpoints / f"step-{step:08d}"
 
+    def trained_context(self) -> int | None:
+        """Return the sequence length of training (`train.context`); None where the recipe cannot be read."""
+        try:
+            train = tomllib.loads(self.recipe.read_text(encoding="utf-8")).get("train")
+        except (OSError, ValueError):
+            return None
+        found = train.get("context") if isinstance(train, dict) else None
+        return found if type(found) is int else None
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return all lines of metrics.jsonl."""
         return read_json_lines(self.metrics)
@@ -107,6 +117,29 @@ class RunFolder:
     def read_samples(self) -> list[dict[str, Any]]:
         """Return all lines of samples.jsonl."""
         return read_json_lines(self.samples)
+
+
+def run_of(model: Path) -> RunFolder | None:
+    """Return the run folder that a model path is, or that holds it as its model or as a checkpoint."""
+    folders = [model]
+    if model.name == "model":
+        folders.append(model.parent)
+    if step_of(model) is not None:
+        folders.append(model.parent.parent)
+    return next((run for run in map(RunFolder, folders) if _is_file(run.recipe)), None)
+
+
+def step_of(model: Path) -> int | None:
+    """Return the step of a checkpoint's folder; None for another path."""
+    step = model.name.removeprefix("step-")
+    return int(step) if model.name.startswith("step-") and step.isascii() and step.isdigit() else None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # in a closed folder, or of a name that is too long
+        return False
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

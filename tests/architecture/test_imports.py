@@ -90,21 +90,25 @@ def test_opening_and_generating_load_no_compiler_and_no_shards() -> None:
     assert slow & set(done.stderr.split()) == set()
 
 
-def test_importing_everything_is_silent_and_loads_nothing_optional() -> None:
+@pytest.fixture(scope="module")
+def growing() -> list[list[str]]:
+    """The modules loaded after torch's checkpoints, then after the training loop, and after everything."""
     everything = [name for name in MODULES if not name.startswith("gemmule.serve.")]  # an extra of its own
-    done = run(f"import {', '.join(everything)}\nimport sys\nsys.stderr.write(' '.join(sys.modules))")
+    imports = ["torch.distributed.checkpoint", "gemmule.train.loop", ", ".join(everything)]
+    done = run("import sys\n" + "".join(f"import {names}\nprint(*sys.modules, file=sys.stderr)\n" for names in imports))
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    loaded = {name.partition(".")[0] for name in done.stderr.split()}
-    assert OPTIONAL & loaded <= loaded_after(
-        "import torch.distributed.checkpoint"
-    )  # what torch takes where it finds it
+    return [line.split() for line in done.stderr.splitlines()]
 
 
-def test_the_closure_of_the_training_loop_is_an_evenings_reading() -> None:
+def test_importing_everything_is_silent_and_loads_nothing_optional(growing: list[list[str]]) -> None:
+    torch_takes, _, loaded = ({name.partition(".")[0] for name in names} for names in growing)
+    assert OPTIONAL & loaded <= torch_takes, "what torch takes where it finds it"
+
+
+def test_the_closure_of_the_training_loop_is_an_evenings_reading(growing: list[list[str]]) -> None:
     """Ceilings that are only ever lowered."""
-    done = run("import gemmule.train.loop, sys\nsys.stderr.write(' '.join(sys.modules))")
-    closure = [name for name in done.stderr.split() if name.partition(".")[0] == "gemmule"]
+    closure = [name for name in growing[1] if name.partition(".")[0] == "gemmule"]
     files = [ROOT / "src" / Path(*name.split(".")) for name in closure]
     lines = sum(lines_of(file / "__init__.py" if file.is_dir() else file.with_suffix(".py")) for file in files)
     assert "gemmule.model.gemma3" in closure

@@ -66,6 +66,7 @@ def test_a_text_that_cannot_be_predicted(tiny_run: Path, tmp_path: Path, name: s
     assert str(text) in complaint(gemmule("evaluate", tiny_run, "--data", text))
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_a_refused_run_can_be_mended_in_the_same_place(tiny_recipe: Path, tmp_path: Path) -> None:
     complaint(train(tiny_recipe, tmp_path / "run", "data.train=nowhere.txt", "train.steps=1"))
     assert train(tiny_recipe, tmp_path / "run", "train.steps=1").code == 0
@@ -77,6 +78,7 @@ def test_a_corpus_with_fewer_tokens_than_a_row(tiny_recipe: Path, tmp_path: Path
     assert sentence.endswith("use more text or train.context = 9957 or less")
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_a_vocabulary_larger_than_the_corpus_allows(tiny_recipe: Path, tmp_path: Path) -> None:
     sentence = complaint(train(tiny_recipe, tmp_path / "run", "tokenizer.vocab_size=30000"))
     assert sentence.startswith("tokenizer.vocab_size = 30000: more than this corpus allows; use ")
@@ -366,6 +368,6 @@ def test_a_dataset_that_does_not_fit_leaves_nothing(small_disk: Callable[[int], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [*range(4, 100, 8), *range(860, 960, 8), *range(1000, 2600, 200)])
+@pytest.mark.parametrize("size", [*range(4, 100, 16), *range(860, 960, 16), *range(1000, 2600, 400)])
 def test_wherever_a_disk_fills_up_it_is_said(tiny_recipe: Path, small_disk: Callable[[int], Path], size: int) -> None:
     assert "no space left on the device" in complaint(train(tiny_recipe, small_disk(size) / "run"))

@@ -1,5 +1,4 @@
 import fcntl
-import json
 import os
 import pty
 import re
@@ -17,8 +16,9 @@ import pytest
 
 from gemmule.cli.chat_session import Session
 from gemmule.cli.chat_terminal import ChatTerminal, Message, history_file
-from gemmule.inference.conversation import Conversation, Piece, ReplySettings, read_conversation
+from gemmule.inference.conversation import Conversation, Piece, ReplySettings
 from runs import Ended, gemmule
+from saved_sheets import read_pieces, read_sheet_of
 
 MANY = "/set max_tokens 8\n/set min_tokens 8\n"
 
@@ -33,35 +33,38 @@ def told(model: Path, *lines: str, options: tuple[object, ...] = ()) -> str:
     return ended.out
 
 
-def pieces(model: Path, folder: Path, *lines: str, options: tuple[object, ...] = ()) -> list[dict[str, Any]]:
+def pieces(model: Path, folder: Path, *lines: str, options: tuple[object, ...] = ()) -> list[Piece]:
     """Return the pieces that a session leaves."""
     file = folder / "talk.json"
     told(model, *lines, f"/save {file}", options=options)
-    found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["pieces"]
+    found = read_pieces(file)
     file.unlink()
     return found
 
 
 def test_a_pipe_gets_the_models_words_alone(tiny_run: Path, tmp_path: Path) -> None:
     out = told(tiny_run, "/set seed 3", "Mia found", f"/save {tmp_path / 'a.json'}")
-    (mine, its) = json.loads((tmp_path / "a.json").read_text())["pieces"]
-    assert out == its["text"] + "\n"
-    assert (mine["author"], mine["text"]) == ("user", "Mia found")
+    mine, its = read_pieces(tmp_path / "a.json")
+    assert out == its.text + "\n"
+    assert (mine.author, mine.text) == ("user", "Mia found")
 
 
 def test_each_reply_has_all_that_repeats_it(tiny_run: Path, tmp_path: Path) -> None:
     _, its = pieces(tiny_run, tmp_path, "/set temperature 0.5", "Mia found")
-    assert its["author"] == "model"
-    assert len(its["tokens"]) == 8
-    assert its["settings"] == {"temperature": 0.5, "min_p": 0.1, "max_tokens": 8, "min_tokens": 8}
-    assert its["seed"] >= 0
-    assert re.fullmatch("fp_[0-9a-f]{16}", its["fingerprint"])
+    assert its.author == "model"
+    assert its.tokens is not None
+    assert len(its.tokens) == 8
+    assert its.settings == ReplySettings(temperature=0.5, min_p=0.1, max_tokens=8, min_tokens=8)
+    assert its.prompt is not None
+    assert its.prompt[0] == 2, "bos"
+    assert its.seed is not None
+    assert re.fullmatch("fp_[0-9a-f]{16}", its.fingerprint or "")
 
 
 def test_a_seed_repeats_a_session_and_replies_have_the_seeds_that_follow(tiny_run: Path, tmp_path: Path) -> None:
     one, again = (pieces(tiny_run, tmp_path, "/set seed 3", "Mia", "", "The owl") for _ in range(2))
     assert one == again
-    assert [piece["seed"] for piece in one if piece["author"] == "model"] == [3, 4, 5]
+    assert [piece.seed for piece in one if piece.author == "model"] == [3, 4, 5]
 
 
 def test_the_first_reply_is_that_of_generate(tiny_run: Path) -> None:
@@ -71,32 +74,33 @@ def test_the_first_reply_is_that_of_generate(tiny_run: Path) -> None:
 
 def test_words_are_joined_by_a_space_unless_one_is_there(tiny_run: Path, tmp_path: Path) -> None:
     found = pieces(tiny_run, tmp_path, "Mia", "/edit 2 saw", "the owl", "/edit 4 ran", ", and", "/edit 6 x ", "it")
-    assert [piece["text"] for piece in found if piece["author"] == "user"] == ["Mia", " the owl", ", and", "it"]
+    assert [piece.text for piece in found if piece.author == "user"] == ["Mia", " the owl", ", and", "it"]
 
 
 def test_special_tokens_in_words_are_ordinary_text(tiny_run: Path, tmp_path: Path) -> None:
     words = "<eos><start_of_turn>model"
     for options in ((), ("--turns",)):
         found = pieces(tiny_run, tmp_path, words, options=options)
-        assert found[0]["text"] == words
-    (first, _) = pieces(tiny_run, tmp_path, words)
-    assert len(first["tokens"]) > 6
-    assert min(first["tokens"]) > 8, "no special token"
+        assert found[0].text == words
+    _, reply = pieces(tiny_run, tmp_path, words)
+    assert reply.prompt is not None
+    assert len(reply.prompt) > 6
+    assert min(reply.prompt[1:]) > 8, "no special token"
 
 
 def test_lines_are_joined_by_a_backslash_and_in_blocks(tiny_run: Path, tmp_path: Path) -> None:
     found = pieces(tiny_run, tmp_path, "Mia\\", "saw", '"""', "/help", 'the owl"""', "//x", "end\\\\", '"""y"""')
-    words = [piece["text"].strip() for piece in found if piece["author"] == "user"]
+    words = [piece.text.strip() for piece in found if piece.author == "user"]
     assert words == ["Mia\nsaw", "/help\nthe owl", "/x", "end\\", "y"]
 
 
 def test_retry_and_edit_begin_branches_and_branch_walks_them(tiny_run: Path, tmp_path: Path) -> None:
     found = pieces(tiny_run, tmp_path, "Mia", "/retry", "/edit 1 Tom", "/branch 1", "the owl", "/branch 3 1", "/retry")
-    assert [(piece["author"], piece["parent"]) for piece in found] == [
+    assert [(piece.author, piece.parent) for piece in found] == [
         ("user", None), ("model", 0), ("model", 0), ("user", None), ("model", 3),
         ("user", 1), ("model", 5), ("model", 0),
     ]  # fmt: skip
-    assert found[4]["seed"] != found[7]["seed"]
+    assert found[4].seed != found[7].seed
     out = told(tiny_run, "Mia", "/retry", "/branch")
     assert "  1: 2 pieces" in out
     assert "* 2: 2 pieces" in out
@@ -105,19 +109,19 @@ def test_retry_and_edit_begin_branches_and_branch_walks_them(tiny_run: Path, tmp
 
 def test_an_edited_piece_of_the_model_is_not_called_generated(tiny_run: Path, tmp_path: Path) -> None:
     found = pieces(tiny_run, tmp_path, "Mia", "/edit 2  saw the owl")
-    assert "seed" not in found[2]
-    assert found[2]["author"] == "model"
+    assert found[2].seed is None
+    assert found[2].author == "model"
 
 
 def test_what_was_saved_is_loaded_with_its_branches_and_settings(tiny_run: Path, tmp_path: Path) -> None:
     file, again = tmp_path / "talk.json", tmp_path / "again.json"
     told(tiny_run, "/set seed 7", "Mia", "/retry", "/branch 1", f"/save {file}")
     out = told(tiny_run, f"/load {file}", f"/save {again}")
-    one, other = (json.loads(each.read_text()) for each in (file, again))
-    assert one == other
-    assert out == "Mia" + one["pieces"][1]["text"] + "\n"
+    one, other = (read_sheet_of(each) for each in (file, again))
+    assert one | {"changed": 0} == other | {"changed": 0}
+    assert out == "Mia" + read_pieces(file)[1].text + "\n"
     told(tiny_run, f"/load {file}", "on", f"/save {file}")
-    assert len(read_conversation(file).conversation.pieces) == 5
+    assert len(read_pieces(file)) == 5
 
 
 def test_a_chat_is_not_continued_as_a_text(tiny_run: Path, tmp_path: Path) -> None:
@@ -144,7 +148,7 @@ def test_a_file_of_another_kind_is_not_overwritten(tiny_run: Path, tmp_path: Pat
     file.write_text("mine")
     ended = chat(tiny_run, "Mia", f"/save {file}")
     assert ended.code == 2
-    assert ended.err == f"gemmule: {file}: is there, and no conversation; name another file\n"
+    assert ended.err == f"gemmule: {file}: is there, and is no file of gemmule-sheets; name another one\n"
     assert file.read_text() == "mine"
 
 
@@ -157,8 +161,9 @@ def test_a_later_turn_is_read_from_the_cache(tiny_run: Path) -> None:
 
 def test_a_model_with_turns_talks_in_turns(tiny_run: Path, tmp_path: Path) -> None:
     found = pieces(tiny_run, tmp_path, "/set system Be brief", "Hello", "", "Bye", options=("--turns",))
-    assert [piece["author"] for piece in found] == ["user", "model", "user", "model"]
-    assert found[1]["settings"]["system"] == "Be brief"
+    assert [piece.author for piece in found] == ["user", "model", "user", "model"]
+    (same, _) = pieces(tiny_run, tmp_path, "Be brief\\", "\\", "Hello", options=("--turns",))[:2]
+    assert same.text == "Be brief\n\nHello"
 
 
 @pytest.mark.parametrize(
@@ -207,6 +212,7 @@ class _Failing:
 
     chats = True
     context: int | None = 100
+    trained_context: int | None = None
     fingerprint: str | None = None
 
     def encode(self, text: str) -> list[int] | None:
@@ -304,9 +310,9 @@ def test_on_a_terminal_ctrl_c_stops_the_reply_and_ctrl_d_ends(tiny_run: Path, tm
         typist.wait_for("36m> ")  # before it, Ctrl-D would be the line discipline's
         typist.type("\x04")
         assert typist.process.wait(30) == 0
-    _, its = json.loads(file.read_text())["pieces"]
-    assert its["finish"] == "stopped"
-    assert its["tokens"]
+    _, its = read_pieces(file)
+    assert its.finish == "stopped"
+    assert its.tokens
     assert "/set temperature x" in (tmp_path / "gemmule" / "chat_history").read_text()
     assert gemmule("generate", tiny_run, "--replay", file).code == 0
 

@@ -11,15 +11,25 @@ from runs import gemmule
 from tiny import lively_model, tiny_config
 
 
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are of the command; what the checks find is that of `tests/evaluate/test_doctor.py`."""
+    monkeypatch.setattr("gemmule.evaluate.doctor.text._MOST_TOKENS", 1024)
+
+
 @pytest.fixture
 def folder(tiny_tokenizer: Tokenizer, tmp_path: Path) -> Path:
-    save_folder(lively_model(tiny_config(vocab_size=380)).bfloat16(), tiny_tokenizer, tmp_path)
+    model = lively_model(tiny_config(vocab_size=380, num_hidden_layers=4))
+    save_folder(model.bfloat16(), tiny_tokenizer, tmp_path)
     return tmp_path
 
 
 def test_random_weights_fail_with_exit_code_1_and_a_line_per_check(folder: Path) -> None:
+    """Each is named while it runs."""
     ended = gemmule("doctor", folder)
     assert ended.code == 1
+    assert "checking weights ..." in ended.err.splitlines()
+    assert "trying rope_theta: 10,000 ..." in ended.err.splitlines()
     lines = ended.out.splitlines()
     assert [line.split()[1] for line in lines[:-1]] == list(CHECKS)
     assert lines[-1] == f"{folder} failed: loss"
@@ -73,9 +83,3 @@ def test_a_weight_that_is_no_number_is_named(folder: Path, value: str, name: str
     [finding] = [finding for finding in report["findings"] if finding["name"] == "weights"]
     ours = {"model.norm.weight": "norm.weight"}.get(name, "blocks.3.mlp.up.weight")
     assert finding == {"name": "weights", "verdict": "failed", "sentence": f"{ours} holds NaN or infinity"}
-
-
-def test_each_check_is_named_while_it_runs(folder: Path) -> None:
-    lines = gemmule("doctor", folder).err.splitlines()
-    assert "checking weights ..." in lines
-    assert "trying rope_theta: 10,000 ..." in lines

@@ -71,7 +71,7 @@ def test_the_storybook_is_a_text_too(tiny_run: Path) -> None:
 def test_without_json_the_figures_are_told(tiny_run: Path, tiny_recipe: Path) -> None:
     ended = gemmule("evaluate", tiny_run, "--data", tiny_recipe.parent / "valid.txt")
     assert (ended.code, ended.out) == (0, "")
-    assert "60 documents, 2,473 bytes" in ended.err
+    assert "24 documents, 989 bytes" in ended.err
     assert "nats per token" in ended.err
 
 
@@ -99,7 +99,7 @@ def test_without_data_the_held_out_documents_of_a_run_are_predicted(tiny_run: Pa
     assert ended.code == 0, ended.err
     figures = plain(json.loads(ended.out))
     assert f"the validation documents of {tiny_run / 'data'}:" in ended.err
-    assert figures["documents"] == 60
+    assert figures["documents"] == 24
     assert figures["loss"] == pytest.approx(last["val_loss"], rel=1e-5)
     assert figures["bits_per_byte"] == pytest.approx(last["val_bits_per_byte"], rel=1e-5)
     named = evaluate(tiny_run / "model", tiny_run / "data")
@@ -139,7 +139,7 @@ def test_a_dataset_of_another_tokenizer_is_read_as_text(tiny_run: Path, tiny_rec
 def test_every_document_and_the_interval_are_in_the_json(tiny_run: Path, tiny_recipe: Path) -> None:
     ended = gemmule("evaluate", tiny_run, "--data", tiny_recipe.parent / "valid.txt", "--json")
     result = json.loads(ended.out)
-    assert len(result["items"]) == result["ends"]["count"] == 60
+    assert len(result["items"]) == result["ends"]["count"] == 24
     assert sum(item["nats"] for item in result["items"]) == pytest.approx(result["loss"] * result["tokens"])
     low, high = result["intervals"]["bits_per_byte"]
     assert low < result["bits_per_byte"] < high
@@ -199,14 +199,14 @@ def test_what_is_found_of_a_run_is_kept_in_it(tiny_run: Path, tiny_recipe: Path,
     text = tiny_recipe.parent / "valid.txt"
     for _ in range(2):
         evaluate(run.path, text)
-        evaluate(run.model, text, "--documents", 30)
+        evaluate(run.model, text, "--documents", 12)
     (tmp_path / "suite.toml").write_text('prompts = ["Mia"]\ncount = 3\nmax_new_tokens = 9')
     ended = gemmule("evaluate", run.path, "--suite", tmp_path / "suite.toml", "--json")
     assert ended.code == 0, ended.err
     whole, part, told = read_evaluations(run)
     assert (whole["kind"], whole["data"], whole["limit"]) == ("text", str(text), None)
     assert whole["model"] == f"checkpoints/{newest(run.path).name}"
-    assert (part["model"], part["limit"], len(part["items"])) == ("model", 30, 30)
+    assert (part["model"], part["limit"], len(part["items"])) == ("model", 12, 12)
     assert (told["kind"], told["stories"], len(told["items"])) == ("stories", 3, 3)
     assert told["items"] == json.loads(ended.out)["items"]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gemmule.cli.generate import input_is_redirected
 from gemmule.inference.native.library import load_library
 from gemmule.inference.sampling import STORYTELLING
 from runs import gemmule
@@ -235,25 +236,24 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("options", [["--json"], ["--decoding", "plain"], ["--int8"], ["--temperature", 0]])
-def test_a_model_that_is_not_finite_is_refused(
-    tiny_run: Path, tmp_path: Path, damage: str, options: list[object]
-) -> None:
+def test_a_model_that_is_not_finite_is_refused(tiny_run: Path, tmp_path: Path, damage: str) -> None:
     model = shutil.copytree(tiny_run / "model", tmp_path / "model")
     config, weights = json.loads((model / "config.json").read_text()), load_file(model / "model.safetensors")
     weights = {name: weight.clone() for name, weight in weights.items()}
     DAMAGE[damage](weights, config)
     (model / "config.json").write_text(json.dumps(config))
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    ended = gemmule("generate", model, "--max-new-tokens", 5, *options)
-    assert (ended.code, ended.out) == (2, "")
     words = {
         "weight": "the model is damaged: norm.weight holds NaN or infinity; see",
         "many": "the model is damaged: embedding.weight holds NaN or infinity, and so do ",
         "large": "the model's logits are not finite: its weights or the numbers in its config.json are damaged; see",
     }
-    assert words[damage] in ended.err
-    assert ended.err.endswith(f"`gemmule doctor {'MODEL' if damage == 'large' else model}`\n")
+    options: list[list[object]] = [["--json"], ["--decoding", "plain"], ["--int8"], ["--temperature", 0]]
+    for each in options:
+        ended = gemmule("generate", model, "--max-new-tokens", 5, *each)
+        assert (ended.code, ended.out) == (2, "")
+        assert words[damage] in ended.err
+        assert ended.err.endswith(f"`gemmule doctor {'MODEL' if damage == 'large' else model}`\n")
     doctor = gemmule("doctor", model)
     assert doctor.code == 1, "the advice leads to the fault"
 
@@ -312,11 +312,25 @@ def test_a_reader_that_has_seen_enough_is_no_failure(tiny_run: Path) -> None:
     assert process.returncode == 0
 
 
-def test_text_on_standard_input_that_is_not_read_is_told(tiny_run: Path) -> None:
-    command = [sys.executable, "-m", "gemmule", "generate", str(tiny_run), "--max-new-tokens", "1"]
+def test_text_on_standard_input_that_is_not_read_is_told(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemmule.cli.generate.input_is_redirected", lambda: True)
     for options, told in (([], True), (["--prompt", "-"], False), (["--prompt", "Mia"], False)):
-        done = subprocess.run([*command, *options], input="Tom found", capture_output=True, text=True, check=True)
-        assert ("standard input is not read; --prompt -" in done.stderr) == told
+        ended = gemmule("generate", tiny_run, "--max-new-tokens", 1, *options, given=b"Tom found")
+        assert ended.code == 0
+        assert ("standard input is not read; --prompt -" in ended.err) == told
+
+
+def test_standard_input_from_a_pipe_or_a_file_may_be_meant_to_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    for handle, redirected in (
+        (reader, True),
+        (os.open(__file__, os.O_RDONLY), True),
+        (os.open("/dev/null", 0), False),
+    ):
+        with os.fdopen(handle) as stream:
+            monkeypatch.setattr(sys, "stdin", stream)
+            assert input_is_redirected() == redirected
+    os.close(writer)
 
 
 def test_a_path_may_begin_with_the_home_that_no_shell_expanded(

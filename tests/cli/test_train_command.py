@@ -15,6 +15,8 @@ from gemmule.train.checkpoint import checkpoints, verify_checkpoint
 from gemmule.train.recipe import Recipe
 from runs import RECIPE, final_weights, gemmule, timeless_metrics
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 
 def test_a_run_folder_holds_what_is_promised(tiny_run: Path) -> None:
     promised = {
@@ -85,7 +87,7 @@ def test_curves_are_a_picture(tiny_run: Path) -> None:
 def test_the_resolved_recipe_spells_out_every_setting(tiny_run: Path, tiny_recipe: Path) -> None:
     resolved, given = (read_recipe(file, Recipe) for file in (tiny_run / "recipe.toml", tiny_recipe))
     text = (tiny_run / "recipe.toml").read_text()
-    unset = {"train.minutes", "train.validation_tokens", "tokenizer.path"}
+    unset = {"train.start", "train.minutes", "train.validation_tokens", "tokenizer.path"}
     unset |= {
         f"data.{key}"
         for key in ("weights", "max_characters", "keep_matching", "drop_matching", "near_duplicates", "license")
@@ -105,8 +107,8 @@ def test_json_is_the_last_line_of_the_metrics_and_alone_on_standard_output(tiny_
     assert summary["model"] == str(tmp_path / "run" / "model")
 
 
-def test_progress_is_told_with_loss_speed_and_time_left(tiny_recipe: Path, tmp_path: Path) -> None:
-    err = gemmule("train", tiny_recipe, "--out", tmp_path / "run").err
+def test_progress_is_told_with_loss_speed_and_time_left(tiny_training: tuple[Path, str]) -> None:
+    err = tiny_training[1]
     for words in ("documents kept", "86,656 parameters", "on cpu in fp32", "training ...", "gemmule generate "):
         assert words in err
     line = next(line for line in err.splitlines() if line.startswith("step  6/12"))
@@ -143,19 +145,21 @@ def test_a_prepared_folder_trains_like_its_sources(tiny_recipe: Path, tiny_run: 
 
 
 def test_a_loss_that_is_not_finite_ends_with_1_and_a_sentence(tiny_recipe: Path, tmp_path: Path) -> None:
-    changes = ["--set", "optimizer.learning_rate=1e38", "--set", "optimizer.adamw_learning_rate=1e38"]
+    steps = ["--set", "train.steps=3"]
+    changes = [*steps, "--set", "optimizer.learning_rate=1e38", "--set", "optimizer.adamw_learning_rate=1e38"]
     ended = gemmule("train", tiny_recipe, *changes, "--out", tmp_path / "run")
     assert ended.code == 1
     assert "gemmule: step 1: the loss is nan" in ended.err.splitlines()[-1]
     assert "has values that are not finite" in ended.err
     assert "--resume --allow-changes with --set optimizer.learning_rate=..." in ended.err
-    lower = ["--set", "optimizer.learning_rate=0.001", "--set", "optimizer.adamw_learning_rate=0.001"]
+    lower = [*steps, "--set", "optimizer.learning_rate=0.001", "--set", "optimizer.adamw_learning_rate=0.001"]
     assert gemmule("train", tiny_recipe, *lower, "--out", tmp_path / "run", "--resume", "--allow-changes").code == 0
 
 
 def test_the_storybook_shows_the_floor_and_judges_the_models_stories(tmp_path: Path) -> None:
     recipe = tmp_path / "book.toml"
     text = RECIPE.replace("steps = 12", "steps = 4").replace("context = 32", "context = 64")
+    text = text.replace("num_hidden_layers = 7", "num_hidden_layers = 3")
     recipe.write_text(f'[data]\ntrain = "storybook:200"\nvalidation = "storybook:20"\n{text}', encoding="utf-8")
     ended = gemmule("train", recipe, "--out", tmp_path / "run", "--json")
     assert ended.code == 0, ended.err

@@ -17,6 +17,8 @@ from gemmule.errors import SourceError
 from gemmule.tokenizer import Tokenizer, TokenizerSettings
 from messages import logged
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 VOCABULARY = TokenizerSettings(vocab_size=320)
 WORDS = "the fox ran over hills and far away to find its little den warm dry under oak trees by a stream".split()  # noqa: SIM905
 

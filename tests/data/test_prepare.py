@@ -16,11 +16,12 @@ import tokenizers
 from gemmule.data.dataset import Dataset, open_dataset, prepared_folder
 from gemmule.data.prepare import prepare_dataset
 from gemmule.data.settings import DataSettings
-from gemmule.data.shards import verify_shard
 from gemmule.data.sources import read_source
 from gemmule.errors import DatasetError, OutputError, SourceError, TokenizerError
 from gemmule.tokenizer import TokenizerSettings
 from messages import logged
+
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 VOCABULARY = TokenizerSettings(vocab_size=350)
 SEPARATOR = "<|endoftext|>"
@@ -61,30 +62,6 @@ def test_every_document_arrives_in_order_between_bos_and_eos(settings: DataSetti
         assert (ids[0], ids[-1]) == (dataset.tokenizer.bos_id, dataset.tokenizer.eos_id)
         assert dataset.validation.text_bytes(number) == len(stories(20, seed=1)[number].encode())
     assert dataset.floor_nats is None
-
-
-def test_the_folder_holds_what_the_formats_page_says(settings: DataSettings, tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "out"
-    prepare_dataset(settings, VOCABULARY, out)
-    assert sorted(file.name for file in out.iterdir()) == [
-        "dataset.json",
-        "report.json",
-        "report.png",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "train-00000.tokens",
-        "validation-00000.tokens",
-    ]
-    assert json.loads((out / "dataset.json").read_text())["settings"]["train"] == list(settings.train)
-    for corpus in (open_dataset(out).train, open_dataset(out).validation):
-        verify_shard(corpus.shards[0], 350)
-
-
-def test_preparing_twice_gives_the_same_bytes(settings: DataSettings, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        prepare_dataset(settings, VOCABULARY, tmp_path / name)
-    for file in (tmp_path / "a").iterdir():
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
 def test_report_counts_a_dirty_corpus(tmp_path: Path) -> None:

@@ -11,42 +11,29 @@ from pathlib import Path
 
 import pytest
 
+import runs
 from gemmule.data import sources
 from gemmule.data.prepare import prepare_dataset
 from gemmule.data.settings import DataSettings
 from gemmule.errors import OutputError, SourceError
 from gemmule.tokenizer import TokenizerSettings
 from messages import logged
+from runs import Death
 
 VOCABULARY = TokenizerSettings(vocab_size=330)
 UNIT = 12_000
 WORDS = "the fox ran over hills and far away to find its little den warm dry under oak trees by a stream".split()  # noqa: SIM905
 
-# Runs the command with small units; dies at the n-th call of a function, in whichever process that comes.
+# Runs the command with small units.
 PROGRAM = """
-import importlib, os, signal, sys
-
-def arm(function, call):
-    module = importlib.import_module(function.partition(":")[0])
-    original = getattr(module, function.partition(":")[2])
-
-    def deadly(*arguments, **options):
-        nonlocal call
-        call -= 1
-        if call < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **options)
-
-    setattr(module, function.partition(":")[2], deadly)
+import sys
 
 if __name__ == "__main__":
     from gemmule.cli.main import main
     from gemmule.data import sources
 
-    _, unit, victim, call, *arguments = sys.argv
+    _, unit, *arguments = sys.argv
     sources.UNIT = int(unit)
-    if victim:
-        arm(victim, int(call))
     sys.argv = ["gemmule", *arguments]
     main()
 """
@@ -79,54 +66,54 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def expected(corpus: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The dataset, made in one go by one process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "UNIT", UNIT)
-        out = tmp_path_factory.mktemp("expected") / "out"
-        prepare_dataset(settings(corpus), VOCABULARY, out)
+    out = tmp_path_factory.mktemp("expected") / "out"
+    finish(corpus, out)
     assert len(list(out.glob("train-*.tokens"))) > 6
     return content(out)
 
 
-def start(
-    corpus: dict[str, str], out: Path, victim: str = "", call: int = 0, workers: int = 1, engine: str = "local"
-) -> "subprocess.Popen[str]":
+def command_of(corpus: dict[str, str], out: Path, workers: int, engine: str = "local") -> list[str]:
+    options = ["--set", "data.near_duplicates=0.9", "--vocab-size", "330", "--engine", engine]
+    return ["prepare", corpus["text"], corpus["rows"], *options, "--workers", str(workers), "--out", str(out)]
+
+
+def start(corpus: dict[str, str], out: Path, workers: int, engine: str = "local") -> "subprocess.Popen[str]":
     script = out.parent / "program.py"
     script.write_text(PROGRAM, encoding="utf-8")
-    options = ["--set", "data.near_duplicates=0.9", "--vocab-size", "330", "--workers", str(workers), "--out", str(out)]
-    options += ["--engine", engine]
-    command = [sys.executable, str(script), str(UNIT), victim, str(call), "prepare", corpus["text"], corpus["rows"]]
+    command = [sys.executable, str(script), str(UNIT), *command_of(corpus, out, workers, engine)]
     return subprocess.Popen(
-        [*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
-def finish(corpus: dict[str, str], out: Path) -> str:
-    process = start(corpus, out, workers=2)
-    _, said = process.communicate()
-    assert process.returncode == 0, said
-    return said
+def finish(corpus: dict[str, str], out: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "UNIT", UNIT)
+        prepare_dataset(settings(corpus), VOCABULARY, out)
 
 
 def test_several_processes_make_the_same_bytes_as_one(
     corpus: dict[str, str], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    finish(corpus, tmp_path / "out")
+    process = start(corpus, tmp_path / "out", workers=2)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
     assert content(tmp_path / "out") == expected
     assert not (tmp_path / ".out.partial").exists()
 
 
 MOMENTS = {
-    "before anything is finished": ("gemmule.data.clean:commit", 0),
-    "after some units are clean": ("gemmule.data.clean:commit", 4),
-    "before documents are chosen": ("gemmule.data.prepare:label_documents", 0),
-    "before the choice is finished": ("gemmule.data.prepare:commit", 0),
-    "before the tokenizer is finished": ("gemmule.data.prepare:commit", 1),
-    "in the middle of a shard": ("gemmule.data.encode:_batches", 2),
-    "after some shards": ("gemmule.data.encode:commit", 3),
-    "before the report": ("gemmule.data.prepare:plot_report", 0),
-    "before it is a dataset": ("gemmule.data.prepare:atomic_write", 0),
-    "before it takes its name": ("gemmule.data.prepare:atomic_replace", 0),
-    "while it takes its name": ("gemmule.files:_is_filled_in_place", 1),
+    "before anything is finished": Death("gemmule.data.clean:commit", 1),
+    "after some units are clean": Death("gemmule.data.clean:commit", 5),
+    "before documents are chosen": Death("gemmule.data.prepare:label_documents", 1),
+    "before the choice is finished": Death("gemmule.data.prepare:commit", 1),
+    "before the tokenizer is finished": Death("gemmule.data.prepare:commit", 2),
+    "in the middle of a shard": Death("gemmule.data.encode:_batches", 3),
+    "after some shards": Death("gemmule.data.encode:commit", 4),
+    "before the report": Death("gemmule.data.prepare:plot_report", 1),
+    "before it is a dataset": Death("gemmule.data.prepare:atomic_write", 1),
+    "before it takes its name": Death("gemmule.data.prepare:atomic_replace", 1),
+    "while it takes its name": Death("gemmule.files:_is_filled_in_place", 2),
 }
 
 
@@ -134,11 +121,12 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     corpus: dict[str, str], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     """One preparation, killed at every moment in turn; each process takes up what the one before left."""
-    out, finished_units = tmp_path / "out", []
-    for moment, (victim, call) in MOMENTS.items():
-        process = start(corpus, out, victim, call)
-        _, said = process.communicate()
-        assert process.returncode == -signal.SIGKILL, f"{moment}: {said}"
+    out, log, finished_units = tmp_path / "out", tmp_path / "log.txt", []
+    for moment, death in MOMENTS.items():
+        command, constants = command_of(corpus, out, workers=1), {"gemmule.data.sources:UNIT": UNIT}
+        process = runs.start(*command, log=log, death=death, constants=constants)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"{moment}: {log.read_text()}"
         assert not out.exists(), moment
         work = tmp_path / ".out.partial"
         finished_units.append(len(list(work.glob("clean/*.json"))) + len(list(work.glob("encode/t*-*.json"))))

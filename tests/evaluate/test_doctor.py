@@ -229,7 +229,13 @@ def configured(model: Gemma3, **values: Any) -> Gemma3:
 
 
 def test_a_trained_model_passes(trained: Gemma3, tiny_tokenizer: Tokenizer, data: DataSettings) -> None:
-    findings = examine(ModelUnderTest(trained, tiny_tokenizer, data=data))
+    """Each check is named while it runs."""
+    seen: list[str] = []
+    findings = examine(ModelUnderTest(trained.train(), tiny_tokenizer, data=data), lambda text, *_: seen.append(text))
+    assert trained.training
+    trained.eval()
+    assert seen[:2] == ["checking weights", "checking vocabulary"]
+    assert "trying sliding_window: 12" in seen
     assert [finding.name for finding in findings] == list(CHECKS)
     assert {finding.name: finding.sentence for finding in findings if finding.verdict == "failed"} == {}
     assert "better than a unigram model" in findings[5].sentence
@@ -378,13 +384,3 @@ def test_the_gain_is_a_mean_with_the_error_of_chunks() -> None:
 def test_bf16_is_refused(tiny_tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"give it model\.float"):
         examine(ModelUnderTest(fresh_model().bfloat16(), tiny_tokenizer))
-
-
-def test_progress_names_each_check(trained: Gemma3, tiny_tokenizer: Tokenizer, data: DataSettings) -> None:
-    seen: list[str] = []
-    model = trained.train()
-    examine(ModelUnderTest(model, tiny_tokenizer, data=data), lambda text, *_: seen.append(text))
-    assert model.training
-    model.eval()
-    assert seen[:2] == ["checking weights", "checking vocabulary"]
-    assert "trying sliding_window: 12" in seen

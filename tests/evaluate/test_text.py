@@ -96,7 +96,7 @@ def test_a_whole_book_is_cut_before_it_takes_all_memory(
 ) -> None:
     (tmp_path / "book.txt").write_text("\n".join(SENTENCES * 2))
     book = DataSettings(train=str(tmp_path / "book.txt"))
-    model = lively_model(tiny_config(vocab_size=380, max_position_embeddings=100_000))
+    model = lively_model(tiny_config(vocab_size=380, max_position_embeddings=100_000, num_hidden_layers=2))
     lengths: set[int] = set()
 
     def watch(_module: Gemma3, arguments: tuple[torch.Tensor, ...]) -> None:

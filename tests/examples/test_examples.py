@@ -1,5 +1,6 @@
 """Each example runs as its first lines say."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,12 @@ def test_train_by_hand_learns() -> None:
     assert any(line.startswith("Once upon a time") for line in lines)
 
 
-def test_surprise_adds_up_to_the_tokens_of_the_text(tiny_run: Path) -> None:
+def test_surprise_adds_up_to_the_tokens_of_the_text(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = "Mia found a red kite, number 0-7. The end."
-    lines = run_example("surprise.py", tiny_run, text)
+    monkeypatch.setattr(sys, "argv", ["surprise.py", str(tiny_run), text])
+    runpy.run_path(str(EXAMPLES / "surprise.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(Tokenizer.load(tiny_run / "model").encode(text)) - 1
     assert all(float(line.split()[0]) >= 0 for line in lines)

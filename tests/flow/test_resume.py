@@ -12,6 +12,8 @@ from gemmule.run_folder import read_json_lines
 from gemmule.train.checkpoint import checkpoints
 from runs import Death, final_weights, gemmule, start, steps_done, timeless_metrics
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 KILLED, INTERRUPTED = -signal.SIGKILL, 130
 
 # Each process takes up what the one before it left.

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -143,20 +144,28 @@ def run_together(engine: Engine, arrivals: dict[int, list[Request]]) -> list[Seq
     return sequences
 
 
+JOINING = [[2, 40, 41, 42, 43, 44, 45, 46, 47, 11], [2], [2, 30, 31], [2, 20, 21, 22], [9, 8, 7, 6, 5, 4], [3, 1]]
+LIMITS = [12, 30, 1, 7, 20, 9]
+
+
+@cache
+def each_alone(window: int) -> tuple[Gemma3, list[list[int]]]:
+    """Return a model, and its replies to each prompt without a cache."""
+    model = lively_model(tiny_config(sliding_window=window))
+    return model, [greedily(model, prompt, limit) for prompt, limit in zip(JOINING, LIMITS, strict=True)]
+
+
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("decoding", DECODINGS)
 @pytest.mark.parametrize("window", [1, 3, 5, 64])
 def test_sequences_that_join_and_leave_generate_what_each_does_alone(window: int, decoding: Decoding) -> None:
-    model = lively_model(tiny_config(sliding_window=window))
-    prompts = [[2, 40, 41, 42, 43, 44, 45, 46, 47, 11], [2], [2, 30, 31], [2, 20, 21, 22], [9, 8, 7, 6, 5, 4], [3, 1]]
-    limits = [12, 30, 1, 7, 20, 9]
-    asked = [request(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    model, alone = each_alone(window)
+    asked = [request(prompt, limit) for prompt, limit in zip(JOINING, LIMITS, strict=True)]
     engine = Engine(model, 4, 40, decoding)
     states = run_together(engine, {0: asked[:2], 3: asked[2:4], 12: [asked[4]], 13: [asked[5]]})
-    for state, prompt, limit in zip(states, prompts, limits, strict=True):
-        assert state.generated == greedily(model, prompt, limit)
-        assert state.finish == "length"
-    (again,) = run_together(engine, {0: [request(prompts[0], 5)]})
+    assert [state.generated for state in states] == alone
+    assert {state.finish for state in states} == {"length"}
+    (again,) = run_together(engine, {0: [request(JOINING[0], 5)]})
     assert again.generated == states[0].generated[:5], "an engine that ran empty can be filled again"
 
 

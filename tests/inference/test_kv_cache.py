@@ -21,7 +21,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def model() -> Gemma3:
-    return lively_model(tiny_config(sliding_window=37, max_position_embeddings=4000))
+    return two_layers(37)
+
+
+def two_layers(window: int) -> Gemma3:
+    """Return a model with a layer of each kind."""
+    shape = {"num_hidden_layers": 2, "sliding_window_pattern": 2, "max_position_embeddings": 4000}
+    return lively_model(tiny_config(sliding_window=window, **shape))
 
 
 def reply(engine: Engine, prompt: Sequence[int], count: int = 20) -> tuple[list[int], int]:
@@ -58,12 +64,14 @@ def test_the_twelfth_turn_of_a_conversation_computes_its_own_tokens_and_at_most_
 
 @pytest.mark.parametrize("window", [2, 8, 37])
 def test_a_turn_continues_from_the_last_full_page_wherever_the_turn_before_it_ended(window: int) -> None:
-    model = lively_model(tiny_config(sliding_window=window, max_position_embeddings=4000))
-    for count in range(90, 107):
-        engine = Engine(model, 1, 400, "plain")
-        prompt = [7 + i % 40 for i in range(30)]
-        answer, _ = reply(engine, prompt, count)
-        (sequence,) = engine.submit(Request((*prompt, *answer, 3, 4), 1, GREEDY, 0))
+    counts = range(90, 107)
+    engine = Engine(two_layers(window), len(counts), 400, "plain")
+    prompts = {count: (count % 17, *(7 + i % 40 for i in range(29))) for count in counts}
+    turns = {count: engine.submit(Request(prompts[count], count, GREEDY, 0))[0] for count in counts}
+    while not engine.idle:
+        engine.step()
+    for count, turn in turns.items():
+        (sequence,) = engine.submit(Request((*prompts[count], *turn.generated, 3, 4), 1, GREEDY, 0))
         engine.step()
         assert sequence.cached == (30 + count - 1) // PAGE * PAGE
 

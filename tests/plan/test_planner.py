@@ -6,7 +6,7 @@ import pytest
 
 from gemmule.errors import DeviceError, RecipeError
 from gemmule.plan.dataset_size import dataset_size
-from gemmule.plan.planner import Planner, fewest_gpus, savings
+from gemmule.plan.planner import fewest_gpus, planner_of, savings
 from gemmule.plan.prediction_log import PredictionLog, summary
 from gemmule.run_folder import RunFolder
 from gemmule.settings import check_recipe
@@ -33,7 +33,7 @@ def recipe(**sections: dict[str, Any]) -> Recipe:
 
 
 def test_a_plan_adds_up() -> None:
-    plan = Planner(recipe(train={"micro_batch_size": 4}), "h100", gpus=2, price=2.0).plan()
+    plan = planner_of(recipe(train={"micro_batch_size": 4}), "h100", gpus=2, price=2.0).plan()
     assert (plan.micro_batch, plan.micro_batches, plan.tokens) == (4, 2, 100 * 16 * 32)
     assert plan.times.step == plan.times.forward + plan.times.backward + plan.times.optimizer + plan.times.communication
     assert plan.tokens_per_second == pytest.approx(512 / plan.times.step)
@@ -45,7 +45,7 @@ def test_a_plan_adds_up() -> None:
 
 
 def test_a_time_budget_becomes_steps() -> None:
-    plan = Planner(recipe(train={"minutes": 0.01, "steps": 10**9}), "h100").plan(search=False)
+    plan = planner_of(recipe(train={"minutes": 0.01, "steps": 10**9}), "h100").plan(search=False)
     assert plan.steps == int(0.6 / plan.times.step)
 
 
@@ -55,7 +55,7 @@ def test_larger_devices_take_larger_micro_batches() -> None:
         "model": {"size": "270m", "vocab_size": 262_144},
         "train": {"steps": 10, "batch_size": 64, "context": 2048},
     }
-    small, big = (Planner(recipe(**large), name) for name in ("4090", "h200"))
+    small, big = (planner_of(recipe(**large), name) for name in ("4090", "h200"))
     found, more = small.plan(), big.plan()
     assert not found.fits
     assert 0 < found.largest < more.largest
@@ -64,7 +64,7 @@ def test_larger_devices_take_larger_micro_batches() -> None:
 
 def test_what_does_not_fit_is_told_what_would_help() -> None:
     large = {"model": {"size": "1b", "vocab_size": 262_144}, "train": {"batch_size": 8, "context": 2048, "steps": 10}}
-    planner = Planner(recipe(**large), "4090")
+    planner = planner_of(recipe(**large), "4090")
     found = savings(planner, 8, largest=0)
     assert [saving.bytes for saving in found] == sorted((saving.bytes for saving in found), reverse=True)
     assert {saving.setting for saving in found} >= {
@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_told_what_would_help() -> None:
 
 def test_the_largest_micro_batch_that_fits_is_the_first_advice_and_is_accepted() -> None:
     given = recipe(model={"hidden_size": 256, "intermediate_size": 2048}, train={"batch_size": 64, "context": 4096})
-    planner = Planner(given, "3060")
+    planner = planner_of(given, "3060")
     plan = planner.plan()
     assert not plan.fits
     assert 1 < plan.largest < 64
@@ -85,7 +85,7 @@ def test_the_largest_micro_batch_that_fits_is_the_first_advice_and_is_accepted()
     assert found[0].fits
     table = given.model_dump(exclude_unset=True)
     for saving in found:
-        changed = Planner(check_recipe(table, Recipe, "x", [saving.setting]), "3060").plan(search=False)
+        changed = planner_of(check_recipe(table, Recipe, "x", [saving.setting]), "3060").plan(search=False)
         assert changed.fits == saving.fits
         assert plan.memory.total - changed.memory.total == pytest.approx(saving.bytes)
 
@@ -109,7 +109,7 @@ def test_bytes_per_token_are_assumed_of_text_files(tmp_path: Path) -> None:
 
 
 def test_a_model_too_large_for_a_device_is_spread() -> None:
-    planner = Planner(recipe(model={"size": "27b", "vocab_size": 262_208}), "h100")
+    planner = planner_of(recipe(model={"size": "27b", "vocab_size": 262_208}), "h100")
     gpus = fewest_gpus(planner)
     assert gpus is not None
     weights_and_moments = 16 * 27_009_346_304
@@ -117,23 +117,23 @@ def test_a_model_too_large_for_a_device_is_spread() -> None:
 
 
 def test_devices_without_bf16_plan_in_fp32() -> None:
-    assert Planner(recipe(), "t4").precision == "fp32"
-    assert Planner(recipe(), "l4").precision == "bf16"
-    assert Planner(recipe(train={"precision": "fp32"}), "h100").precision == "fp32"
+    assert planner_of(recipe(), "t4").precision == "fp32"
+    assert planner_of(recipe(), "l4").precision == "bf16"
+    assert planner_of(recipe(train={"precision": "fp32"}), "h100").precision == "fp32"
     with pytest.raises(RecipeError, match="fp16"):
         recipe(train={"precision": "fp16"})
 
 
 def test_apples_devices_keep_the_table_of_attention() -> None:
     kept = {
-        name: Planner(recipe(train={"context": 512}), name).memory(8).classes["activations"] for name in ("m4", "t4")
+        name: planner_of(recipe(train={"context": 512}), name).memory(8).classes["activations"] for name in ("m4", "t4")
     }
     assert kept["m4"] > 2 * kept["t4"]
 
 
 def test_the_fastest_attention_of_a_cpu_is_planned_as_block_local() -> None:
     kept = {
-        kernel: Planner(
+        kernel: planner_of(
             recipe(train={"context": 512, "attention": kernel, "precision": "fp32"}, model={"sliding_window": 64}),
             "cpu",
         )
@@ -146,9 +146,9 @@ def test_the_fastest_attention_of_a_cpu_is_planned_as_block_local() -> None:
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"train.batch_size = 16: must be a multiple of 5 GPUs, such as 15"):
-        Planner(recipe(), "h100", gpus=5)
+        planner_of(recipe(), "h100", gpus=5)
     with pytest.raises(DeviceError, match="needs a GPU"):
-        Planner(recipe(), "cpu", gpus=2)
+        planner_of(recipe(), "cpu", gpus=2)
 
 
 def test_data_is_counted_as_far_as_it_is_known(tmp_path: Path) -> None:
@@ -184,15 +184,15 @@ def test_a_run_goes_on_without_a_plan(monkeypatch: pytest.MonkeyPatch, tmp_path:
         raise RuntimeError("no such thing as a plan")
 
     monkeypatch.setattr("gemmule.plan.prediction_log.Planner", fail)
-    log = PredictionLog(recipe(), RunFolder(tmp_path), 1)
+    log = PredictionLog(RunFolder(tmp_path), 1)
     log.observe({"tokens_per_second": 1.0})
     assert log.write() is None
     assert not (tmp_path / "plan.json").exists()
 
 
 def test_utilization_is_a_share_of_the_plan_and_of_a_gpus_peak(tmp_path: Path) -> None:
-    log = PredictionLog(recipe(), RunFolder(tmp_path), 1)
+    log = PredictionLog(RunFolder(tmp_path), 1)
     assert log.utilization(1000.0) == (None, None), "there is no plan yet"
-    plan = log._plan = Planner(recipe(), "h100").plan(search=False)
+    plan = log._plan = planner_of(recipe(), "h100").plan(search=False)
     assert plan.mfu is not None
     assert log.utilization(plan.tokens_per_second / 2) == pytest.approx((0.5, plan.mfu / 2))

@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from gemmule.errors import UserError
 from gemmule.inference.conversation import Piece, ReplySettings
 from gemmule.serve.client import RemoteModel
 from runs import Ended, gemmule
+from saved_sheets import read_pieces
 
 SESSION = "/set max_tokens 12\n/set seed 5\nMia found\nthe owl\n/retry\n/set temperature 0\n/edit 1 Tom\n"
 
@@ -30,8 +32,10 @@ def test_a_server_replies_as_the_model_here_does(server: Served, model_folder: P
     here = gemmule("chat", model_folder, kind, given=lines.replace("there.json", "here.json").encode())
     assert (there.code, there.err) == (0, "")
     assert there == here
-    one, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("there", "here"))
-    assert one["pieces"] == other["pieces"]
+    one, other = (
+        [replace(piece, usage=None) for piece in read_pieces(tmp_path / f"{name}.json")] for name in ("there", "here")
+    )
+    assert one == other
     replayed = gemmule("generate", model_folder, "--replay", tmp_path / "there.json")
     assert (replayed.code, replayed.err) == (0, "")
 
@@ -39,6 +43,7 @@ def test_a_server_replies_as_the_model_here_does(server: Served, model_folder: P
 def test_a_server_says_whether_its_model_chats(server: Served) -> None:
     assert RemoteModel(server.url).chats
     assert RemoteModel(server.server.address, "tiny").context == 256
+    assert RemoteModel(server.server.address).trained_context is None, "no run folder"
     assert chat(server, lines="Hello\n/tokens\n").out.splitlines()[-1].startswith("used ")
 
 

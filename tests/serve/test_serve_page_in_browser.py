@@ -1,117 +1,31 @@
 """The server's page in Debian's Chromium, driven by playwright: slow, since it starts a browser."""
 
 import json
-import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Served, save_model, serving
+from page_driver import (
+    Opened,
+    branches,
+    change_requests,
+    check_accessible,
+    export,
+    finish,
+    opened,
+    proceed,
+    setting,
+    text_of,
+    word,
+    write,
+)
+from serving import Served, serving
 
-from gemmule.tokenizer import Tokenizer
+from gemmule.train.checkpoint import checkpoints
 
 pytestmark = pytest.mark.slow
-Opened = Callable[..., Any]
 KEY = "sk-gemmule-1234"
 SCRIPT = "<script>document.title='bad'</script><img src=x onerror=document.title=1>"
-
-
-@pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
-    """A model that goes on for long."""
-    return save_model(tmp_path_factory.mktemp("models") / "story", tiny_tokenizer, context=4096)
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "other", tiny_tokenizer, context=4096, seed=7)
-
-
-@pytest.fixture(scope="module")
-def stage(story: Path, other: Path) -> Iterator[Served]:
-    """Two models that chat."""
-    with serving(story, other, chat=True) as served:
-        yield served
-
-
-@pytest.fixture
-def may_load() -> Callable[[str], bool]:
-    """Whether an address is the server's; tests without a server of their own load nothing else."""
-    return lambda url: url.startswith(("http://127.0.0.1:", "blob:http://127.0.0.1:")) or url == "data:,"
-
-
-@pytest.fixture
-def may_say() -> Callable[[str], bool]:
-    """Chromium itself reports requests that fail, which the tests of keys and of a stopped server cause."""
-    return lambda line: line.startswith("Failed to load resource") and ("401" in line or "ERR_CONNECTION" in line)
-
-
-def opened(open_page: Opened, served: Served, width: int = 1280, **options: Any) -> Any:
-    page = open_page(f"{served.server.address}/", width, **options)
-    page.wait_for_selector("body[data-ready]")
-    page.set_default_timeout(15_000)
-    page.locator("#settings-box").evaluate("box => { box.open = true; }")
-    setting(page, "seed", "5")
-    return page
-
-
-def write(page: Any, text: str, tokens: int = 12) -> None:
-    """Write a text and let the model continue it."""
-    setting(page, "max_tokens", str(tokens))
-    page.click("#editor")
-    page.keyboard.press("Control+End")
-    page.keyboard.type(text)
-    proceed(page)
-
-
-def setting(page: Any, name: str, value: str) -> None:
-    page.fill(f"#settings [name={name}]", value)
-    page.dispatch_event(f"#settings [name={name}]", "change")
-
-
-def proceed(page: Any) -> None:
-    page.keyboard.press("Control+Enter")
-    finish(page)
-
-
-def finish(page: Any) -> None:
-    page.wait_for_selector("#go:not(:disabled)")
-    for _ in range(100):
-        if page.inner_text("#status"):
-            break
-        page.wait_for_timeout(20)
-    page.wait_for_selector("#stop:disabled")
-
-
-def text_of(page: Any) -> str:
-    return str(page.evaluate("document.getElementById('editor').textContent"))
-
-
-def word(page: Any, number: int) -> Any:
-    """Return a token of the model that shows a letter; nonsense has parts of characters, too."""
-    return page.locator("#editor .t").filter(has_text=re.compile("[A-Za-z]")).nth(number)
-
-
-def change_requests(page: Any, **fields: Any) -> None:
-    """Send fields that the page does not."""
-
-    def changed(route: Any) -> None:
-        route.continue_(post_data=json.dumps(route.request.post_data_json | fields))
-
-    page.route("**/v1/completions", changed)
-
-
-def branches(page: Any) -> int:
-    return int(page.locator("#branches button").count())
-
-
-def export(page: Any) -> Any:
-    if not page.locator("#export").is_visible():
-        page.click(".menu summary")
-    with page.expect_download() as found:
-        page.click("#export")
-    return json.loads(Path(found.value.path()).read_text(encoding="utf-8"))
 
 
 def test_a_text_is_continued_and_yours_differs_from_the_models(open_page: Opened, stage: Served) -> None:
@@ -293,28 +207,6 @@ def test_your_own_text_is_tinted_by_surprise(open_page: Opened, stage: Served) -
     page.wait_for_selector("#editor .t", state="detached")
 
 
-def test_side_by_side_parts_only_where_the_models_do(open_page: Opened, stage: Served) -> None:
-    page = opened(open_page, stage)
-    setting(page, "max_tokens", "12")
-    page.click("#editor")
-    page.keyboard.type("Mia")
-    page.click("#compare")
-
-    def both() -> list[str]:
-        page.click("#run-both")
-        page.wait_for_selector("#status:has-text('Both are done')")
-        return [each.evaluate("each => each.textContent") for each in page.locator(".side .reply").all()]
-
-    assert len(set(both())) == 1, "same prompt, seed and settings"
-    assert page.locator(".parts").count() == 0
-    page.locator(".side select").nth(1).select_option("other")
-    left, right = both()
-    assert left != right
-    assert page.locator(".parts").count() == 2
-    page.locator(".side button").nth(1).click()
-    assert text_of(page) == "Mia" + right
-
-
 def test_a_chat_is_edited_regenerated_and_continued(open_page: Opened, stage: Served) -> None:
     page = opened(open_page, stage)
     page.click("#new-chat")
@@ -335,7 +227,15 @@ def test_a_chat_is_edited_regenerated_and_continued(open_page: Opened, stage: Se
     reply.focus()
     page.keyboard.press("ArrowRight")
     assert page.locator("#token .alternatives button").count() >= 8
-    page.get_by_role("button", name="Edit").click()
+    page.keyboard.press("Alt+ArrowDown")
+    assert page.evaluate("document.activeElement.closest('#token') !== null")
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.closest('.turn') !== null")
+    page.click("#token button:not([aria-current]):not(:disabled)")
+    finish(page)
+    assert page.locator(".turn.assistant .chosen").count() == 1
+    assert branches(page) >= 2
+    page.get_by_role("button", name="Edit").first.click()
     page.fill(".turn textarea", "Who is it?")
     page.get_by_role("button", name="Send as a branch").click()
     finish(page)
@@ -389,20 +289,59 @@ def test_a_server_that_stops_and_comes_back_is_found_again(open_page: Opened, st
 def test_it_fits_any_width_and_breaks_no_rule_of_accessibility(
     open_page: Opened, stage: Served, width: int, scheme: str
 ) -> None:
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the extra browser is not installed")
     page = opened(open_page, stage, width, color_scheme=scheme)
     page.click("#compare")
+    page.locator(".side summary").first.click()
     write(page, "Mia", tokens=60)
     word(page, 2).click()
-
-    def check() -> None:
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        results = axe.Axe().run(page)
-        assert results.violations_count == 0, results.generate_report()
-
-    check()
+    check_accessible(page, width)
+    page.click("#run-both")
+    finish(page)
+    check_accessible(page, width)
     page.click("#new-chat")
     page.fill("#message", "Who are you?")
     page.focus("#message")
     proceed(page)
-    check()
+    check_accessible(page, width)
+    page.get_by_role("button", name="Edit").first.click()
+    check_accessible(page, width)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
+def test_the_steps_of_a_run_and_the_warning_break_no_rule_either(
+    open_page: Opened, tiny_run: Path, width: int, scheme: str
+) -> None:
+    with serving(tiny_run, *checkpoints(tiny_run)[1:], max_rows=4) as server:
+        page = opened(open_page, server, width, color_scheme=scheme)
+        setting(page, "min_tokens", "40")
+        write(page, "Mia", tokens=40)
+        page.click("#through-steps")
+        page.click("#steps-begin")
+        page.wait_for_selector("#steps-status:has-text('These are all')")
+        assert page.locator("#beyond").is_visible()
+        assert page.locator("#steps-list .parts").count() >= 1
+        check_accessible(page, width)
+
+
+def test_alternatives_on_a_phone_can_be_closed(open_page: Opened, stage: Served) -> None:
+    page = opened(open_page, stage, 360)
+    write(page, "Mia")
+    for _ in range(2):
+        word(page, 2).click()
+        page.wait_for_selector("#token .alternatives")
+        page.click("#close-token")
+        assert page.locator("#token .alternatives").count() == 0
+
+
+def test_what_is_typed_is_undone_in_steps_and_a_larger_deletion_is_one_of_its_own(
+    open_page: Opened, stage: Served
+) -> None:
+    page = opened(open_page, stage)
+    page.click("#editor")
+    page.keyboard.type("Mia found a \U0001f984")
+    page.keyboard.press("Backspace")
+    page.keyboard.press("Control+a")
+    page.keyboard.press("Delete")
+    for text in ("Mia found a ", "Mia found a \U0001f984", ""):
+        page.keyboard.press("Control+z")
+        assert text_of(page) == text

@@ -1,6 +1,7 @@
 """What streams do when the engine is busy, clients are slow or gone, and things fail."""
 
 import asyncio
+import contextlib
 import json
 import re
 import socket
@@ -17,8 +18,9 @@ from gemmule.errors import ModelError
 from gemmule.inference.engine import Engine, TokenEvent
 from gemmule.inference.requests import Event, Request, SequenceState
 from gemmule.inference.sampling import LogProbabilities
+from gemmule.serve.engine_thread import HAND_OVER_SECONDS, EngineThread, Tokens
 from gemmule.serve.failures import ApiError
-from gemmule.serve.replies import Part, Reply, Update, join_parts
+from gemmule.serve.replies import Got, Part, Reply, join_parts
 from gemmule.tokenizer import Tokenizer
 
 LONG = 4000  # tokens: some seconds
@@ -133,38 +135,71 @@ def test_a_client_that_takes_nothing_is_given_up(busy: Served) -> None:
     connection.close()
 
 
-def update(choice: int, token: int, text: str, finish: str | None = None) -> Update:
-    return Update(choice, token, text, finish, None, 0, (), time.monotonic())
+def deliver(reply: Reply, choice: int, *events: Event) -> None:
+    sequence = SequenceState(reply.requests[0], choice)
+    reply.deliver(choice, sequence, [Got(event, time.monotonic()) for event in events])
 
 
 def test_what_waits_for_a_slow_client_is_joined() -> None:
     async def read() -> None:
-        reply = Reply([Request((2,), 999, samples=2)])
-        for token, text in ((5, "Mi"), (6, "a")):
-            reply.deliver(update(0, token, text))
-        reply.deliver(update(1, 8, "Tom"))
+        reply = Reply([Request((2,), 9999, samples=2)], streamed=True)
+        deliver(reply, 0, Event(5, "Mi", None), Event(6, "a", None))
+        deliver(reply, 1, Event(8, "Tom", None))
         assert await reply.parts() == [(0, Part("Mi", [5])), (0, Part("a", [6])), (1, Part("Tom", [8]))]
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(reply.parts(), 0.01)
-        for token in range(700):
-            reply.deliver(update(token % 2, token, f"{token} "))
-        reply.deliver(update(0, 9, ".", "stop"))
-        reply.deliver(update(1, 9, ".", "length"))
+        for token in range(3000):
+            deliver(reply, token % 2, Event(token, f"{token} ", None))
+        deliver(reply, 0, Event(9, ".", "stop"))
+        deliver(reply, 1, Event(9, ".", "length"))
         parts = await reply.parts()
-        assert len(parts) < 300
+        assert len(parts) < 1100
         joined = join_parts(parts)
-        assert joined[0].tokens == [*range(0, 700, 2), 9]
-        assert joined[1].text == " ".join(map(str, range(1, 700, 2))) + " ."
+        assert joined[0].tokens == [*range(0, 3000, 2), 9]
+        assert joined[1].text == " ".join(map(str, range(1, 3000, 2))) + " ."
         assert [joined[0].finish, joined[1].finish] == ["stop", "length"]
         assert await reply.parts() == []
 
     asyncio.run(read())
 
 
+def test_all_streams_wake_the_event_loop_together(long_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deliver, delivered = EngineThread._deliver, []
+
+    def counting(thread: EngineThread, tokens: Tokens) -> None:
+        delivered.append(sum(map(len, tokens.values())))
+        deliver(thread, tokens)
+
+    monkeypatch.setattr(EngineThread, "_deliver", counting)
+    with serving(long_folder, max_rows=8) as server:
+        began = time.monotonic()
+        answer = server.complete(prompt="Mia", n=8, max_tokens=300, min_tokens=300, stream=True)
+        seconds = time.monotonic() - began
+    unfinished = [each for each in answer.events[:-1] if each["choices"][0]["finish_reason"] is None]
+    assert sum(delivered) == len(unfinished) == 8 * 300
+    # Once for the first tokens, once for the last ones, and at most every 20 ms between.
+    assert len(delivered) <= 2 + seconds / HAND_OVER_SECONDS
+
+
+def test_first_and_last_tokens_do_not_wait(long_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemmule.serve.engine_thread.HAND_OVER_SECONDS", 3600.0)
+    with serving(long_folder, max_rows=2, drain_seconds=0.1) as server:
+        connection = begin(server, endless(stream=True))
+        received = b""
+        while b"data: " not in received:
+            received += connection.recv(65536)
+        assert server.complete(prompt="Tom", max_tokens=9, min_tokens=9).json["usage"]["completion_tokens"] == 9
+        connection.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            received += connection.recv(1 << 20)
+        assert received.count(b"data: ") == 1
+        connection.close()
+
+
 def test_an_error_comes_after_what_was_said() -> None:
     async def read() -> None:
-        reply = Reply([Request((2,), 9)])
-        reply.deliver(update(0, 5, "Mia"))
+        reply = Reply([Request((2,), 9)], streamed=True)
+        deliver(reply, 0, Event(5, "Mia", None))
         reply.fail(ApiError(500, "no", code="x"))
         assert await reply.parts() == [(0, Part("Mia", [5]))]
         with pytest.raises(ApiError, match="no"):

@@ -149,14 +149,14 @@ def test_the_expected_first_loss_knows_tied_heads_and_damped_branches(
 ) -> None:
     """A tied head of width 1,024 costs several nats more than guessing where branches are damped: that is no fault."""
     config = Gemma3Config(
-        vocab_size=512, hidden_size=width, num_hidden_layers=4, num_attention_heads=width // 64, num_key_value_heads=1,
-        head_dim=64, intermediate_size=width, tie_word_embeddings=tied,
+        vocab_size=512, hidden_size=width, num_hidden_layers=3, num_attention_heads=width // 64, num_key_value_heads=1,
+        head_dim=64, intermediate_size=width // 4, tie_word_embeddings=tied,
     )  # fmt: skip
     model = Gemma3(config)
     init_weights(model, 0, damped)
     ranks = torch.arange(1, config.vocab_size + 1)
     frequencies = {"evenly": ranks > 0, "by Zipf's law": 1 / ranks, "two words": ranks < 3}[drawn].float()
-    row = torch.multinomial(frequencies, 257, replacement=True, generator=torch.Generator().manual_seed(0))
+    row = torch.multinomial(frequencies, 129, replacement=True, generator=torch.Generator().manual_seed(0))
     tokens, targets = row[None, :-1], row[None, 1:]
     loss = summed_loss(targets, False)
     mean = model(tokens, output_head=loss) / targets.numel()
@@ -453,13 +453,13 @@ def test_weights_that_are_broken_are_never_saved(
 def test_a_spike_of_the_loss_is_reported_with_its_rows(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run, log = Run(corpus, steps=80, log_every=100, validate_every=80), Log()
-    poison(run, monkeypatch, 2.0, {70})
+    run, log = Run(corpus, steps=60, log_every=100, validate_every=60), Log()
+    poison(run, monkeypatch, 2.0, {57})
     run.go(log)
     (warning,) = caplog.messages
-    assert "step 70: the loss jumped to " in warning
-    assert "rows 280 to 283" in warning
-    assert [line["step"] for line in log.records] == [1, 71, 80]
+    assert "step 57: the loss jumped to " in warning
+    assert "rows 228 to 231" in warning
+    assert [line["step"] for line in log.records] == [1, 58, 60]
 
 
 def complaint(table: dict[str, Any]) -> str:

@@ -34,7 +34,10 @@ from gemmule.train.state import LossEMA, Position
 from gemmule.train.validation import Score, score
 from runs import write_text
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 CPU = torch.device("cpu")
+THREE_LAYERS = "model.num_hidden_layers=3"  # where a test is of the run, and not of the model
 WRITING_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 
 
@@ -67,19 +70,19 @@ def recipe_of(file: Path, *changes: str) -> Recipe:
 
 
 def test_a_run_calls_its_observer_and_writes_its_samples(tiny_recipe: Path, tmp_path: Path) -> None:
-    seen = Recorder()
-    outcome = run_recipe(recipe_of(tiny_recipe, "train.steps=8"), tmp_path / "run", False, seen, seen.sample)
-    assert outcome.position.step == 8
+    seen, recipe = Recorder(), recipe_of(tiny_recipe, "train.steps=5", "train.validate_every=4")
+    outcome = run_recipe(recipe, tmp_path / "run", False, seen, seen.sample)
+    assert outcome.position.step == 5
     assert outcome.model is not None
     assert not outcome.model.training
-    assert seen.steps == [(step, 8) for step in range(1, 9)]
+    assert seen.steps == [(step, 5) for step in range(1, 6)]
     assert [(prompts, tokens) for prompts, tokens, _ in seen.asked] == [(("Mia", "The owl saw"), 12)] * 2
     assert len({seed for _, _, seed in seen.asked}) == 1, "the same draws each time, so that samples compare"
     assert seen.sampled == [["Mia ...", "The owl saw ..."]] * 2
-    assert [recipe.train.steps for recipe in seen.begun] == [8]
+    assert [recipe.train.steps for recipe in seen.begun] == [5]
     assert read_json_lines(tmp_path / "run" / "samples.jsonl") == [
         {"step": step, "prompt": prompt, "text": f"{prompt} ..."}
-        for step in (6, 8)
+        for step in (4, 5)
         for prompt in ("Mia", "The owl saw")
     ]
 
@@ -87,7 +90,7 @@ def test_a_run_calls_its_observer_and_writes_its_samples(tiny_recipe: Path, tmp_
 def test_minutes_become_steps_that_the_resolved_recipe_repeats(
     tiny_recipe: Path, tmp_path: Path, messages: list[str]
 ) -> None:
-    given = recipe_of(tiny_recipe, "train.minutes=0.001", "train.steps=50")
+    given = recipe_of(tiny_recipe, "train.minutes=0.001", "train.steps=50", THREE_LAYERS)
     outcome = run_recipe(given, tmp_path / "run", False)
     resolved = read_recipe(tmp_path / "run" / "recipe.toml", Recipe)
     assert resolved.train.minutes is None
@@ -135,9 +138,9 @@ def test_the_floor_is_known_where_all_of_the_validation_is_measured(
     recipe = recipe.replace(train=recipe.train.replace(validation_tokens=limit))
     dataset = open_dataset(tiny_run / "data")
     state = build(recipe, Runtime(CPU))
-    assert fixed_validation(dataset, recipe, state).floor is None, "of this text nobody knows the entropy"
+    assert fixed_validation(dataset, recipe.train, state).floor is None, "of this text nobody knows the entropy"
     targets = dataset.validation.tokens - dataset.validation.documents
-    measure = fixed_validation(dataset._replace(floor_nats=2.5 * targets), recipe, state)
+    measure = fixed_validation(dataset._replace(floor_nats=2.5 * targets), recipe.train, state)
     assert measure.floor == (pytest.approx(2.5) if known else None)
     assert measure.score().tokens == (targets if known else pytest.approx(limit, abs=40))
 
@@ -211,8 +214,8 @@ def test_a_library_that_was_left_cut_short_is_built_again_in_the_middle_of_a_run
         return validation_of(*arguments)
 
     monkeypatch.setattr(run_module, "fixed_validation", loads_it)
-    recipe = recipe_of(tiny_recipe)
-    assert run_recipe(recipe, tmp_path / "run", False).position.step == 12
+    recipe = recipe_of(tiny_recipe, "train.steps=2")
+    assert run_recipe(recipe, tmp_path / "run", False).position.step == 2
     assert any("a truncated library in the compiler" in sentence for sentence in messages)
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # one that stays is not tried for ever
     library.touch()
@@ -225,7 +228,8 @@ def test_a_run_whose_data_were_replaced_is_refused(tiny_recipe: Path, tmp_path: 
     data, run = tmp_path / "data", tmp_path / "run"
     settings = recipe_of(tiny_recipe)
     prepare_dataset(settings.data, settings.tokenizer, data)
-    recipe = recipe_of(tiny_recipe, f"data.train={data}", "data.validation=none", "train.steps=6")
+    changes = (f"data.train={data}", "data.validation=none", "train.steps=2", "train.checkpoint_every=1")
+    recipe = recipe_of(tiny_recipe, *changes)
     run_recipe(recipe, run)
     shutil.rmtree(checkpoints(run)[0])
     metrics = (run / "metrics.jsonl").read_bytes()
@@ -244,7 +248,7 @@ def test_a_tokenizer_that_changes_text_has_no_bits_per_byte(tiny_recipe: Path, t
     prepare_dataset(settings.data, settings.tokenizer, data)
     written = json.loads((data / "dataset.json").read_text())
     (data / "dataset.json").write_text(json.dumps(written | {"lossless": False}))
-    run_recipe(recipe_of(tiny_recipe, f"data.train={data}", "data.validation=none"), run)
+    run_recipe(recipe_of(tiny_recipe, f"data.train={data}", "data.validation=none", "train.steps=2"), run)
     validated = [line for line in read_json_lines(run / "metrics.jsonl") if "val_loss" in line]
     assert validated
     assert all(line["val_bits_per_byte"] is None and line["val_perplexity"] > 1 for line in validated)
@@ -304,16 +308,17 @@ def test_the_model_folder_gets_the_last_or_the_best_weights(
         return score(*arguments, **options)._replace(nats=100 * next(losses), tokens=100)
 
     monkeypatch.setattr(run_module, "score", scored)
-    recipe = recipe_of(tiny_recipe, "train.steps=9", "train.validate_every=3", f"train.final_model={final}")
-    position = run_recipe(recipe, tmp_path / "run", False).position
-    assert (position.best_step, position.best_loss) == (3, 1.0)
-    expected = tmp_path / "run" / "checkpoints" / f"step-0000000{3 if final == 'best' else 9}" / "model.safetensors"
+    every = ("train.steps=6", "train.validate_every=2", "train.checkpoint_every=2")
+    changes = (*every, f"train.final_model={final}", THREE_LAYERS)
+    position = run_recipe(recipe_of(tiny_recipe, *changes), tmp_path / "run", False).position
+    assert (position.best_step, position.best_loss) == (2, 1.0)
+    expected = tmp_path / "run" / "checkpoints" / f"step-0000000{2 if final == 'best' else 6}" / "model.safetensors"
     assert load_file(tmp_path / "run" / "model" / "model.safetensors").keys() == load_file(expected).keys()
     assert all(
         torch.equal(tensor, load_file(expected)[name])
         for name, tensor in load_file(tmp_path / "run" / "model" / "model.safetensors").items()
     )
-    assert any("gets the weights of step 3" in sentence for sentence in messages) == (final == "best")
+    assert any("gets the weights of step 2" in sentence for sentence in messages) == (final == "best")
 
 
 @pytest.mark.parametrize(
@@ -327,7 +332,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(
     refusals, cause = [0], OSError(number, os.strerror(number))
 
     def refuse(path: object) -> None:
-        if "00000003" in str(path) and name in str(path) and not refusals[0]:
+        if "00000002" in str(path) and name in str(path) and not refusals[0]:
             refusals[0] += 1
             raise cause if name != "model.safetensors" else SafetensorError(f"I/O error: (os error {number})")
 
@@ -341,13 +346,14 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(
     hooked(Path, "write_text", 0)
     if name == "step-":
         hooked(Path, "rename", 1)
-    outcome = run_recipe(recipe_of(tiny_recipe, "train.steps=7"), tmp_path / "run", False)
+    recipe = recipe_of(tiny_recipe, "train.steps=5", "train.checkpoint_every=2", THREE_LAYERS)
+    outcome = run_recipe(recipe, tmp_path / "run", False)
     assert refusals == [1]
-    assert outcome.position.step == 7
+    assert outcome.position.step == 5
     (told,) = [sentence for sentence in messages if "could not be written" in sentence]
-    assert "step-00000003: " in told
+    assert "step-00000002: " in told
     assert "earlier ones are kept and the run continues" in told
-    assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["step-00000007", "step-00000006"]
+    assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["step-00000005", "step-00000004"]
 
 
 @pytest.mark.parametrize(
@@ -369,8 +375,8 @@ def test_a_log_that_cannot_be_written_waits_and_is_told_once(
         return send(*given)
 
     monkeypatch.setattr(metrics_module.os, "pwrite", refuse)
-    run_recipe(recipe_of(tiny_recipe, "train.steps=8"), tmp_path / "run", False)
-    assert [line["step"] for line in read_json_lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 9))
+    run_recipe(recipe_of(tiny_recipe, "train.steps=6", THREE_LAYERS), tmp_path / "run", False)
+    assert [line["step"] for line in read_json_lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 7))
     assert sum("lines are buffered in memory, and the run continues" in sentence for sentence in messages) == 1
 
 
@@ -382,7 +388,7 @@ def test_a_log_that_is_lost_ends_the_run_with_a_sentence_and_the_model_written(
 
     monkeypatch.setattr(metrics_module.os, "pwrite", refuse)
     with pytest.raises(OutputError, match=r"metrics\.jsonl: no space left on the device"):
-        run_recipe(recipe_of(tiny_recipe, "train.steps=4"), tmp_path / "run")
+        run_recipe(recipe_of(tiny_recipe, "train.steps=4", THREE_LAYERS), tmp_path / "run")
     assert (tmp_path / "run" / "model" / "config.json").exists()
     assert newest_checkpoint(tmp_path / "run")[0] == tmp_path / "run" / "checkpoints" / "step-00000004"
 
@@ -396,18 +402,18 @@ def test_an_update_that_breaks_the_weights_costs_one_checkpoint(
 
     def breaking(optimizers: Optimizers) -> None:
         step(optimizers)
-        if next(updates) == 8:
+        if next(updates) == 3:
             for group in (group for each in optimizers._optimizers for group in each.param_groups):
                 for parameter in group["params"]:
                     parameter.data.mul_(1e30)
 
     monkeypatch.setattr(Optimizers, "step", breaking)
-    changes = ["train.keep_checkpoints=1", "train.checkpoint_every=1", "train.validate_every=12"]
-    recipe = read_recipe(tiny_recipe, Recipe, [*changes, f"train.max_skipped_steps={skipped}"])
+    changes = ["train.steps=8", "train.keep_checkpoints=1", "train.checkpoint_every=1", "train.validate_every=8"]
+    recipe = recipe_of(tiny_recipe, *changes, f"train.max_skipped_steps={skipped}", THREE_LAYERS)
     run = tmp_path / "run"
     with pytest.raises(TrainingError, match="the weights are broken, and are not saved"):
         run_recipe(recipe, run)
     steps = [int(folder.name.removeprefix("step-")) for folder in checkpoints(run)]
-    assert steps == [8 + skipped, 7]
+    assert steps == [3 + skipped, 2]
     shutil.rmtree(checkpoints(run)[0])  # as the message says
-    assert run_recipe(recipe, run, resume=True).position.step == 12
+    assert run_recipe(recipe, run, resume=True).position.step == 8

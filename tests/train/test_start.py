@@ -22,6 +22,8 @@ from gemmule.train.resolve import ResolvedRecipe
 from gemmule.train.run import run_recipe
 from tiny import lively_model, tiny_config
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 # Without a [model] and a [tokenizer], which the model brings.
 TRAIN = """
 [train]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemmule.cli.screen import Screen, logged_to, print_json
-from gemmule.cli.text_settings import run_of, text_settings
+from gemmule.cli.text_settings import text_settings
 from gemmule.reading import local_path
+from gemmule.run_folder import run_of
 
 if TYPE_CHECKING:
     from gemmule.data.settings import DataSettings

@@ -27,6 +27,10 @@ class ScreenObserver(Observer):
         """Show a progress bar."""
         self._screen.progress(task, done, total)
 
+    def on_prepare_data(self) -> None:
+        """Compare no peak memory with the plan, which is of training alone."""
+        self._prediction_log.compares_memory = False
+
     def on_train_begin(self, recipe: ResolvedRecipe) -> None:
         """Plan the run, to be compared with what it measures."""
         self._screen.progress("planning", 0, None)

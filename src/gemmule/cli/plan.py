@@ -51,7 +51,7 @@ def plan(
     with _garbage_collector_off():
         from rich.console import Console
 
-        from gemmule.plan.planner import Planner
+        from gemmule.plan.planner import planner_of
         from gemmule.plan.prediction_log import summary
         from gemmule.settings import read_recipe
         from gemmule.train.recipe import Recipe
@@ -59,7 +59,7 @@ def plan(
 
         settings = read_recipe(recipe, Recipe, overrides or [], warn=note)
         start = open_start(settings)
-        planner = Planner(settings if start is None else start.adopt(settings), device, gpus, price)
+        planner = planner_of(settings if start is None else start.adopt(settings), device, gpus, price)
         found = planner.plan()
         _show(Console(stderr=as_json, highlight=False, emoji=False), str(recipe), planner, found)
         if as_json:

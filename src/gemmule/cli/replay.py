@@ -14,40 +14,45 @@ if TYPE_CHECKING:
 
 
 def show_replay(model: str, file: Path, device: str, decoding: "Decoding", int8: bool, as_json: bool) -> None:
-    """Repeat the model's pieces of a conversation; GemmuleError where a token is another, SourceError for no such file.
+    """Repeat the model's replies in a file of `gemmule chat` or of the server's page, and compare every token.
 
-    SourceError also where no piece of it can be repeated.
+    Replies of other models are left out, unless all are. GemmuleError where a token is another, SourceError for no such
+    file, also where no reply of it can be repeated.
     """
     from gemmule.cli.chat import open_model
-    from gemmule.inference.conversation import read_replies
-    from gemmule.serve.local import LocalModel, replay
+    from gemmule.inference.sheets import read_replies
+    from gemmule.serve.local import LocalModel, repeat
 
-    conversation = read_replies(file)
-    if not any(piece.generated for piece in conversation.pieces):
-        raise SourceError(f"--replay {file}: no piece has the tokens and the seed of a model's reply")
-    local = LocalModel(open_model(model, device, decoding, int8), conversation.chat)
+    replies = read_replies(file)
+    if not replies:
+        raise SourceError(f"--replay {file}: no reply has the tokens and the seed that repeat it")
+    local = LocalModel(open_model(model, device, decoding, int8))
+    own = [reply for reply in replies if reply.piece.fingerprint in (None, local.fingerprint)]
     found = []
-    for each in replay(local, conversation):
-        found.append(each)
+    for reply in own or replies:
+        repetition = repeat(local, reply.piece)
+        found.append((reply, repetition))
         if not as_json:
-            typer.echo(_sentence(local, each))
-    different = sum(each.differs is not None for each in found)
+            typer.echo(f"{reply.title}, reply {reply.number}: {_sentence(local, repetition)}")
+    different = sum(repetition.differs is not None for _, repetition in found)
     if as_json:
-        pieces = [
+        described = [
             {
-                "piece": each.piece + 1,
-                "same": each.differs is None,
-                "differs_at": None if each.differs is None else each.differs + 1,
-                "tokens": len(each.expected),
-                "fingerprint": each.fingerprint,
+                "title": reply.title,
+                "reply": reply.number,
+                "same": repetition.differs is None,
+                "differs_at": None if repetition.differs is None else repetition.differs + 1,
+                "tokens": len(repetition.expected),
+                "fingerprint": reply.piece.fingerprint,
             }
-            for each in found
+            for reply, repetition in found
         ]
-        print_json({"same": not different, "fingerprint": local.fingerprint, "pieces": pieces})
-    others = sorted({each.fingerprint for each in found if each.fingerprint not in (None, local.fingerprint)})
+        print_json({"same": not different, "fingerprint": local.fingerprint, "replies": described})
+    others = sorted({each.piece.fingerprint for each in replies if each.piece.fingerprint} - {local.fingerprint})
     if others:
-        written = ", ".join(str(each) for each in others)
-        typer.echo(f"note: this model's fingerprint is {local.fingerprint}, the file has {written}", err=True)
+        left_out = f"; {len(replies) - len(own)} replies of others are left out" if own else ""
+        note = f"this model's fingerprint is {local.fingerprint}, the file has {', '.join(others)}{left_out}"
+        typer.echo(f"note: {note}", err=True)
     if different:
         raise GemmuleError(f"--replay {file}: {different} of {len(found)} replies differ")
     if not as_json:
@@ -55,10 +60,10 @@ def show_replay(model: str, file: Path, device: str, decoding: "Decoding", int8:
 
 
 def _sentence(model: "LocalModel", repetition: "Repetition") -> str:
-    """Say how a reply compares."""
-    piece, expected, index = repetition.piece + 1, repetition.expected, repetition.differs
+    """Describe how a reply compares."""
+    expected, index = repetition.expected, repetition.differs
     if index is None:
-        return f"piece {piece}: all {len(expected)} tokens are the same"
+        return f"all {len(expected)} tokens are the same"
 
     def shown(ids: list[int]) -> str:
         if index >= len(ids):
@@ -66,4 +71,4 @@ def _sentence(model: "LocalModel", repetition: "Repetition") -> str:
         return f"{ids[index]} ({model.served.tokenizer.decode([ids[index]], specials=True)!r})"
 
     now, then = shown(repetition.generated), shown(expected)
-    return f"piece {piece}: token {index + 1} of {len(expected)} differs: {now} instead of {then}"
+    return f"token {index + 1} of {len(expected)} differs: {now} instead of {then}"

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemmule.run_folder import RunFolder
+from gemmule.run_folder import RunFolder, run_of
 
 if TYPE_CHECKING:
     from gemmule.data.settings import DataSettings
@@ -37,16 +37,3 @@ def text_settings(
     given = {name: value for name, value in (("separator", separator), ("column", column)) if value is not None}
     table = base | given | {"train": data, "validation": None, "weights": None}
     return check_recipe(table, DataSettings, "of the options"), run
-
-
-def run_of(model: Path) -> RunFolder | None:
-    """Return the run folder that a model path is, or lies in."""
-    from gemmule.errors import ModelError
-    from gemmule.reading import path_kind
-
-    folders = [model]
-    if model.name == "model":
-        folders.append(model.parent)
-    if model.name.startswith("step-"):
-        folders.append(model.parent.parent)
-    return next((run for run in map(RunFolder, folders) if path_kind(run.recipe, ModelError)), None)

@@ -1,6 +1,7 @@
 """`gemmule train RECIPE`: prepare, train, draw the curves, generate samples."""
 
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemmule.cli.screen import Screen, logged_to, note, print_json
+from gemmule.errors import UserError
+from gemmule.fields import LARGEST_COUNT
 from gemmule.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from gemmule.model.gemma3 import Gemma3
+    from gemmule.train.open_run import Extension
     from gemmule.train.recipe import Recipe
     from gemmule.train.run import Outcome
 
@@ -36,6 +40,12 @@ def train(
             "--allow-changes", help="Resume with other optimizer constants, another schedule or more steps than before."
         ),
     ] = False,
+    extend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEPS|MINUTES", help="Train the run in --out longer, by 500 (steps) or 10m; the schedule restarts."
+        ),
+    ] = None,
     track: Annotated[
         list[str] | None,
         typer.Option(
@@ -54,35 +64,30 @@ def train(
 
         gemmule train recipes/story.toml --out runs/story --resume
 
-        gemmule train recipes/story.toml --out runs/story --resume --allow-changes --set train.steps=2000
+        gemmule train recipes/story.toml --out runs/story --extend 2m
     """
     from gemmule.distributed import launch_environment
-    from gemmule.inference.engine import complete
-    from gemmule.inference.sampling import STORYTELLING
     from gemmule.settings import read_recipe
     from gemmule.tracking import with_trackers
     from gemmule.train.recipe import Recipe
     from gemmule.train.run import run_recipe
 
-    run = RunFolder(out or Path("runs") / recipe.stem)
+    run, longer = RunFolder(out or Path("runs") / recipe.stem), None if extend is None else _read_extension(extend)
+    again = _command_to_resume(recipe, run, overrides or [], track or [])
     launched = launch_environment()
     is_main = launched is None or launched.rank == 0
     settings = read_recipe(recipe, Recipe, overrides or [], warn=note if is_main else lambda _: None)
     settings = settings.replace(tracking=with_trackers(settings.tracking, track or []))
 
-    def sample(model: Any, tokenizer: Any, prompts: Any, tokens: int, seed: int) -> list[str]:
-        return complete(model, tokenizer, prompts, tokens, STORYTELLING, seed)
-
-    again = _command_to_resume(recipe, run, overrides or [], track or [])
     with Screen(quiet=not is_main) as screen, logged_to(screen):
         observer = None
         if is_main:
             from gemmule.cli.observer import ScreenObserver
             from gemmule.plan.prediction_log import PredictionLog
 
-            observer = ScreenObserver(screen, run, PredictionLog(settings, run, launched.size if launched else 1))
+            observer = ScreenObserver(screen, run, PredictionLog(run, launched.size if launched else 1))
         try:
-            outcome = run_recipe(settings, run.path, resume, observer, sample, allow_changes)
+            outcome = run_recipe(settings, run.path, resume, observer, _sample, allow_changes, longer)
         except KeyboardInterrupt:
             screen.print(f"stopped; resume with:  {again}")
             raise
@@ -97,6 +102,24 @@ def train(
     summary = _conclude(screen, outcome, outcome.model, run)
     if as_json:
         print_json(summary)
+
+
+def _sample(model: Any, tokenizer: Any, prompts: Any, tokens: int, seed: int) -> list[str]:
+    from gemmule.inference.engine import complete
+    from gemmule.inference.sampling import STORYTELLING
+
+    return complete(model, tokenizer, prompts, tokens, STORYTELLING, seed)
+
+
+def _read_extension(text: str) -> "Extension":
+    """Read the value of --extend; UserError where it is none."""
+    from gemmule.train.open_run import Extension
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(m|min|minutes)?", text.strip())
+    number = float(found[1]) if found else 0
+    if not found or not 0 < number <= LARGEST_COUNT or (found[2] is None and number != int(number)):
+        raise UserError(f"--extend {text}: write a number of steps, such as 500, or of minutes, such as 10m")
+    return Extension(minutes=number) if found[2] else Extension(steps=int(number))
 
 
 def _command_to_resume(recipe: Path, run: RunFolder, overrides: list[str], track: list[str]) -> str:

@@ -90,7 +90,8 @@ def prepare_dataset(
         with directory_lock(work):
             try:
                 preparation = Preparation(settings, work, progress or (lambda *_: None), workers, ENGINES[engine])
-                atomic_replace(preparation.run(vocabulary), out, last=DATASET_FILE)
+                staged = preparation.run(vocabulary)
+                atomic_replace(staged, out, last=DATASET_FILE)
             finally:
                 if (out / DATASET_FILE).is_file() or not any(work.glob("clean/*.json")):
                     shutil.rmtree(work, ignore_errors=True)  # complete, or nothing worth keeping

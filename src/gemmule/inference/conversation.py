@@ -1,23 +1,16 @@
-"""A conversation with a model, or a text written with it: its pieces, their branches, and the file that keeps it."""
+"""A conversation with a model, or a text written with it: pieces, their branches, and the prompt that they make."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, cast
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from pydantic import BeforeValidator, Field
 
-from gemmule.errors import RecipeError, SourceError
 from gemmule.fields import LARGEST_REQUEST_SEED, Count, CountFrom0, Noun
-from gemmule.files import atomic_write
 from gemmule.inference.sampling import STORYTELLING, SamplingSettings
-from gemmule.settings import check_recipe
 from gemmule.tokenizer import Tokenizer
 from gemmule.tokenizer.chat import render_chat
 
-FORMAT, VERSION = "gemmule-conversation", 1
-SHEETS_FORMAT = "gemmule-sheets"  # of the server's page
 Author = Literal["user", "model"]
 
 
@@ -72,14 +65,16 @@ class Chunk(NamedTuple):
     tokens: tuple[int, ...] = ()
     finish: str | None = None
     usage: Usage | None = None
+    prompt: tuple[int, ...] | None = None  # what the model read, in the first one alone; None where unknown
 
 
 @dataclass
 class Piece:
     """A turn of a chat, or a piece of a text: the user's, or the model's with all that repeats it.
 
-    `tokens` of the model's are those that were generated, the stop token included; of the user's, without bos. A piece
-    of the model without a seed was not generated, but edited. `parent` is the number of the piece before it.
+    `tokens` are those of the text, None where unknown: of the user's without bos, of the model's without the stop
+    token that ended it. A piece of the model without a seed was not generated as it is. `parent` is the number of the
+    piece before it.
     """
 
     author: Author
@@ -89,14 +84,37 @@ class Piece:
     seed: int | None = None
     fingerprint: str | None = None
     finish: str | None = None
-    prompt_tokens: list[int] | None = None  # where the writer of the file tells what the model read
     parent: int | None = None
-    usage: Usage | None = None  # not kept in files
+    usage: Usage | None = None
+    texts: list[str] = field(default_factory=list)  # of the model's tokens
+    prompt: list[int] | None = None  # tokens that the model read before this reply
+    continues: bool = False  # whether it is the rest of a reply that begins with its parent
+    node: str | None = None  # its id in a file
 
     @property
     def generated(self) -> bool:
         """Whether it can be repeated."""
-        return self.author == "model" and self.seed is not None and self.tokens is not None
+        return self.seed is not None and self.tokens is not None and self.prompt is not None
+
+    def extend(self, chunk: Chunk) -> None:
+        """Add what comes next of a reply; text without a token belongs to the last one."""
+        self.text += chunk.text
+        self.finish, self.usage = chunk.finish or self.finish, chunk.usage or self.usage
+        if chunk.prompt is not None:
+            self.prompt = [*chunk.prompt]
+        if chunk.tokens:
+            self.tokens = [*(self.tokens or ()), *chunk.tokens]
+            self.texts += [chunk.text, *[""] * (len(chunk.tokens) - 1)]
+        elif self.texts:
+            self.texts[-1] += chunk.text
+
+    def end(self) -> None:
+        """Leave out the stop token of a reply that has ended; beside stop strings it cannot be known as such."""
+        if self.finish == "stop" and self.tokens and not (self.settings and self.settings.stop):
+            self.tokens.pop()
+            text = self.texts.pop()
+            if self.texts:
+                self.texts[-1] += text
 
 
 class ChatModel(Protocol):
@@ -104,6 +122,7 @@ class ChatModel(Protocol):
 
     chats: bool
     context: int | None
+    trained_context: int | None  # sequence length of training, where known
     fingerprint: str | None
 
     def encode(self, text: str) -> list[int] | None:
@@ -124,6 +143,7 @@ class Conversation:
     model: str = ""
     pieces: list[Piece] = field(default_factory=list)
     current: int | None = None
+    sheet: dict[str, Any] | None = None  # as it is in a file, which may hold more than is read here
 
     def add(self, piece: Piece) -> Piece:
         """Append a piece after the current one, which is the current one then."""
@@ -151,10 +171,15 @@ class Conversation:
 
 
 def messages_of(pieces: Sequence[Piece], system: str) -> list[dict[str, str]]:
-    """Return a chat as messages with roles."""
-    roles = {"user": "user", "model": "assistant"}
-    messages = [{"role": roles[piece.author], "content": piece.text} for piece in pieces]
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    """Return a chat as messages with roles; successive pieces of the same author are one message."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for piece in pieces:
+        role, between = ("user", "\n\n") if piece.author == "user" else ("assistant", "")
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += between + piece.text
+        else:
+            messages.append({"role": role, "content": piece.text})
+    return messages
 
 
 def encode_piece(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -166,16 +191,13 @@ def encode_piece(tokenizer: Tokenizer, text: str) -> list[int]:
 def text_ids(pieces: Sequence[Piece], start: Sequence[int], encode: Callable[[str], list[int]]) -> list[int]:
     """Return the tokens of a text written together: what a text begins with (bos), then those of each piece.
 
-    Of a reply that a stop token ended, without that one; where its text may have been cut at a stop string, and where
-    its tokens are unknown, those that its text is encoded to.
+    Where its tokens are unknown, and of a reply whose text may have been cut at a stop string, those that its text is
+    encoded to.
     """
     ids: list[int] = []
     for piece in pieces:
-        ended = piece.author == "model" and piece.finish == "stop"
-        if piece.tokens is None or (ended and piece.settings is not None and piece.settings.stop):
-            ids += encode(piece.text)
-        else:
-            ids += piece.tokens[:-1] if ended else piece.tokens
+        cut = piece.finish == "stop" and piece.settings is not None and piece.settings.stop
+        ids += encode(piece.text) if piece.tokens is None or cut else piece.tokens
     return ids if start and ids[: len(start)] == [*start] else [*start, *ids]
 
 
@@ -184,147 +206,3 @@ def prompt_ids(tokenizer: Tokenizer, pieces: Sequence[Piece], chat: bool, system
     if chat:
         return render_chat(tokenizer, messages_of(pieces, system), reply=True).ids
     return text_ids(pieces, tokenizer.encode(""), lambda text: encode_piece(tokenizer, text))
-
-
-def write_conversation(path: Path, conversation: Conversation, settings: ReplySettings) -> None:
-    """Write a conversation with all of its branches; SourceError rather than over a file of another kind."""
-    if path.exists():
-        try:
-            read_conversation(path)
-        except SourceError:
-            raise SourceError(f"{path}: is there, and no conversation; name another file") from None
-    document = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": conversation.model,
-        "chat": conversation.chat,
-        "settings": settings.written() | ({} if settings.seed is None else {"seed": settings.seed}),
-        "current": conversation.current,
-    }
-    head = json.dumps(document, ensure_ascii=False).removesuffix("}")
-    pieces = ",\n".join(json.dumps(_written(piece), ensure_ascii=False) for piece in conversation.pieces)
-    with atomic_write(path) as temporary:
-        temporary.write_text(f'{head}, "pieces": [\n{pieces}\n]}}\n', encoding="utf-8")
-
-
-def _written(piece: Piece) -> dict[str, Any]:
-    names = ("author", "text", "tokens", "settings", "seed", "fingerprint", "finish", "prompt_tokens", "parent")
-    found = {name: getattr(piece, name) for name in names}
-    if piece.settings is not None:
-        found["settings"] = piece.settings.written()
-    return {name: value for name, value in found.items() if value is not None or name == "parent"}
-
-
-class Saved(NamedTuple):
-    """What a file keeps: the conversation, and the settings of its next reply."""
-
-    conversation: Conversation
-    settings: ReplySettings
-
-
-def read_conversation(path: Path) -> Saved:
-    """Read a conversation: ours, or another list of pieces in the same form; SourceError names what is wrong with it.
-
-    Where pieces have no `parent`, each follows the one before. Settings that have no meaning here are left out.
-    """
-    document = _read_json(path)
-    given = next(
-        (document[name] for name in ("pieces", "turns") if isinstance(document, dict) and name in document), None
-    )
-    if not isinstance(document, dict) or not isinstance(given, list):
-        raise SourceError(f"{path}: no conversation; it has no list of pieces or turns")
-    if document.get("version", VERSION) != VERSION:
-        raise SourceError(f"{path}: a conversation of version {document['version']}; this Gemmule reads {VERSION}")
-    try:
-        pieces = [_read_piece(number, piece) for number, piece in enumerate(given)]
-        settings = read_settings(document.get("settings", {}))
-        current = document.get("current", len(pieces) - 1 if pieces else None)
-        if current is not None and not (_is_count(current) and current < len(pieces)):
-            raise SourceError(f"current = {current!r}: must be the number of a piece, counted from 0")
-    except (SourceError, RecipeError) as error:
-        raise SourceError(f"{path}: {error}") from None
-    chat = bool(document.get("chat", "turns" in document))
-    return Saved(Conversation(chat, str(document.get("model", "")), pieces, current), settings)
-
-
-def read_replies(path: Path) -> Conversation:
-    """Read a conversation, or what the server's page exports, as pieces of the model with what it read before them.
-
-    Errors as in `read_conversation`. Tokens that the user chose on the page have no seed.
-    """
-    document = _read_json(path)
-    if not isinstance(document, dict) or document.get("format") != SHEETS_FORMAT:
-        return read_conversation(path).conversation
-    try:
-        generations = [each for sheet in document["sheets"] for each in sheet["generations"].values()]
-        pieces = [
-            {
-                "author": "model",
-                "text": "".join(token["text"] for token in each["tokens"]),
-                "tokens": [token["id"] for token in each["tokens"]],
-                "settings": each.get("request") or {},
-                "seed": None if each.get("chosen") else each.get("seed"),
-                "fingerprint": each.get("fingerprint"),
-                "prompt_tokens": each["prompt_ids"],
-                "parent": None,
-            }
-            for each in generations
-        ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"{path}: a damaged file of {SHEETS_FORMAT}: {error!r:.80}") from None
-    try:
-        return Conversation(False, "", [_read_piece(number, piece) for number, piece in enumerate(pieces)])
-    except (SourceError, RecipeError) as error:
-        raise SourceError(f"{path}: {error}") from None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: is no JSON file: {error}") from None
-
-
-def read_settings(given: object) -> ReplySettings:
-    """Read settings, those alone that there are; RecipeError where one is out of range, SourceError for no table."""
-    if not isinstance(given, Mapping):
-        raise SourceError(f"settings = {given!r:.60}: must be an object")
-    known = {name: value for name, value in given.items() if name in ReplySettings.model_fields and value is not None}
-    return check_recipe(known, ReplySettings, "of the conversation")
-
-
-def _read_piece(number: int, given: object) -> Piece:
-    place = f"piece {number + 1}"
-    if not isinstance(given, dict):
-        raise SourceError(f"{place}: must be an object with author and text")
-    author, text = given.get("author"), given.get("text")
-    if author not in ("user", "model"):
-        raise SourceError(f'{place}: author = {author!r:.60}: must be "user" or "model"')
-    if not isinstance(text, str):
-        raise SourceError(f"{place}: text = {text!r:.60}: must be text")
-    for name in ("tokens", "prompt_tokens"):
-        ids = given.get(name)
-        if ids is not None and not (isinstance(ids, list) and all(map(_is_count, ids))):
-            raise SourceError(f"{place}: {name}: must be a list of token ids")
-    seed, parent = given.get("seed"), given.get("parent", number - 1 if number else None)
-    if seed is not None and not (_is_count(seed) and seed <= LARGEST_REQUEST_SEED):
-        raise SourceError(f"{place}: seed = {seed!r:.60}: must be from 0 to {LARGEST_REQUEST_SEED}")
-    if parent is not None and not (_is_count(parent) and parent < number):
-        raise SourceError(f"{place}: parent = {parent!r:.60}: must be the number of an earlier piece, counted from 0")
-    return Piece(
-        author=cast(Author, author),
-        text=text,
-        tokens=given.get("tokens"),
-        settings=read_settings(given["settings"]) if given.get("settings") is not None else None,
-        seed=seed,
-        fingerprint=given.get("fingerprint"),
-        finish=given.get("finish"),
-        prompt_tokens=given.get("prompt_tokens"),
-        parent=parent,
-    )
-
-
-def _is_count(given: object) -> bool:
-    return isinstance(given, int) and not isinstance(given, bool) and given >= 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gemmule.errors import DeviceError, GemmuleError, ModelError, TokenizerError
 from gemmule.inference.constraints import Constraint, ConstraintCompiler, ConstraintSpec
-from gemmule.inference.kv_cache import CacheSize, KVCache, exact_size
+from gemmule.inference.kv_cache import CacheSize, CacheTooSmallError, KVCache, exact_size
 from gemmule.inference.native.sampler import make_sampler
 from gemmule.inference.requests import Event, Request, SequenceState, requests_of
 from gemmule.inference.runners import Decoding, cache_dtype, choose_decoding, make_runner
@@ -33,9 +33,9 @@ MAX_ROWS = 64
 
 
 class TokenEvent(NamedTuple):
-    """A token that a sequence got in a step; `event` is None where it ended without one.
+    """A token that a sequence got in a step; `event` is None where the sequence finished without one.
 
-    It failed then, which its `error` explains, or no token was asked for.
+    Its `finish` is then "error", with the reason in its `error`, or "length" where `max_new_tokens` is 0.
     """
 
     sequence: SequenceState
@@ -92,8 +92,8 @@ class Engine:
     def submit(self, request: Request) -> list[SequenceState]:
         """Add a request; return its samples.
 
-        ValueError where the engine could never hold it, or has no tokenizer for it; RecipeError where its settings
-        name a token that the vocabulary lacks.
+        ValueError where the engine could never hold it (CacheTooSmallError where it has the rows and positions), or has
+        no tokenizer for it; RecipeError where its settings name a token that the vocabulary lacks.
         """
         sampling, count = request.sampling, request.samples
         sampling.check_vocabulary(self._vocabulary)
@@ -103,7 +103,7 @@ class Engine:
             limits = f"the engine was made for {self.cache.rows} of {self.longest} positions"
             raise ValueError(f"{count} sequences of up to {request.positions} positions: {limits}")
         if not self.cache.could_fit(self._need(request), count):
-            raise ValueError(f"{count} sequences of {request.positions} positions: the KV cache is smaller")
+            raise CacheTooSmallError(f"{count} sequences of {request.positions} positions: the KV cache is smaller")
         samples = [self._new_sequence(request, sample) for sample in range(count)]
         self._queue.append([*samples])
         return samples
@@ -235,6 +235,8 @@ class Engine:
 
     def _score_prompts(self, batch: StepBatch, logits: Tensor) -> None:
         """Keep the log-probabilities of the prompt tokens that were asked for."""
+        if not self._reading:
+            return
         asked: list[tuple[SequenceState, Query]] = []
         rows, positions = batch.rows[batch.outputs].tolist(), batch.positions[batch.outputs].tolist()
         for index, (row, position) in enumerate(zip(rows, positions, strict=True)):
@@ -318,13 +320,19 @@ def _append(sequence: SequenceState, token: int, scores: LogProbabilities | None
 
 def run_alone(engine: Engine, request: Request) -> Iterator[Event]:
     """Yield the events of a request of one sample in an engine that has no other; raise what it fails with."""
-    (sequence,) = engine.submit(request)
+    engine.submit(request)
     while not engine.idle:
-        for _, event in engine.step():
-            if event is None:
-                assert sequence.error is not None
-                raise sequence.error
+        for _, event in step_or_raise(engine):
             yield event
+
+
+def step_or_raise(engine: Engine) -> list[tuple[SequenceState, Event]]:
+    """Run the model once; return the tokens that sequences got, and raise the error of a sequence that failed."""
+    events = engine.step()
+    for sequence, event in events:
+        if event is None and sequence.error is not None:
+            raise sequence.error
+    return [(sequence, event) for sequence, event in events if event is not None]
 
 
 def stream_tokens(
@@ -347,7 +355,8 @@ def stream_tokens(
     engine = Engine(model, len(requests), max(each.positions for each in requests), decoding)
     sequences = [engine.submit(request)[0] for request in requests]
     while not engine.idle:
-        if tokens := _tokens_by_sequence(engine):
+        if events := step_or_raise(engine):
+            tokens = {sequence: event.token for sequence, event in events}
             yield [tokens.get(sequence) for sequence in sequences]
 
 
@@ -361,17 +370,8 @@ def reply_to_all(
     engine = Engine(model, rows, max(each.positions for each in requests), decoding)
     sequences = [engine.submit(request)[0] for request in requests]
     while not engine.idle:
-        _tokens_by_sequence(engine)
+        step_or_raise(engine)
     return [sequence.generated for sequence in sequences]
-
-
-def _tokens_by_sequence(engine: Engine) -> dict[SequenceState, int]:
-    """Step; return the tokens, and raise what a sequence fails with."""
-    events = engine.step()
-    for sequence, _ in events:
-        if sequence.error is not None:
-            raise sequence.error
-    return {sequence: event.token for sequence, event in events if event is not None}
 
 
 def generate(

@@ -18,6 +18,10 @@ _SPACING = 4
 _FIRST_PAGES = 256
 
 
+class CacheTooSmallError(ValueError):
+    """The longest possible replies to a request do not fit into the KV cache, even if it is empty."""
+
+
 class CacheSize(NamedTuple):
     """How many pages of each kind a cache has."""
 

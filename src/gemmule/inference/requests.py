@@ -81,7 +81,7 @@ class SequenceState:
     stream: TextStream | None = None  # of the reply, where the engine has a tokenizer
     constraint: Constraint | None = None
     generated: list[int] = field(default_factory=list)  # token ids, the stop token included
-    finish: str | None = None  # as in `Event`; "cancelled" where the engine was told so, "error" where it failed
+    finish: str | None = None  # as in `Event`; "cancelled", or "error" where it failed
     error: GemmuleError | None = None  # why it failed
     cached: int = 0  # tokens of the prompt that were known already
     prompt_log_probabilities: list[LogProbabilities] = field(default_factory=list)

@@ -40,6 +40,8 @@ class TextStream:
 
     def _add(self, text: str) -> str:
         before, self._complete = self._held, self._complete + len(text)
+        if not self._stops:
+            return text
         for count, character in enumerate(text, 1):
             for stop in self._stops:
                 stop.read(character)
@@ -47,7 +49,7 @@ class TextStream:
             if found:
                 self.stopped, self._held = True, ""
                 return (before + text[:count])[:-found]
-        begun = max((stop.matched for stop in self._stops), default=0)
+        begun = max(stop.matched for stop in self._stops)
         shown = len(before) + len(text) - begun
         self._held = (before + text)[shown:]
         return (before + text)[:shown]

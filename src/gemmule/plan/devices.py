@@ -9,6 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ _MAX_TIMED_FLOPS = 2**33
 _UNCACHED_ELEMENTS = 2**24
 # Elements of a tensor that two threads share and whose time is that of waking them.
 _SMALL_ELEMENTS = 2**16
+# FLOP/s of the kernels that this process has timed.
+_TIMED: dict[Any, float] = {}
 # Operations with one exponential per element, which takes longer than its memory traffic.
 _EXPONENTIALS = frozenset({"exp_", "gelu", "gelu_backward", "_softmax"})
 
@@ -138,13 +141,16 @@ class MeasuredCostModel:
         self._call = _time(lambda: small * 2.0)
         cached = torch.ones(4 * _SMALL_ELEMENTS, dtype=torch.float32)
         self._exponential = _time(cached.exp) / cached.numel()
-        self._uncached = torch.ones(_UNCACHED_ELEMENTS, dtype=torch.float32)
-        self._rates: dict[Any, float] = {}
+        self._used_rates: dict[Any, float] = {}
+
+    @cached_property
+    def _uncached(self) -> Tensor:
+        return torch.ones(_UNCACHED_ELEMENTS, dtype=torch.float32)
 
     @property
     def assumptions(self) -> list[str]:
         """Return the assumptions of the estimate, one sentence each."""
-        rates = [rate for rate in self._rates.values() if rate]
+        rates = [rate for rate in self._used_rates.values() if rate]
         median = statistics.median(rates) if rates else 0.0
         return [
             f"measured on this machine: matmuls of the model's shapes, median {median / 1e9:,.0f} GFLOP/s; memory "
@@ -170,11 +176,11 @@ class MeasuredCostModel:
         self._uncached.mul_(1.0)
 
     def _rate(self, operation: Operation) -> float:
-        key = (operation.name, operation.call)
-        if key not in self._rates:
+        key = (operation.name, operation.call, torch.get_num_threads())
+        if key not in _TIMED:
             rate = _attention_rate if is_attention(operation.name) else _matmul_rate
-            self._rates[key] = rate(operation, self._flush_caches)
-        return self._rates[key]
+            _TIMED[key] = rate(operation, self._flush_caches)
+        return self._used_rates.setdefault(key, _TIMED[key])
 
 
 def _time(work: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:

@@ -1,6 +1,7 @@
 """Plan a recipe on a device: peak memory, time, energy, cost, and the assumptions of the estimate."""
 
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -137,45 +138,40 @@ class Plan(NamedTuple):
         return (self.flops_forward * 3) * self.tokens_per_second / (peak * self.sharding.gpus)
 
 
+def planner_of(recipe: Recipe, device: str | None = None, gpus: int = 1, price: float | None = None) -> "Planner":
+    """Settle device, vocabulary and precision of a recipe; DeviceError or RecipeError where it cannot run there."""
+    process = process_peak_memory()  # before the measurements allocate memory
+    if device is None and recipe.train.device == "cpu":
+        device = "cpu"
+    chosen = device_at_hand() if device is None else this_machine() if device == "cpu" else find_device(device)
+    if chosen.name == "cpu" and gpus > 1:
+        raise DeviceError(f"--gpus {gpus}: needs a GPU; choose one with --device, such as h100")
+    if recipe.train.batch_size % gpus:
+        nearest = max(gpus, recipe.train.batch_size // gpus * gpus)
+        raise RecipeError(
+            f"train.batch_size = {recipe.train.batch_size}: must be a multiple of {gpus} GPUs, such as {nearest}"
+        )
+    recipe = resolve_vocabulary(recipe, _known_vocabulary(recipe))
+    settings = recipe.train.replace(precision=_resolve_precision(recipe, chosen))
+    return Planner(recipe.replace(train=settings), chosen, gpus, process, price)
+
+
 class Planner:
-    """Plans variants of one recipe on one device, with cached traces."""
+    """Plans a recipe, and variants of it, on one device."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        device: str | None = None,
-        gpus: int = 1,
-        price: float | None = None,
-        process: float | None = None,
-    ) -> None:
-        """Resolve device, vocabulary and precision; DeviceError or RecipeError where the recipe cannot run there.
+    def __init__(self, recipe: Recipe, device: Device, gpus: int, process: float, price: float | None = None) -> None:
+        """Take a recipe whose vocabulary and precision are settled.
 
-        `process` is the memory of this process without a model, in bytes, where it already holds one.
+        `process` is the memory of this process without a model, in bytes.
         """
-        if device is None and recipe.train.device == "cpu":
-            device = "cpu"
-        self.device = device_at_hand() if device is None else this_machine() if device == "cpu" else find_device(device)
-        if self.device.name == "cpu" and gpus > 1:
-            raise DeviceError(f"--gpus {gpus}: needs a GPU; choose one with --device, such as h100")
-        if recipe.train.batch_size % gpus:
-            nearest = max(gpus, recipe.train.batch_size // gpus * gpus)
-            raise RecipeError(
-                f"train.batch_size = {recipe.train.batch_size}: must be a multiple of {gpus} GPUs, such as {nearest}"
-            )
-        self._process = process_peak_memory() if process is None else process  # before the measurements allocate memory
-        recipe = resolve_vocabulary(recipe, _known_vocabulary(recipe))
-        recipe = recipe.replace(model=recipe.model.replace(size=None))
-        self.precision = _resolve_precision(recipe, self.device)
-        self.recipe = recipe.replace(train=recipe.train.replace(precision=self.precision))
-        self.sharding = Sharding(recipe.parallel.strategy, gpus, self.device.per_node)
-        self.price = self.device.price if price is None else price
-        self._traces: dict[TraceSettings, tuple[Trace, Trace]] = {}
+        self.recipe, self.device, self._process = recipe, device, process
+        self.precision: Literal["bf16", "fp32"] = "bf16" if recipe.train.precision == "bf16" else "fp32"
+        self.sharding = Sharding(recipe.parallel.strategy, gpus, device.per_node)
+        self.price = device.price if price is None else price
 
     def variant(self, recipe: Recipe, gpus: int) -> "Planner":
-        """Return a planner of a changed recipe that shares the cached traces."""
-        other = Planner(recipe, self.device.name, gpus, self.price, self._process)
-        other._traces = self._traces
-        return other
+        """Return a planner of a changed recipe on the same device."""
+        return Planner(recipe, self.device, gpus, self._process, self.price)
 
     def plan(self, search: bool = True) -> Plan:
         """Make the plan; `search` also finds the largest micro-batch that fits."""
@@ -183,7 +179,7 @@ class Planner:
         rank_batch_size = settings.batch_size // self.sharding.gpus
         rows = min(settings.micro_batch_size or rank_batch_size, rank_batch_size)
         memory = self.memory(rows)
-        eager, traced = self._traced(self.trace_settings(rows))
+        eager, traced = _traced(self.trace_settings(rows))
         optimizer_step = self.optimizer_step()
         flops = micro_batch_flops(traced, model.layer_kinds)
         cost_model: CostModel = Roofline(self.device, self.precision)
@@ -199,7 +195,8 @@ class Planner:
         times = self._times(eager, traced, optimizer_step, cost_model, collectives, dataset, rows, micro_batches)
         steps = settings.steps
         if settings.minutes is not None:
-            steps = max(1, min(steps, int(60 * settings.minutes / times.step)))
+            first = recipe.schedule.restart_step
+            steps = first + max(1, min(steps - first, int(60 * settings.minutes / times.step)))
         tokens = rows * settings.context
         return Plan(
             recipe, self.device, self.sharding, self.precision, count, rows, micro_batches,
@@ -238,7 +235,7 @@ class Planner:
             kind = "cpu"
         elif not self.device.fused_attention:
             kind = "apple"
-        traced = self._traced(settings)[1]
+        traced = _traced(settings)[1]
         options = (self.precision, kind, settings.compiled, settings.gradient_accumulation, self._process)
         return peak_memory(self.recipe.model, traced, self.optimizer_step(), self.sharding, *options)
 
@@ -250,13 +247,6 @@ class Planner:
     def capacity(self) -> float:
         """Bytes available on one device."""
         return self.device.memory * (1.0 if self.device.fused_attention else _APPLE_SHARE)
-
-    def _traced(self, settings: TraceSettings) -> tuple[Trace, Trace]:
-        """Return the trace of an eager micro-batch, and of one as the recipe runs it, compiled or not."""
-        if settings not in self._traces:
-            eager = trace(settings)
-            self._traces[settings] = (eager, fuse(eager) if settings.compiled else eager)
-        return self._traces[settings]
 
     def _largest(self, rows: int, rank_batch_size: int, memory: PeakMemory) -> int:
         """Find the largest micro-batch that fits and divides the batch of a rank; memory is linear in its size."""
@@ -316,6 +306,13 @@ class Planner:
                 "communication overlaps with compute"
             )
         return found
+
+
+@lru_cache(maxsize=32)
+def _traced(settings: TraceSettings) -> tuple[Trace, Trace]:
+    """Return the trace of an eager micro-batch, and of one as the recipe runs it, compiled or not."""
+    eager = trace(settings)
+    return eager, fuse(eager) if settings.compiled else eager
 
 
 def device_at_hand() -> Device:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from gemmule.data.dataset import DATASET_FILE, prepared_folder
 from gemmule.files import atomic_write
 from gemmule.plan.cost_model import Collective
-from gemmule.plan.planner import COMPUTE_OPTIMAL, Plan, Planner, Times
+from gemmule.plan.devices import this_machine
+from gemmule.plan.planner import COMPUTE_OPTIMAL, Plan, Planner, Times, device_at_hand
 from gemmule.processes import peak_memory
 from gemmule.run_folder import RunFolder
 from gemmule.runtime import choose_device
@@ -62,21 +62,21 @@ def _exchange(one: Collective, seconds: float) -> dict[str, Any]:
 class PredictionLog:
     """Plans a run before it starts, and logs the error of the plan at its end."""
 
-    def __init__(self, recipe: Recipe, run: RunFolder, gpus: int) -> None:
+    def __init__(self, run: RunFolder, gpus: int) -> None:
         """Measure the memory of this process before the run allocates any."""
         self._run, self._gpus, self._process = run, gpus, peak_memory()
         self._rates: list[float] = []
-        # Preparing data in this process may take more memory than training, so the peak is not that of training.
-        self._prepares = prepared_folder(recipe.data) is None and not (run.data / DATASET_FILE).is_file()
         self._plan: Plan | None = None
+        # Not where this process also does what may take more memory than training.
+        self.compares_memory = True
 
     def predict(self, recipe: Recipe) -> None:
         """Make the plan of a resolved recipe; if that fails for any reason, the run continues without one."""
         try:
             kind = choose_device(recipe.train.device).type
             if kind != "mps":  # the Apple chip is unknown
-                device = "cpu" if kind == "cpu" else None
-                self._plan = Planner(recipe, device, self._gpus, process=self._process).plan(search=False)
+                device = this_machine() if kind == "cpu" else device_at_hand()
+                self._plan = Planner(recipe, device, self._gpus, self._process).plan(search=False)
         except Exception:
             return
 
@@ -107,7 +107,7 @@ class PredictionLog:
         plan, rate = self._plan, statistics.median(rates)
         measured: dict[str, Any] = {"tokens_per_second": rate, "step_seconds": plan.tokens_per_step / rate}
         predicted = {"tokens_per_second": plan.tokens_per_second, "step_seconds": plan.times.step}
-        if not self._prepares:
+        if self.compares_memory:
             measured["peak_memory"] = self.peak_memory()
             predicted["peak_memory"] = plan.memory.total - plan.memory.classes.get("GPU context", 0.0)
         errors = {key: predicted[key] / value - 1 for key, value in measured.items()}

@@ -15,7 +15,7 @@ from gemmule.serve.streams import DONE, ClientGone, Receive, disconnected, event
 T = TypeVar("T")
 # Log-probabilities from which on an answer is written in another thread, so that streams do not wait for it.
 _LARGE = 500
-_EVENT_END = b"]}\n\n"
+_EVENT_END = "]}\n\n"
 
 
 class Format(Protocol):
@@ -33,7 +33,7 @@ class Format(Protocol):
     def chunks(self, choice: int, part: Part) -> Iterator[dict[str, Any]]:
         """Yield what a part adds to a choice."""
 
-    def plain_chunk(self, choice: int, part: Part) -> bytes | None:
+    def plain_chunk(self, choice: int, part: Part) -> str | None:
         """Return the JSON of the one chunk of a part that is text alone, in the middle of a choice; else None."""
 
     def whole(self, choice: int, part: Part) -> dict[str, Any]:
@@ -47,8 +47,7 @@ async def stream(generation: Generation, format_: Format) -> AsyncIterator[bytes
     counted = bool(options and options.include_usage)
     head = generation.head(format_.chunk_kind) | ({"usage": None} if counted else {})
     # What each event begins with, encoded once.
-    prefix = b"data: " + json.dumps(head, separators=(",", ":")).encode()[:-1] + b',"choices":['
-
+    prefix = f'data: {json.dumps(head, separators=(",", ":"))[:-1]},"choices":['
     for choice in format_.first_choices():
         yield event(head | {"choices": [choice]} | (format_.prompt_ids() if choice["index"] == 0 else {}))
     size = _prompt_scores(generation)
@@ -85,20 +84,20 @@ async def whole(generation: Generation, format_: Format) -> bytes:
     return await asyncio.to_thread(content) if scores > _LARGE else content()
 
 
-def _encoded(prefix: bytes, format_: Format, parts: Sequence[tuple[int, Part]]) -> bytes:
+def _encoded(prefix: str, format_: Format, parts: Sequence[tuple[int, Part]]) -> bytes:
     """Return the events of parts."""
-    events: list[bytes] = []
+    events: list[str] = []
     for choice, part in parts:
         if (plain := format_.plain_chunk(choice, part)) is not None:
             events.append(prefix + plain + _EVENT_END)
         else:
             chunks = format_.chunks(choice, part)
-            events += [prefix + json.dumps(each, separators=(",", ":")).encode() + _EVENT_END for each in chunks]
-    return b"".join(events)
+            events += [prefix + json.dumps(each, separators=(",", ":")) + _EVENT_END for each in chunks]
+    return "".join(events).encode()
 
 
 def _prompt_scores(generation: Generation) -> int:
-    """Return how many log-probabilities of prompts are told."""
+    """Return how many log-probabilities of prompts are returned."""
     reply = generation.reply
     asked = reply.requests[0].prompt_log_probabilities is not None
     return reply.samples * sum(len(prompt.ids) for prompt in generation.prompts) if asked else 0

@@ -74,9 +74,9 @@ class Service:
         if name is None and len(models) == 1:
             return next(iter(models.values()))
         if name not in models:
-            said = "model: missing" if name is None else f"model {name!r}: not served here"
+            problem = "model: missing" if name is None else f"model {name!r}: not served here"
             status, code = (400, "missing_parameter") if name is None else (404, "model_not_found")
-            raise ApiError(status, f"{said}; there are {', '.join(models)}", code=code, param="model")
+            raise ApiError(status, f"{problem}; there are {', '.join(models)}", code=code, param="model")
         return models[name]
 
     async def begin(self, generation: Generation, record: Record) -> None:
@@ -89,7 +89,7 @@ class Service:
         record.model = generation.served.id
         record.prompt_tokens = sum(len(prompt.ids) for prompt in generation.prompts)
         self.replies[generation.reply] = generation.served.id
-        generation.reply.observe_gaps = self.metrics.observe_gaps
+        generation.reply.observe_gap = self.metrics.gap.observe
         try:
             await self.engine.submit(generation.served, generation.reply)
         except BaseException:
@@ -167,7 +167,7 @@ async def _client_gone(_request: Request, _gone: Any) -> Response:
 
 
 async def _unforeseen(_request: Request, _failure: Any) -> Response:
-    return _error(ApiError(500, "the server failed; its log says more", code="internal_error"))
+    return _error(ApiError(500, "the server failed; the reason is in its log", code="internal_error"))
 
 
 _HANDLERS: Mapping[Any, Callable[[Request, Any], Awaitable[Response]]] = {
@@ -294,7 +294,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        """Tell whether requests are taken."""
+        """Report whether requests are taken."""
         if (refusal := service.refusal()) is not None:
             raise refusal
         return json_response({"status": "ok"})

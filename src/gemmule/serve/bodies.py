@@ -24,7 +24,7 @@ B = TypeVar("B", bound=Body)
 
 
 def read_body(content: bytes, schema: type[B]) -> B:
-    """Read a JSON object; ApiError names the first field that is wrong, and says what is wrong with each."""
+    """Read a JSON object; ApiError names the first field that is wrong, and lists all mistakes."""
     try:
         given = from_json(content, allow_inf_nan=False)
     except ValueError as error:

@@ -11,7 +11,7 @@ from gemmule.inference.kv_cache import CacheSize, pages_of, window_pages
 from gemmule.inference.pages import KINDS, PAGE, numbers_per_layer
 from gemmule.model.config import Gemma3Config, Kind
 
-# The share of the available memory that the caches of all models get together, where nothing else is said.
+# The share of the available memory that the caches of all models get together by default.
 SHARE = 0.25
 # Pages of local layers that are kept for later requests, per page of global layers: a window at every fourth, and as
 # many again where turns end.

@@ -1,7 +1,7 @@
 """Replies of /v1/chat/completions: whole, and in chunks."""
 
-import json
 from collections.abc import Iterator
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from gemmule.inference.sampling import LogProbabilities
@@ -44,13 +44,13 @@ class ChatFormat:
         if part.finish:
             yield {"index": choice, "delta": {}, "logprobs": None, "finish_reason": part.finish}
 
-    def plain_chunk(self, choice: int, part: Part) -> bytes | None:
+    def plain_chunk(self, choice: int, part: Part) -> str | None:
         """Return the JSON of the one chunk of a part that is text alone, in the middle of a choice; else None."""
         body = self._generation.body
         if part.finish or body.likeliest is not None or body.return_token_ids:
             return None
-        text = json.dumps(part.text)
-        return f'{{"index":{choice},"delta":{{"content":{text}}},"logprobs":null,"finish_reason":null}}'.encode()
+        text = encode_basestring_ascii(part.text)
+        return f'{{"index":{choice},"delta":{{"content":{text}}},"logprobs":null,"finish_reason":null}}'
 
     def whole(self, choice: int, part: Part) -> dict[str, Any]:
         """Return a choice of the whole reply."""

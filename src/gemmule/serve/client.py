@@ -16,7 +16,7 @@ _CONNECT_SECONDS, _READ_SECONDS = 10.0, 600.0
 
 
 class RemoteModel:
-    """Replies through a server: Gemmule's with token ids, another one of OpenAI's API with what it tells."""
+    """Replies through a server: Gemmule's with token ids, another one of OpenAI's API with what it returns."""
 
     def __init__(self, url: str, model: str | None = None, key: bytes | None = None, chats: bool | None = None) -> None:
         """Ask the server for its models; UserError where none answers, or it has no model of that name."""
@@ -37,6 +37,8 @@ class RemoteModel:
         self.chats = bool(described.get("chats", True)) if chats is None else chats
         context = described.get("context", described.get("max_model_len"))
         self.context: int | None = context if isinstance(context, int) else None
+        trained = described.get("trained_context")
+        self.trained_context: int | None = trained if isinstance(trained, int) else None
         self.fingerprint: str | None = described.get("fingerprint")
         self._start: list[int] | None = None
 
@@ -90,7 +92,11 @@ class RemoteModel:
                 raise UserError(f"{self._url}: {_message(event)}")
             self.fingerprint = event.get("system_fingerprint") or self.fingerprint
             now = time.monotonic()
+            if (prompt := event.get("prompt_token_ids")) is not None:
+                yield Chunk("", prompt=tuple(prompt))
             for choice in event.get("choices", ()):
+                if (prompt := choice.get("prompt_token_ids")) is not None:
+                    yield Chunk("", prompt=tuple(prompt))
                 finish = choice.get("finish_reason") or finish
                 text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
                 tokens = tuple(choice.get("token_ids") or ())
@@ -103,7 +109,7 @@ class RemoteModel:
         raise HTTPException("the stream ended before its end")
 
     def _prompt(self, pieces: Sequence[Piece]) -> list[int] | str:
-        """Return the text so far: its tokens where the server tells them, and takes them."""
+        """Return the text so far: its tokens where the server returns them, and takes them."""
         if not self._own:
             return "".join(piece.text for piece in pieces)
         if self._start is None:
@@ -123,8 +129,8 @@ class RemoteModel:
         if model is None and len(models) == 1:
             return dict(next(iter(models.values())))
         if model not in models:
-            said = "name a MODEL" if model is None else f"it serves no model {model!r}"
-            raise UserError(f"--url {self._url}: {said}; there are {', '.join(models) or 'none'}")
+            reason = "name a MODEL" if model is None else f"it serves no model {model!r}"
+            raise UserError(f"--url {self._url}: {reason}; there are {', '.join(models) or 'none'}")
         return dict(models[model])
 
     def _ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
@@ -187,5 +193,5 @@ def _message(answer: Any) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    said = error.strerror if isinstance(error, OSError) else None
-    return str(said or error or type(error).__name__)
+    reason = error.strerror if isinstance(error, OSError) else None
+    return str(reason or error or type(error).__name__)

@@ -1,29 +1,30 @@
-"""The thread that owns the models: it takes requests from an inbox, steps the engines, and hands out what they said."""
+"""The thread that owns the models: it takes requests from an inbox, steps the engines, and hands over their tokens."""
 
 import asyncio
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gemmule.errors import GemmuleError, UserError
-from gemmule.inference.engine import Engine, TokenEvent
+from gemmule.inference.engine import Engine
+from gemmule.inference.kv_cache import CacheTooSmallError
 from gemmule.inference.requests import SequenceState
-from gemmule.serve.failures import ApiError
+from gemmule.serve.failures import ApiError, invalid
 from gemmule.serve.metrics import Metrics
 from gemmule.serve.models import ServedModel, load_model
-from gemmule.serve.replies import Reply, Update
+from gemmule.serve.replies import Got, Reply
 from gemmule.serve.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
-# What was said is handed to the event loop so often at most. Small models take thousands of steps per second, and to
-# wake the loop after each would cost more than the step.
-_HAND_OUT_SECONDS = 0.008
+# The first and the last token of a sequence are handed to the event loop at once, those between so often at most: small
+# models take thousands of steps per second, and to write to each client after each step costs more than the step.
+HAND_OVER_SECONDS = 0.02
 
-Step = tuple[Sequence[TokenEvent], float]  # what a step said, and time.monotonic() at its end
+Tokens = Mapping[SequenceState, Sequence[Got]]  # by the sequences that got them
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class EngineThread:
         # The event loop's own: who waits for each sequence, and as which choice.
         self._readers: dict[SequenceState, tuple[Reply, int]] = {}
         # The thread's own.
-        self._held: list[Step] = []
-        self._handed_out = 0.0
+        self._held: dict[SequenceState, list[Got]] = {}
+        self._handed_over = 0.0
         self._unadmitted: dict[SequenceState, Reply] = {}
         self._engines: dict[Engine, ServedModel] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -119,7 +120,7 @@ class EngineThread:
         self.running = False
         if not isinstance(error, UserError):
             log.exception("the engine's thread failed")
-        self._hand_out()
+        self._hand_over_all()
         failed = ApiError(500, "the engine failed; the server ends", code="engine_failed")
         for each in self._inbox:
             if isinstance(each, _Submission):
@@ -130,7 +131,7 @@ class EngineThread:
     def _turn(self) -> None:
         """Take in what came, and step every engine that has work."""
         if all(engine.idle for engine in self._engines):
-            self._hand_out()
+            self._hand_over_all()
             with self._bell:
                 self._bell.wait_for(lambda: self._inbox or self._stopping)
         while self._inbox:
@@ -140,16 +141,20 @@ class EngineThread:
                 self._step(engine)
             elif self._engines[engine] not in self.models.values():
                 del self._engines[engine]  # of a checkpoint that another one replaced
-        if time.monotonic() - self._handed_out >= _HAND_OUT_SECONDS:
-            self._hand_out()
+        if time.monotonic() - self._handed_over >= HAND_OVER_SECONDS:
+            self._hand_over_all()
 
-    def _hand_out(self) -> None:
-        """Give the event loop what was said since the last time."""
-        self._handed_out = time.monotonic()
+    def _hand_over_all(self) -> None:
+        """Give the event loop all tokens that it does not have yet."""
+        self._handed_over = time.monotonic()
         self._metrics.observe_engines(self._engines)
-        if self._held:
-            self._call(self._deliver, self._held)
-            self._held = []
+        held, self._held = self._held, {}
+        self._hand_over(held)
+
+    def _hand_over(self, tokens: Tokens) -> None:
+        """Give the event loop tokens; it is woken once for all of them."""
+        if tokens:
+            self._call(self._deliver, tokens)
 
     def _receive(self, given: "_Submission | Reply | ServedModel") -> None:
         if isinstance(given, ServedModel):
@@ -174,7 +179,7 @@ class EngineThread:
                     reply.sequences.append(sequence)
         except (UserError, ValueError) as error:
             self._cancel(reply)
-            self._call(_refuse, given.accepted, ApiError(400, str(error), code="invalid_value"))
+            self._call(_refuse, given.accepted, _refusal_of(error, given))
         else:
             self._call(self._accept, given)
 
@@ -188,8 +193,13 @@ class EngineThread:
         began = time.monotonic()
         events = engine.step()
         if events:
-            self._held.append((events, time.monotonic()))
+            moment, hurried = time.monotonic(), []
+            for sequence, event in events:
+                self._held.setdefault(sequence, []).append(Got(event, moment))
+                if sequence.finish or len(sequence.generated) == 1:
+                    hurried.append(sequence)
             self._metrics.observe_step(len(events))
+            self._hand_over({sequence: self._held.pop(sequence) for sequence in hurried})
         self._note_admissions(engine, began)
 
     def _note_admissions(self, engine: Engine, moment: float) -> None:
@@ -219,25 +229,20 @@ class EngineThread:
             self._readers |= {sequence: (reply, choice) for choice, sequence in enumerate(reply.sequences)}
             given.accepted.set_result(None)
 
-    def _deliver(self, steps: Sequence[Step]) -> None:
-        for events, moment in steps:
-            for sequence, said in events:
-                if (reader := self._readers.get(sequence)) is None:
-                    continue
-                reply, choice = reader
-                if said is not None:
-                    finish = said.finish
-                    reply.deliver(Update(choice, *said, sequence.cached, sequence.prompt_log_probabilities, moment))
-                elif sequence.error is None:
-                    finish = sequence.finish
-                    before = sequence.prompt_log_probabilities
-                    reply.deliver(Update(choice, None, "", finish, None, sequence.cached, before, moment))
-                else:
-                    reply.fail(_error_of(sequence.error))
-                    self.cancel(reply)
-                    continue
-                if finish:
-                    del self._readers[sequence]
+    def _deliver(self, tokens: Tokens) -> None:
+        for sequence, given in tokens.items():
+            if (reader := self._readers.get(sequence)) is None:
+                continue
+            reply, choice = reader
+            last = given[-1].event
+            if last is None and sequence.error is not None:
+                reply.deliver(choice, sequence, given[:-1])
+                reply.fail(_error_of(sequence.error))
+                self.cancel(reply)
+                continue
+            reply.deliver(choice, sequence, given)
+            if last is None or last.finish:
+                del self._readers[sequence]
 
     def _fail_readers(self, error: ApiError) -> None:
         for reply, _ in self._readers.values():
@@ -246,8 +251,16 @@ class EngineThread:
 
 def _error_of(error: GemmuleError) -> ApiError:
     if isinstance(error, UserError):
-        return ApiError(400, str(error), code="invalid_value")
+        return invalid(None, str(error))
     return ApiError(500, str(error), code="generation_failed")
+
+
+def _refusal_of(error: Exception, given: _Submission) -> ApiError:
+    if isinstance(error, CacheTooSmallError):
+        advice = "ask for fewer replies, or for shorter ones with max_tokens"
+        param = "max_tokens" if given.reply.samples == 1 else "n"
+        return invalid(param, f"{error}, it keeps {given.served.bound.tokens} tokens; {advice}", "cache_too_small")
+    return invalid(None, str(error))
 
 
 def _refuse(accepted: "asyncio.Future[None]", error: ApiError) -> None:

@@ -23,7 +23,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
-        # OpenAI's client repeats some errors by itself, unless it is told not to.
+        # OpenAI's client repeats some errors by itself, unless a header forbids it.
         retried = status in _RETRIED
         self.headers = {"retry-after": str(RETRY_AFTER)} if retried else {"x-should-retry": "false"}
         self.headers |= headers or {}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from gemmule.errors import GemmuleError, UserError
 from gemmule.reading import local_path
-from gemmule.run_folder import RECIPE_FILE
 from gemmule.serve.engine_thread import EngineThread
 from gemmule.serve.models import load_model
 from gemmule.serve.settings import ServerSettings
@@ -17,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def check_followed(settings: ServerSettings) -> None:
-    """Raise UserError for a model that is no run, and so has no newer checkpoints."""
-    for spec in settings.models:
-        if not (local_path(spec.model) / RECIPE_FILE).is_file():
-            raise UserError(f"--follow: MODEL {spec.model} is no run folder; name one, or leave --follow out")
+    """Raise UserError where no model is a run, which alone has newer checkpoints."""
+    if not any(map(settings.follows, settings.models)):
+        named = ", ".join(spec.model for spec in settings.models)
+        raise UserError(f"--follow: {named} is no run folder; name one, or leave --follow out")
 
 
 async def follow(engine: EngineThread, settings: ServerSettings, note: Callable[[str], None]) -> None:
@@ -28,7 +27,7 @@ async def follow(engine: EngineThread, settings: ServerSettings, note: Callable[
     seen: dict[str, Path] = {}
     while True:
         await asyncio.sleep(settings.follow_seconds)
-        for spec in settings.models:
+        for spec in filter(settings.follows, settings.models):
             served, found = engine.models.get(spec.id), checkpoints(local_path(spec.model))
             if served is None or not found or found[0] in (served.path, seen.get(spec.id)):
                 continue

@@ -46,7 +46,7 @@ class Generation:
         }
 
     def usage(self) -> dict[str, Any]:
-        """Return how many tokens were read and said."""
+        """Return how many tokens were read and generated."""
         read = sum(len(prompt.ids) for prompt in self.prompts)
         return {
             "prompt_tokens": read,
@@ -87,16 +87,9 @@ def make_generation(kind: str, served: ServedModel, body: Sampled, prompts: list
     sampling = _sampling(served, body)
     stops, constraint = _stops(served, body, limits), constraint_of(body)
     requests = [_request(served, body, prompt, sampling, seed, stops, constraint) for prompt in prompts]
-    need = [served.engine.cache.need(request.positions, served.engine.chunk) for request in requests]
-    for request, pages in zip(requests, need, strict=True):
-        if not served.engine.cache.could_fit(pages, samples):
-            raise invalid(
-                "max_tokens" if samples == 1 else "n",
-                f"{samples} replies of up to {request.positions} tokens, prompt included: the KV cache keeps "
-                f"{served.bound.tokens}; ask for fewer, or for shorter ones with max_tokens",
-                "cache_too_small",
-            )
-    return Generation(f"{kind}-{secrets.token_hex(12)}", served, body, prompts, Reply(requests), seed)
+    return Generation(
+        f"{kind}-{secrets.token_hex(12)}", served, body, prompts, Reply(requests, streamed=bool(body.stream)), seed
+    )
 
 
 def _request(

@@ -115,8 +115,8 @@ class Guard:
         scheme, _, key = given.partition(b" ")
         known = [hmac.compare_digest(key.strip(), each) for each in self._settings.api_keys]  # all, in constant time
         if scheme.lower() != b"bearer" or not any(known):
-            said = "wrong" if key else "missing"
-            message = f"the API key is {said}; send it as a header: Authorization: Bearer KEY"
+            state = "wrong" if key else "missing"
+            message = f"the API key is {state}; send it as a header: Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
     def _is_ours(self, name: str) -> bool:

@@ -1,23 +1,25 @@
-"""A model of this process that chats, without HTTP: one engine over all turns; and the replay of what it said."""
+"""A model of this process that chats, without HTTP: one engine over all turns; and the replay of its replies."""
 
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from gemmule.errors import ModelError
-from gemmule.inference.conversation import Chunk, Conversation, Piece, ReplySettings, Usage, encode_piece, prompt_ids
+from gemmule.inference.conversation import Chunk, Piece, ReplySettings, Usage, encode_piece, prompt_ids
+from gemmule.inference.engine import step_or_raise
 from gemmule.inference.requests import Request
 from gemmule.serve.models import ServedModel
 
 
 class LocalModel:
-    """Replies in the caller's thread; turns that were read or said before are taken from the engine's cache."""
+    """Replies in the caller's thread; earlier turns are taken from the engine's cache."""
 
     def __init__(self, served: ServedModel, chats: bool | None = None) -> None:
         """Take a model; `chats` is by default whether it has a chat template."""
         self.served = served
         self.chats = served.chats if chats is None else chats
         self.context: int | None = served.context
+        self.trained_context = served.trained_context
         self.fingerprint: str | None = served.fingerprint
         self._stopped = False
 
@@ -38,15 +40,13 @@ class LocalModel:
         """Yield a reply to the tokens that the model reads; errors as in `reply`."""
         engine, request = self.served.engine, self._request(ids, settings, seed)
         self._stopped = False
+        yield Chunk("", prompt=request.prompt)
         (sequence,) = engine.submit(request)
         started = first = time.monotonic()
         usage = Usage(len(ids), 0, 0, 0.0)
         try:
             while not engine.idle:
-                for _, event in engine.step():
-                    if event is None:
-                        assert sequence.error is not None
-                        raise sequence.error
+                for _, event in step_or_raise(engine):
                     now = time.monotonic()
                     first = now if first == started else first
                     usage = Usage(len(ids), sequence.cached, len(sequence.generated), now - first)
@@ -83,39 +83,31 @@ class LocalModel:
 
 
 class Repetition(NamedTuple):
-    """How a piece of the model compares with its repetition; `differs` is the first token that is another, from 0."""
+    """How a reply compares with its repetition; `differs` is the first token that is another, from 0."""
 
-    piece: int  # its number in the conversation, from 0
     expected: list[int]
     generated: list[int]
     differs: int | None
-    fingerprint: str | None  # that was written beside it
 
 
-def replay(model: LocalModel, conversation: Conversation) -> Iterator[Repetition]:
-    """Repeat each piece that the model generated, from what is written beside it; errors as in `LocalModel.reply`."""
-    for number, piece in enumerate(conversation.pieces):
-        if not piece.generated:
-            continue
-        assert piece.tokens is not None
-        assert piece.seed is not None
-        settings = (piece.settings or ReplySettings()).replace(max_tokens=max(1, len(piece.tokens)))
-        ids = piece.prompt_tokens
-        if ids is None:
-            before = conversation.path(number)[:-1]
-            pieces = [_with_finish(conversation.pieces[each], model) for each in before]
-            ids = prompt_ids(model.served.tokenizer, pieces, conversation.chat, settings.system)
-        generated = [token for chunk in model.complete(ids, settings, piece.seed) for token in chunk.tokens]
-        generated = generated[: len(piece.tokens)]
-        yield Repetition(number, piece.tokens, generated, _first_difference(piece.tokens, generated), piece.fingerprint)
+def repeat(model: LocalModel, reply: Piece) -> Repetition:
+    """Generate a reply once more, from what is written beside it, and compare; errors as in `LocalModel.reply`.
 
-
-def _with_finish(piece: Piece, model: LocalModel) -> Piece:
-    """Return a piece that says whether a stop token ended it, also where its writer did not."""
-    if piece.author == "user" or piece.finish is not None or not piece.tokens:
-        return piece
-    ended = piece.tokens[-1] in model.served.stops
-    return Piece("model", piece.text, piece.tokens, piece.settings, finish="stop" if ended else "length")
+    Of one that the model ended, the end is compared, too: the repetition has a token more where it does not end there.
+    """
+    assert reply.tokens is not None
+    assert reply.prompt is not None
+    assert reply.seed is not None
+    ended = reply.finish == "stop"
+    settings = (reply.settings or ReplySettings()).replace(max_tokens=max(1, len(reply.tokens) + ended))
+    generated: list[int] = []
+    finish = None
+    for chunk in model.complete(reply.prompt, settings, reply.seed):
+        generated += chunk.tokens
+        finish = chunk.finish or finish
+    if finish == "stop" or not ended:
+        generated = generated[: len(reply.tokens)]
+    return Repetition(reply.tokens, generated, _first_difference(reply.tokens, generated))
 
 
 def _first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -20,6 +20,8 @@ from gemmule.inference.quantize import Int8, named_weights
 from gemmule.inference.requests import Request
 from gemmule.inference.runners import Decoding, cache_dtype
 from gemmule.model.gemma3 import Gemma3
+from gemmule.reading import local_path
+from gemmule.run_folder import RunFolder, run_of, step_of
 from gemmule.serve.cache_size import SHARE, CacheBound, available_memory, cache_bound
 from gemmule.serve.settings import ModelSpec, ServerSettings
 from gemmule.tokenizer import Tokenizer
@@ -47,7 +49,9 @@ class ServedModel:
     stops: frozenset[int]
     fingerprint: str
     created: int
-    _bytes: dict[int, bytes] = field(default_factory=dict)
+    trained_context: int | None = None  # sequence length of training, where the run is known
+    run: str | None = None  # name of the run folder, which no other run has that is served
+    followed: bool = False  # whether newer checkpoints take its place
 
     def described(self) -> dict[str, Any]:
         """Return the model as /v1/models lists it."""
@@ -58,6 +62,7 @@ class ServedModel:
             "owned_by": "gemmule",
             "context": self.context,
             "max_model_len": self.context,  # its name in vLLM
+            "trained_context": self.trained_context,
             "parameters": self.parameters,
             "format": self.format,
             "decoding": self.engine.decoding,
@@ -65,7 +70,10 @@ class ServedModel:
             # Whether a reply depends on the request alone, bit for bit.
             "reproducible": self.engine.decoding == "native",
             "fingerprint": self.fingerprint,
+            "run": self.run,
             "checkpoint": self.path.name,
+            "step": step_of(self.path),
+            "followed": self.followed,
         }
 
     @cached_property
@@ -75,11 +83,7 @@ class ServedModel:
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that a token stands for; a special token has its name."""
-        known = self._bytes.get(token)
-        if known is None:
-            known = self.tokenizer.piece(token) or self.tokenizer.decode([token], specials=True).encode()
-            self._bytes[token] = known
-        return known
+        return self.tokenizer.piece(token) or self.tokenizer.decode([token], specials=True).encode()
 
 
 def load_model(spec: ModelSpec, settings: ServerSettings, count: int = 1) -> ServedModel:
@@ -101,6 +105,7 @@ def load_model(spec: ModelSpec, settings: ServerSettings, count: int = 1) -> Ser
     bound = cache_bound(network.config, available, settings.max_rows, longest, chunk, cache_dtype(network, decoding))
     engine = Engine(network, settings.max_rows, longest, decoding, tokenizer=tokenizer, size=bound.size, chunk=chunk)
     warm(engine)
+    run = run_of(path.resolve())
     return ServedModel(
         id=spec.id,
         path=path,
@@ -115,6 +120,9 @@ def load_model(spec: ModelSpec, settings: ServerSettings, count: int = 1) -> Ser
         stops=stop_tokens(tokenizer),
         fingerprint=model_fingerprint(network, tokenizer, decoding),
         created=int(time.time()),
+        trained_context=None if run is None else run.trained_context(),
+        run=None if run is None else _run_name(run, settings),
+        followed=settings.follows(spec),
     )
 
 
@@ -133,3 +141,10 @@ def model_fingerprint(network: Gemma3, tokenizer: Tokenizer, decoding: Decoding)
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return f"fp_{found.hexdigest()}"
+
+
+def _run_name(run: RunFolder, settings: ServerSettings) -> str:
+    """Return the name of a run folder, with its parent's where another run that is served has the same one."""
+    runs = [run_of(local_path(spec.model).resolve()) for spec in settings.models]
+    unique = all(each.path == run.path for each in runs if each is not None and each.path.name == run.path.name)
+    return run.path.name if unique else f"{run.path.parent.name}/{run.path.name}"

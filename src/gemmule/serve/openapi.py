@@ -202,6 +202,7 @@ def _object(required: Schema, **optional: Any) -> Schema:
 
 _TEXT, _COUNT, _FLAG = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
 _TEXT_OR_NULL: Schema = {"type": ["string", "null"]}
+_COUNT_OR_NULL: Schema = {"type": ["integer", "null"], "minimum": 0}
 _IDS = {"type": "array", "items": _COUNT}
 _NUMBERS = {"type": "object", "additionalProperties": {"type": "number"}}
 _ANY: Schema = {"type": ["object", "null"]}
@@ -234,11 +235,16 @@ _MODEL = _object(
         "created": _COUNT,
         "owned_by": _TEXT,
         "context": _COUNT,
+        "trained_context": _COUNT_OR_NULL,
         "parameters": _COUNT,
         "format": _TEXT,
         "chats": _FLAG,
         "reproducible": _FLAG,
         "fingerprint": _TEXT,
+        "run": _TEXT_OR_NULL,
+        "checkpoint": _TEXT,
+        "step": _COUNT_OR_NULL,
+        "followed": _FLAG,
     }
 )
 _ANSWERS: dict[str, Schema] = {

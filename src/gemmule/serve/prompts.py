@@ -1,4 +1,4 @@
-"""From what a request says to token ids."""
+"""From the text, messages or ids of a request to the token ids of its prompts."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -126,7 +126,7 @@ def _check_place(number: int, role: str, before: Sequence[str]) -> None:
     if role == "system" and before:
         raise invalid(place, f"{place}: a {role} message after others; put it first")
     if role == "assistant" and before in ([], ["system"]):
-        raise invalid(place, f"{place}: the assistant speaks first; begin with a user's message")
+        raise invalid(place, f"{place}: the assistant comes first; begin with a user's message")
 
 
 def _text_of(message: Message) -> str:

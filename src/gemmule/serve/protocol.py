@@ -16,6 +16,7 @@ DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it
 
 Ignored = Annotated[Any, Field(description="accepted, without effect")]
 TOKEN_ID_BOUND = 2**31 - 1  # of ids before a vocabulary is asked
+_NO_TOOLS = "tools are not supported; send turns of user and assistant"
 
 
 def _whole(number: Any) -> Any:
@@ -60,7 +61,7 @@ class Body(BaseModel):
 class StreamOptions(Body):
     """How a reply is streamed."""
 
-    include_usage: bool | None = Field(None, description="the last chunk tells how many tokens there were")
+    include_usage: bool | None = Field(None, description="the last chunk reports the number of tokens")
     include_obfuscation: Ignored = None
 
 
@@ -117,7 +118,7 @@ class Sampled(Body):
         | None
     ) = Field(None, description="is added to the logits of single tokens")
     seed: Annotated[int, Field(ge=0, le=LARGEST_REQUEST_SEED), WHOLE] | None = Field(
-        None, description="repeats a reply; without one the reply tells which it got"
+        None, description="repeats a reply; without one it is drawn, and returned"
     )
     stop: (
         Annotated[
@@ -135,8 +136,8 @@ class Sampled(Body):
     response_format: ResponseFormat | None = Field(None, description="text, any JSON object, or that of a schema")
     regex: str | None = Field(None, description="a regular expression that the whole reply matches")
     grammar: str | None = Field(None, description="a grammar (llguidance's Lark) that the reply matches")
-    return_token_ids: bool | None = Field(None, description="tell the ids of prompt and reply")
-    timings: bool | None = Field(None, description="tell how long the parts of the work took")
+    return_token_ids: bool | None = Field(None, description="return the ids of prompt and reply")
+    timings: bool | None = Field(None, description="return how long the parts of the work took")
     user: Ignored = None
     store: Ignored = None
     metadata: Ignored = None
@@ -158,7 +159,7 @@ class Sampled(Body):
     @property
     @abstractmethod
     def likeliest(self) -> int | None:
-        """How many alternatives are told beside each token; None where no log-probabilities are."""
+        """How many alternatives are returned beside each token; None for no log-probabilities."""
 
     def problems(self) -> Iterator[ApiError]:
         """Yield what is wrong with fields together."""
@@ -195,7 +196,7 @@ class CompletionBody(Sampled):
     )
     echo: bool | None = Field(None, description="begin with the prompt")
     logprobs: TopCount | None = Field(
-        None, description="tell log-probabilities of each token and of so many likeliest ones"
+        None, description="return log-probabilities of each token and of so many likeliest ones"
     )
     best_of: Annotated[int, Field(ge=1), WHOLE] | None = Field(None, description="no more than n")
     suffix: Ignored = None
@@ -207,7 +208,7 @@ class CompletionBody(Sampled):
 
     @property
     def likeliest(self) -> int | None:
-        """How many alternatives are told beside each token; None where no log-probabilities are."""
+        """How many alternatives are returned beside each token; None for no log-probabilities."""
         return self.logprobs
 
     def problems(self) -> Iterator[ApiError]:
@@ -230,8 +231,8 @@ class Message(Body):
     """A turn of a conversation, or the system's text."""
 
     unsupported: ClassVar[Mapping[str, str]] = {
-        "tool_calls": "tools are not supported; send turns of user and assistant",
-        "function_call": "tools are not supported; send turns of user and assistant",
+        "tool_calls": _NO_TOOLS,
+        "function_call": _NO_TOOLS,
         "audio": "the model reads text alone",
     }
 
@@ -262,7 +263,7 @@ class ChatBody(Sampled):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = Field(
         None, description="max_tokens under its newer name"
     )
-    logprobs: bool | None = Field(None, description="tell log-probabilities of each token")
+    logprobs: bool | None = Field(None, description="return log-probabilities of each token")
     top_logprobs: TopCount | None = Field(None, description="and of so many likeliest ones; 0")
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: Ignored = None
@@ -277,7 +278,7 @@ class ChatBody(Sampled):
 
     @property
     def likeliest(self) -> int | None:
-        """How many alternatives are told beside each token; None where no log-probabilities are."""
+        """How many alternatives are returned beside each token; None for no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def problems(self) -> Iterator[ApiError]:
@@ -293,7 +294,7 @@ class ChatBody(Sampled):
 def _refuse_parts(number: int, message: Mapping[str, Any]) -> None:
     place = f"messages[{number}]"
     if message.get("role") in ("tool", "function"):
-        raise unsupported(f"{place}.role", f"{place}: tools are not supported; send turns of user and assistant")
+        raise unsupported(f"{place}.role", f"{place}: {_NO_TOOLS}")
     for name, advice in Message.unsupported.items():
         if message.get(name):
             raise unsupported(f"{place}.{name}", f"{place}: {advice}")
@@ -316,7 +317,7 @@ class TokenizeBody(Body):
     )
     add_special_tokens: bool | None = Field(None, description="begin a text with bos where the model does; true")
     add_generation_prompt: bool | None = Field(None, description="end messages with the start of a reply; true")
-    return_token_strs: bool | None = Field(None, description="tell each token's text, too")
+    return_token_strs: bool | None = Field(None, description="return each token's text, too")
 
     def problems(self) -> Iterator[ApiError]:
         """Yield what is wrong with fields together."""

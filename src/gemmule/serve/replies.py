@@ -1,4 +1,4 @@
-"""What the engine's thread hands to the event loop: the parts of a reply, joined while nobody takes them."""
+"""What the engine's thread hands over to the event loop: the parts of a reply, joined while nobody takes them."""
 
 import asyncio
 import time
@@ -7,28 +7,20 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gemmule.inference.engine import Engine
-from gemmule.inference.requests import Request, SequenceState
+from gemmule.inference.requests import Event, Request, SequenceState
 from gemmule.inference.sampling import LogProbabilities
 from gemmule.serve.failures import ApiError
 
 
-class Update(NamedTuple):
-    """One token of a choice, as the engine's thread saw it."""
+class Got(NamedTuple):
+    """What a sequence got in a step, as in `TokenEvent`, and time.monotonic() at the end of that step."""
 
-    choice: int
-    token: int | None  # None where only the prompt was read
-    text: str
-    finish: str | None
-    scores: LogProbabilities | None
-    cached: int  # tokens of the prompt that were known already
-    prompt_scores: Sequence[LogProbabilities]
-    moment: float  # time.monotonic() at the end of its step
+    event: Event | None
+    moment: float
 
 
 # Tokens of each choice that wait as parts of their own; more are joined, since then the client is slow.
-_SEPARATE = 128
-# Gaps between tokens that are observed at once.
-_OBSERVED = 64
+_SEPARATE = 512
 
 
 @dataclass(slots=True)
@@ -41,10 +33,10 @@ class Part:
     finish: str | None = None
 
     @classmethod
-    def of(cls, update: Update) -> "Part":
+    def of(cls, event: Event) -> "Part":
         """Return the part of one token."""
-        tokens = [] if update.token is None else [update.token]
-        return cls(update.text, tokens, [] if update.scores is None else [update.scores], update.finish)
+        scores = event.log_probabilities
+        return cls(event.text, [event.token], [] if scores is None else [scores], event.finish)
 
     def join(self, later: "Part") -> None:
         """Add what came after it."""
@@ -67,11 +59,12 @@ class Times:
 class Reply:
     """All choices of one request, filled by the engine's thread and read in the event loop.
 
-    `requests` has an engine request for each prompt; choice c is sample c % samples of prompt c // samples.
+    `requests` has an engine request for each prompt; choice c is sample c % samples of prompt c // samples. Where it is
+    not `streamed`, its reader is woken when a choice is finished, else also when tokens have come.
     """
 
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self.requests = requests
+    def __init__(self, requests: Sequence[Request], *, streamed: bool) -> None:
+        self.requests, self.streamed = requests, streamed
         self.samples = requests[0].samples
         self.choices = self.samples * len(requests)
         self.cached = [0] * len(requests)
@@ -80,42 +73,43 @@ class Reply:
         self.times = Times(time.monotonic())
         self.error: ApiError | None = None
         self.left = self.choices
-        self.gaps: list[float] = []  # seconds between tokens of a choice, until they are observed
-        self.observe_gaps: Callable[[Iterable[float]], None] | None = None
-        self._last: dict[int, float] = {}  # by choice
+        self.observe_gap: Callable[[float], None] = lambda _: None  # called with the seconds between two tokens
+        self._last: dict[int, float] = {}  # when each choice got its last token
         self._parts: list[tuple[int, Part]] = []  # with their choices
         self._ready = asyncio.Event()
         # The engine thread's own, which the event loop does not touch.
         self.sequences: list[SequenceState] = []
         self.engine: Engine | None = None
 
-    def deliver(self, update: Update) -> None:
-        """Add a token; in the event loop."""
-        choice, moment = update.choice, update.moment
+    def deliver(self, choice: int, sequence: SequenceState, given: Sequence[Got]) -> None:
+        """Add what a choice got, in order; in the event loop."""
         last = self._last.get(choice)
-        if last is None:
-            self._begin(update)
-        elif update.token is not None:
-            self.gaps.append(moment - last)
-            if len(self.gaps) >= _OBSERVED and self.observe_gaps is not None:
-                self.observe_gaps(self.gaps)
-                self.gaps.clear()
-        self.generated += update.token is not None
-        self._last[choice] = self.times.last = moment
-        if update.finish:
-            self.left -= 1
-        self._parts.append((choice, Part.of(update)))
+        for event, moment in given:
+            if last is None:
+                self._begin(choice, sequence, moment)
+            else:
+                self.observe_gap(moment - last)
+            last = moment
+            part = Part(finish=sequence.finish) if event is None else Part.of(event)
+            self._parts.append((choice, part))
+            self.generated += len(part.tokens)
+            if part.finish:
+                self.left -= 1
+                self._ready.set()
+        if last is not None:
+            self._last[choice] = self.times.last = last
         if len(self._parts) > _SEPARATE * self.choices:
             self._parts = [*join_parts(self._parts).items()]
-        self._ready.set()
+        if self.streamed:
+            self._ready.set()
 
-    def _begin(self, update: Update) -> None:
+    def _begin(self, choice: int, sequence: SequenceState, moment: float) -> None:
         """Note what the first token of a choice brings."""
-        prompt, sample = divmod(update.choice, self.samples)
-        self.cached[prompt] = update.cached
+        prompt, sample = divmod(choice, self.samples)
+        self.cached[prompt] = sequence.cached
         if sample == 0:
-            self.prompt_scores[prompt] = update.prompt_scores
-        self.times.first = self.times.first or update.moment
+            self.prompt_scores[prompt] = sequence.prompt_log_probabilities
+        self.times.first = self.times.first or moment
 
     def fail(self, error: ApiError) -> None:
         """End with an error; in the event loop."""

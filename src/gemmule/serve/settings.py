@@ -1,4 +1,4 @@
-"""What the server is told at its start."""
+"""The settings of a server."""
 
 import re
 from collections.abc import Sequence
@@ -9,6 +9,8 @@ from typing import NamedTuple
 from gemmule.errors import UserError
 from gemmule.inference.engine import MAX_ROWS
 from gemmule.inference.runners import Decoding
+from gemmule.reading import local_path, path_kind
+from gemmule.run_folder import RECIPE_FILE
 
 LOOPBACK = "127.0.0.1"
 LOOPBACK_NAMES = frozenset({LOOPBACK, "localhost", "::1"})
@@ -63,6 +65,10 @@ class ServerSettings:
     follow: bool = False
     follow_seconds: float = 2.0  # between two looks for a newer checkpoint
     access_log: bool = True
+
+    def follows(self, spec: ModelSpec) -> bool:
+        """Whether newer checkpoints of a MODEL are taken up: with --follow those of run folders are."""
+        return self.follow and path_kind(local_path(spec.model) / RECIPE_FILE) == "file"
 
 
 def name_models(models: Sequence[str]) -> tuple[ModelSpec, ...]:

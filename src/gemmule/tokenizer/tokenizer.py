@@ -44,6 +44,7 @@ class Tokenizer:
         self._config = dict(config)
         self._library = _open_library(document)
         self._library.encode_special_tokens = True
+        self._known_pieces: dict[int, bytes] = {}  # of the tokens that occurred
         self.bos_id = self._special_id("bos_token")
         self.eos_id = self._special_id("eos_token")
         self.pad_id = self._special_id("pad_token")
@@ -56,10 +57,12 @@ class Tokenizer:
         """Load a tokenizer.json or a folder with one; TokenizerError where it is missing or damaged."""
         file = path / TOKENIZER_FILE if path_kind(path, TokenizerError) == "folder" else path
         document = _read_text(file)
+        if document is None:
+            raise TokenizerError(f"tokenizer {file}: no such file")
         config = _read_config(file.with_name(CONFIG_FILE))
-        template = file.with_name(TEMPLATE_FILE)  # where newer folders have it; kept in the config
-        if path_kind(template, TokenizerError):
-            config["chat_template"] = _read_text(template)
+        template = _read_text(file.with_name(TEMPLATE_FILE))  # where newer folders have it; kept in the config
+        if template is not None:
+            config["chat_template"] = template
         try:
             return cls(document, config)
         except TokenizerError as error:
@@ -177,11 +180,16 @@ class Tokenizer:
         Their sum over `encode(text)` is the length of the text in bytes, for byte-level and byte-fallback vocabularies
         without normalization (ours, Gemma's, GPT-2's).
         """
-        return [len(self.piece(index)) for index in range(self.vocab_size)]
+        return [len(self._read_piece(index)) for index in range(self.vocab_size)]
 
     def piece(self, token: int) -> bytes:
         """Return the bytes that an id stands for within a text; special tokens and unknown ids have none."""
-        text = self._library.id_to_token(token) if 0 <= token < self.vocab_size else None
+        if token not in self._known_pieces and 0 <= token < self.vocab_size:
+            self._known_pieces[token] = self._read_piece(token)
+        return self._known_pieces.get(token, b"")
+
+    def _read_piece(self, token: int) -> bytes:
+        text = self._library.id_to_token(token)
         return b"" if text is None else self._pieces.text(text, token)
 
     @property
@@ -250,10 +258,11 @@ def _open_library(document: str) -> tokenizers.Tokenizer:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    if path_kind(file, TokenizerError) is None:
+    text = _read_text(file)
+    if text is None:
         return {}
     try:
-        config = json.loads(_read_text(file))
+        config = json.loads(text)
         json.dumps(config, ensure_ascii=False).encode()  # lone surrogates could not be written again
     except RecursionError:
         raise TokenizerError(f"tokenizer {file}: nested too deeply; restore it or remove it") from None
@@ -264,14 +273,15 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _read_text(file: Path) -> str:
+def _read_text(file: Path) -> str | None:
+    """Return the text of a file, None where there is no such file."""
     try:
         content = file.read_bytes()
         if is_lfs_pointer(content):
             raise TokenizerError(f"tokenizer {file}: {IS_LFS_POINTER}")
         return content.decode("utf-8-sig")  # editors of some systems put a byte order mark first
     except FileNotFoundError:
-        raise TokenizerError(f"tokenizer {file}: no such file") from None
+        return None
     except UnicodeDecodeError as error:
         raise TokenizerError(f"tokenizer {file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:

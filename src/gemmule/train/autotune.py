@@ -72,12 +72,12 @@ def tune(trial: Trial, settings: TrainSettings) -> TrainSettings:
 
 def settle_precision(trial: Trial, wanted: str) -> Precision:
     """Return the number format to compute in: the one that is named, or on a CPU the one that is faster."""
-    if wanted != AUTO or trial.device.type != "cpu":
-        return choose_precision(wanted, trial.device)
-    seconds = time_precisions(trial)
-    best, other = sorted(seconds, key=lambda precision: seconds[precision])
-    log.info(f"train.precision: {best} is {seconds[other] / seconds[best]:.2f} times as fast as {other} here")
-    return best
+    if wanted == AUTO and trial.device.type == "cpu":
+        seconds = time_precisions(trial)
+        best, other = sorted(seconds, key=lambda precision: seconds[precision])
+        log.info(f"train.precision: {best} is {seconds[other] / seconds[best]:.2f} times as fast as {other} here")
+        return best
+    return choose_precision(wanted, trial.device)
 
 
 def _by_speed(trial: Trial, precision: Precision, compiled: bool) -> list[str]:
@@ -268,11 +268,11 @@ class _Layer:
         at_once = _SCORES_AT_ONCE // (config.num_attention_heads * length * length)
         plain = "reference" if at_once else "sdpa"
         chunks = [slice(first, first + max(1, at_once)) for first in range(0, self.trial.rows, max(1, at_once))]
-        wanted = self._results(plain, "fp32", chunks, compiled=False)
-        usual = wanted if precision == "fp32" else self._results(plain, precision, chunks, compiled=False)
+        formats: set[Precision] = {"fp32", precision}
+        wanted = {each: self._results(plain, each, chunks, compiled=False) for each in formats}
         found = rebuilding(lambda: self._results(kernel, precision, [slice(None)], compiled))
-        for name, expected in wanted.items():
-            allowed = max(_ROOM * _relative_error(usual[name], expected), _ALWAYS_ALLOWED[precision])
+        for name, expected in wanted["fp32"].items():
+            allowed = max(_ROOM * _relative_error(wanted[precision][name], expected), _ALWAYS_ALLOWED[precision])
             yield name, _relative_error(found[name], expected), allowed
 
     def _results(self, kernel: str, precision: Precision, chunks: Sequence[slice], compiled: bool) -> dict[str, Tensor]:

@@ -17,6 +17,9 @@ class Observer:
     def on_progress(self, task: str, done: int, total: int | None) -> None:
         """See how much of a task is done, of how much if that is known."""
 
+    def on_prepare_data(self) -> None:
+        """See that this process is about to prepare the data, which may take more memory than training."""
+
     def on_train_begin(self, recipe: ResolvedRecipe) -> None:
         """See the resolved recipe before the first step."""
 

@@ -6,8 +6,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from gemmule.errors import OutputError
+from gemmule.fields import LARGEST_COUNT
 from gemmule.files import as_output_error, atomic_write, directory_lock, remove
 from gemmule.reading import require_utf8
 from gemmule.run_folder import RunFolder
@@ -35,9 +37,27 @@ _FIXED = re.compile(
 _LEFTOVER = re.compile(r"\.(?!data\.)[\w.-]+\.(partial|old)$")
 
 
+class Extension(NamedTuple):
+    """How much longer a run trains: so many steps, or as many as fit into so many minutes."""
+
+    steps: int | None = None
+    minutes: float | None = None
+
+    def apply(self, recipe: Recipe) -> Recipe:
+        """Return the recipe of the longer run, whose schedule begins anew at the step that was to be the last."""
+        end = recipe.train.steps
+        length = (
+            {"steps": LARGEST_COUNT, "minutes": self.minutes} if self.steps is None else {"steps": end + self.steps}
+        )
+        schedule, train = recipe.schedule.replace(restart_step=end), recipe.train.replace(**length)
+        return recipe.replace(schedule=schedule, train=train)
+
+
 @contextmanager
-def claim_run(recipe: Recipe, out: Path, resume: bool, allow_changes: bool = False) -> Iterator[Recipe]:
-    """Lock the run folder `out` and yield the recipe to follow: its own where a run is resumed.
+def claim_run(
+    recipe: Recipe, out: Path, resume: bool, allow_changes: bool = False, extend: Extension | None = None
+) -> Iterator[Recipe]:
+    """Lock the run folder `out` and yield the recipe to follow: its own where a run is resumed or extended.
 
     OutputError where another process has locked it, or where it holds something else.
     """
@@ -47,20 +67,39 @@ def claim_run(recipe: Recipe, out: Path, resume: bool, allow_changes: bool = Fal
     with as_output_error(out):
         out.mkdir(parents=True, exist_ok=True)
     with directory_lock(out):
-        yield _recipe_to_follow(recipe, RunFolder(out), resume, allow_changes)
+        run = RunFolder(out)
+        followed = _recipe_to_follow(recipe, run, resume, allow_changes or extend is not None)
+        if extend is None:
+            yield followed
+            return
+        if not run.metrics.is_file():
+            raise OutputError(f"--out {out}: has no run to extend yet; train it without --extend first")
+        longer = extend.apply(followed)
+        length = f"{extend.minutes:g} minutes" if extend.steps is None else f"{extend.steps:,} steps"
+        log.info(
+            f"extending the run by {length}: from step {longer.schedule.restart_step:,} on the learning rate warms up "
+            f"and decays anew ({longer.schedule.name})"
+        )
+        yield longer
 
 
 def _recipe_to_follow(recipe: Recipe, run: RunFolder, resume: bool, allow_changes: bool) -> Recipe:
     names = {file.name for file in run.path.iterdir() if not file.name.endswith(".partial")}
     if names and run.recipe.name not in names:
         raise _not_a_run(run.path)
-    if names <= {run.recipe.name}:  # empty, or left by a run that failed before it had read its data
-        with atomic_write(run.recipe) as temporary:
-            write_recipe(recipe, temporary, "The recipe of this run, as given.", given_only=True)
-        return recipe
-    if not resume:
-        advice = f"resume it with --resume, name another folder, or remove it (rm -r {run.path})"
-        raise OutputError(f"--out {run.path}: holds a run already; {advice}")
+    if names - {run.recipe.name}:
+        if not resume:
+            advice = f"resume it with --resume, name another folder, or remove it (rm -r {run.path})"
+            raise OutputError(f"--out {run.path}: holds a run already; {advice}")
+        return _resumed_recipe(recipe, run, allow_changes)
+    # Empty, or left by a run that failed before it had read its data.
+    with atomic_write(run.recipe) as temporary:
+        write_recipe(recipe, temporary, "The recipe of this run, as given.", given_only=True)
+    return recipe
+
+
+def _resumed_recipe(recipe: Recipe, run: RunFolder, allow_changes: bool) -> Recipe:
+    """Return the run's own recipe with the settings of the given one that may change."""
     known = read_recipe(run.recipe, Recipe)
     differing = differences(recipe, known)
     if differing:
@@ -79,11 +118,12 @@ def _recipe_to_follow(recipe: Recipe, run: RunFolder, resume: bool, allow_change
 
 def _with_changes(known: Recipe, given: Recipe) -> Recipe:
     """Take over what --allow-changes allows: the optimizer's and schedule's constants, precision and steps."""
-    changes: dict[str, object] = {"precision": given.train.precision}
-    if given.train.minutes is None:
+    changes: dict[str, object] = {} if given.train.precision == AUTO else {"precision": given.train.precision}
+    restart = known.schedule.restart_step
+    if given.train.minutes is None and not restart:
         changes["steps"] = given.train.steps
-    train = known.train.replace(**changes)
-    return known.replace(optimizer=given.optimizer, schedule=given.schedule, train=train)
+    train, schedule = known.train.replace(**changes), given.schedule.replace(restart_step=restart)
+    return known.replace(optimizer=given.optimizer, schedule=schedule, train=train)
 
 
 def _not_a_run(out: Path) -> OutputError:
@@ -102,8 +142,8 @@ def differences(given: Recipe, stored: Recipe) -> dict[str, str]:
         ignored.add("tokenizer.vocab_size")
     if given.train.precision == AUTO:
         ignored.add("train.precision")
-    if given.train.minutes is not None:
-        ignored |= {"train.minutes", "train.steps"}
+    if given.train.minutes is not None or stored.schedule.restart_step:  # an extended run has steps of its own
+        ignored |= {"train.minutes", "train.steps", "schedule.restart_step"}
     new, old = (
         {
             f"{section}.{key}": value

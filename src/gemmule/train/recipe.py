@@ -31,6 +31,9 @@ class Recipe(Settings):
         if own is not None and self.tokenizer.path is None and own < self.tokenizer.vocab_size:
             advice = f"must be at least tokenizer.vocab_size ({self.tokenizer.vocab_size}); leave it out to follow that"
             yield Problem("model.vocab_size", own, advice)
+        if self.schedule.restart_step and self.schedule.restart_step >= self.train.steps:
+            advice = f"must be before train.steps ({self.train.steps})"
+            yield Problem("schedule.restart_step", self.schedule.restart_step, advice)
         if self.train.context > self.model.max_position_embeddings:
             advice = f"must be at most model.max_position_embeddings ({self.model.max_position_embeddings})"
             yield Problem("train.context", self.train.context, advice)

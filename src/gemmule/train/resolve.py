@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gemmule.data.batches import MixedRows, PackedRows, RowStream
 from gemmule.data.dataset import Dataset
+from gemmule.distributed import World
 from gemmule.errors import RecipeError
 from gemmule.model.gemma3 import Gemma3
 from gemmule.model.init import init_weights, meta_model
@@ -62,7 +63,7 @@ def resolve(
     rows = training_rows(dataset, recipe)  # first, because a corpus may be too short
     if runtime.world.is_main:
         on_progress("comparing number formats and attention kernels", 0, None)
-        recipe = resolve_computation(recipe, runtime)
+        recipe = recipe.replace(train=tune(trial_of(recipe, runtime.device, runtime.world.size), recipe.train))
     recipe = runtime.world.broadcast(recipe)
     runtime = runtime._replace(precision=choose_precision(recipe.train.precision, runtime.device))
     log.info(describe(recipe, runtime))
@@ -71,9 +72,8 @@ def resolve(
     return ResolvedRecipe.model_validate(recipe.model_dump(exclude_unset=True)), runtime
 
 
-def check_ranks(recipe: Recipe, runtime: Runtime) -> None:
+def check_ranks(batch_size: int, world: World) -> None:
     """Raise RecipeError where ranks cannot have equal shares of a step, or machines equally many ranks."""
-    world, batch_size = runtime.world, recipe.train.batch_size
     if batch_size % world.size:
         nearest = max(world.size, batch_size // world.size * world.size)
         advice = f"must be a multiple of the {world.size} processes, such as {nearest}"
@@ -119,11 +119,6 @@ def check_prompts(recipe: Recipe, tokenizer: Tokenizer) -> None:
         raise RecipeError(str(Problem("train.sample_prompts", prompt, advice)))
 
 
-def resolve_computation(recipe: Recipe, runtime: Runtime) -> Recipe:
-    """Settle precision, compilation and attention kernel by trials on this machine."""
-    return recipe.replace(train=tune(trial_of(recipe, runtime.device, runtime.world.size), recipe.train))
-
-
 def trial_of(recipe: Recipe, device: torch.device, ranks: int = 1) -> Trial:
     """Return what a rank of a run computes with, whose vocabulary is resolved."""
     per_rank = recipe.train.batch_size // ranks
@@ -157,26 +152,27 @@ def resolve_steps(
         times.append(time.perf_counter() - began)
     # The lower quartile: other work on the machine makes steps slower, never faster.
     seconds = world.broadcast(statistics.quantiles(times[3:], n=4)[0])
-    steps = max(1, min(settings.steps, int(60 * minutes / seconds)))
+    first = recipe.schedule.restart_step
+    steps = max(1, min(settings.steps - first, int(60 * minutes / seconds)))
     unit = "minute" if minutes == 1 else "minutes"
     log.info(f"one step takes {seconds:.3f} s on this machine: {steps:,} steps fit into {minutes:g} {unit}")
-    return recipe.replace(train=settings.replace(steps=steps, minutes=None))
+    return recipe.replace(train=settings.replace(steps=first + steps, minutes=None))
 
 
 def build(recipe: Recipe, runtime: Runtime, start: Start | None = None) -> TrainState:
     """Build a model on every rank, and its optimizers; its weights are those of `start`, or drawn by the seed."""
-    seed, damp = derive_seed(recipe.train.seed, "weights"), recipe.train.damp_branches
+    settings = recipe.train
 
     def init(model: Gemma3, copy: Callable[[Tensor, Tensor], object]) -> None:
         if start is None:
-            init_weights(model, seed, damp, copy)
+            init_weights(model, derive_seed(settings.seed, "weights"), settings.damp_branches, copy)
         else:
             start.copy_weights(model, copy)
 
     parallel = parallelize(
-        meta_model(recipe.model, recipe.train.attention),
+        meta_model(recipe.model, settings.attention),
         recipe.parallel,
-        recipe.train.compile,
+        settings.compile,
         runtime,
         init,
     )

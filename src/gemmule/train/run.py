@@ -28,10 +28,11 @@ from gemmule.train.loop import Callbacks, train
 from gemmule.train.memory import out_of_memory_explained
 from gemmule.train.metrics import JsonLines, OverfittingWatch
 from gemmule.train.observer import Observer, SampleFunction
-from gemmule.train.open_run import claim_run, differences, keep_recipe, remove_leftovers
+from gemmule.train.open_run import Extension, claim_run, differences, keep_recipe, remove_leftovers
 from gemmule.train.parallel import gather_model
 from gemmule.train.recipe import Recipe
 from gemmule.train.resolve import ResolvedRecipe, build, check_ranks, resolve, training_rows
+from gemmule.train.settings import TrainSettings
 from gemmule.train.start import Start, open_start
 from gemmule.train.state import Position, TrainState
 from gemmule.train.validation import Score, score
@@ -55,20 +56,21 @@ def run_recipe(
     observer: Observer | None = None,
     sample: SampleFunction | None = None,
     allow_changes: bool = False,
+    extend: Extension | None = None,
 ) -> Outcome:
     """Prepare the data, train from the start or from the newest good checkpoint, and write the model folder.
 
     Every process that torchrun started calls this; one that torchrun restarts resumes. A stop requested by Ctrl-C or
     SIGTERM ends the run after a checkpoint; `position.step` tells how far it came. `sample` continues the sample
     prompts after each validation. `allow_changes` lets a resumed run change the optimizer's constants, the schedule or
-    the number of steps.
+    the number of steps; `extend` trains it longer, with a schedule that begins anew where it was to end.
     """
     run, device, observer = RunFolder(out), choose_device(recipe.train.device), observer or Observer()
     with process_group(device) as world:
         runtime = Runtime(device, world=world)
         # Each machine's torchrun counts its own restarts, and a machine that joined later has counted none.
-        resume = resume or world.all_reduce_sum(world.restarts) != [0]
-        claim = claim_run(recipe, out, resume, allow_changes) if world.is_main else nullcontext(recipe)
+        resume = resume or extend is not None or world.all_reduce_sum(world.restarts) != [0]
+        claim = claim_run(recipe, out, resume, allow_changes, extend) if world.is_main else nullcontext(recipe)
         with claim as recipe:
             recipe, attempts = world.broadcast(recipe), count()
 
@@ -84,7 +86,7 @@ def _run(
     is_main = runtime.world.is_main
     if is_main:
         remove_leftovers(run)
-    check_ranks(recipe, runtime)
+    check_ranks(recipe.train.batch_size, runtime.world)
     start = _start(recipe, run, runtime.world)
     if start is not None:
         recipe = start.adopt(recipe)
@@ -137,13 +139,13 @@ def _prepared_dataset(recipe: Recipe, run: RunFolder, world: World, observer: Ob
     prepared = prepared_folder(recipe.data)
     if prepared and recipe.data.validation:
         log.info(f"data.validation is not read: {prepared} has validation documents of its own")
-    folder = prepared or run.data
-    if world.is_main and not (folder / DATASET_FILE).is_file():
+    if world.is_main and not prepared and not (run.data / DATASET_FILE).is_file():
         from gemmule.data.prepare import prepare_dataset
 
+        observer.on_prepare_data()
         vocabulary = recipe.tokenizer if start is None else start.tokenizer
-        prepare_dataset(recipe.data, vocabulary, folder, observer.on_progress, workers=None)
-    dataset = open_dataset(world.broadcast(folder))
+        prepare_dataset(recipe.data, vocabulary, run.data, observer.on_progress, workers=None)
+    dataset = open_dataset(world.broadcast(prepared or run.data))
     if start is not None:
         start.check_dataset(dataset, recipe)
     log.info(str(dataset.report))
@@ -186,7 +188,7 @@ def _train(
 ) -> list[OutputError]:
     """Train to the end, with checkpoints, metrics and samples in the run folder; return what could not be written."""
     saver = Saver(run, state, dataset.tokenizer, recipe.train.keep_checkpoints, dataset.identity)
-    validation = fixed_validation(dataset, recipe, state)
+    validation = fixed_validation(dataset, recipe.train, state)
     logs = RunLogs(recipe, run, state, observer, validation.floor, sample, dataset.tokenizer)
 
     def save(position: Position) -> None:
@@ -310,9 +312,8 @@ class FixedValidation(NamedTuple):
     floor: float | None
 
 
-def fixed_validation(dataset: Dataset, recipe: Recipe, state: TrainState) -> FixedValidation:
+def fixed_validation(dataset: Dataset, settings: TrainSettings, state: TrainState) -> FixedValidation:
     """Choose the documents to validate on, the same each time."""
-    settings = recipe.train
     documents = WholeDocuments(
         dataset.validation,
         settings.context,

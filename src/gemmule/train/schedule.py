@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from gemmule.fields import Share, Text
+from gemmule.fields import CountFrom0, Share, Text
 from gemmule.settings import Problem, Settings
 
 
@@ -20,6 +20,10 @@ class ScheduleSettings(Settings):
     final: Share = Field(0.1, description="learning rate of the last step as a share of the peak, under cosine and wsd")
     decay_share: Annotated[float, Field(gt=0, le=1)] = Field(
         0.2, description="share of the steps after the warmup in which wsd falls linearly to `final`"
+    )
+
+    restart_step: CountFrom0 = Field(
+        0, description="step at which warmup and decay begin anew (warm restart); set by --extend"
     )
 
     def problems(self) -> Iterator[Problem]:
@@ -48,7 +52,14 @@ SCHEDULES: dict[str, Callable[[float, ScheduleSettings], float]] = {"cosine": co
 
 
 def lr_scale(step: int, steps: int, settings: ScheduleSettings) -> float:
-    """Return the share of the peak rate at step 0 <= step < steps; step 0 learns already, the last is at `final`."""
+    """Return the share of the peak rate at step 0 <= step < steps; step 0 learns already, the last is at `final`.
+
+    A warm restart ends one schedule at `restart_step` and begins another, of the steps that are left.
+    """
+    if step < settings.restart_step:
+        steps = settings.restart_step
+    else:
+        step, steps = step - settings.restart_step, steps - settings.restart_step
     warmup = round(settings.warmup_share * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gemmule.errors import RecipeError
-from gemmule.inference.engine import Engine, stop_tokens
+from gemmule.inference.engine import Engine, step_or_raise, stop_tokens
 from gemmule.inference.requests import Request
 from gemmule.inference.sampling import SamplingSettings
 from gemmule.model.gemma3 import Gemma3
@@ -73,10 +73,7 @@ def generate_replies(
     numbers = {engine.submit(requests[number])[0]: number for number in longest_first}
     texts = [""] * len(requests)
     while not engine.idle:
-        for sequence, event in engine.step():
-            if event is None:
-                assert sequence.error is not None
-                raise sequence.error
+        for sequence, event in step_or_raise(engine):
             texts[numbers[sequence]] += event.text
             if event.finish:
                 done(1)

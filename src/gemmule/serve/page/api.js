@@ -6,7 +6,7 @@ export class Failure extends Error {
   constructor(message, status = 0, code = "") {
     super(message);
     this.status = status;
-    this.code = code;
+    this.away = code === "unreachable" || status === 503; // and may come back
   }
 }
 
@@ -41,7 +41,7 @@ export async function* events(path, body, signal) {
       if (error.name === "AbortError") throw error;
       return { done: true };
     });
-    if (done) throw new Failure("The server went away before the reply was finished; what came is kept.");
+    if (done) throw new Failure("The server went away before the reply was finished; what came is kept.", 0, "unreachable");
     waiting += value;
     const parts = waiting.split("\n\n");
     waiting = parts.pop();

@@ -28,8 +28,10 @@ export function showBranches(panel, sheet, go) {
     return element("li", {}, button, ...(below.length ? [list(below)] : []));
   }));
   const first = forks(sheet, sheet.root);
+  const focused = panel.contains(document.activeElement);
   if (first.length) panel.replaceChildren(list(first));
   else panel.replaceChildren(element("p", { class: "note", textContent: "None yet. Choosing an alternative, another reply, or changing what the model said begins one." }));
+  if (focused) panel.querySelector("[aria-current]")?.focus();
 }
 
 // The children of the next fork at or below a node.

@@ -1,10 +1,12 @@
 // A conversation: turns of yours and of the model, each with what can be done about it.
 
-import { element, tokenElement } from "./tokens.js";
-import { addNode, idsTo, pathOf, textOf, tokensOf } from "./tree.js";
+import { turnsOf, turnText } from "./prompts.js";
+import { element, renew, tokenElement } from "./tokens.js";
+import { tokensOf } from "./tree.js";
 
 export class Chat {
-  // `token` gets what is touched, `go` a node to go to, `answer` a turn of yours to be answered.
+  // `token` gets what is touched, `go` a node to go to, `answer` a turn of yours that the model answers, `add` a node
+  // and the text that is to follow it.
   constructor(list, actions) {
     Object.assign(this, actions);
     this.list = list;
@@ -13,31 +15,17 @@ export class Chat {
     list.addEventListener("keydown", (event) => this.walk(event));
   }
 
-  turns(sheet) {
-    const turns = [];
-    for (const node of pathOf(sheet)) {
-      if (node.id === sheet.root) continue;
-      const role = node.generation ? "assistant" : "user";
-      if (turns.at(-1)?.role === "assistant" && role === "assistant") turns.at(-1).nodes.push(node);
-      else turns.push({ role, nodes: [node] });
-    }
-    return turns;
-  }
-
-  messages(sheet) {
-    return this.turns(sheet).map(({ role, nodes }) => (
-      { role, content: nodes.map((node) => textOf(sheet, node)).join("") }
-    ));
-  }
-
   show(sheet, running) {
     this.sheet = sheet;
     this.spans.clear();
-    const turns = this.turns(sheet);
+    const turns = turnsOf(sheet);
+    const focused = this.list.contains(document.activeElement);
     this.list.replaceChildren(...turns.map((turn, number) => this.turn(turn, number === turns.length - 1, running)));
+    if (focused) this.list.lastChild?.querySelector(".reply").focus({ preventScroll: true });
   }
 
-  turn({ role, nodes }, last, running) {
+  turn(turn, last, running) {
+    const { role, nodes } = turn;
     const user = role === "user";
     const reply = element("div", { class: "reply text", tabIndex: user ? -1 : 0 });
     if (!user) {
@@ -46,7 +34,7 @@ export class Chat {
     }
     for (const node of nodes) this.fill(reply, node, 0);
     const tools = element("div", { class: "tools" });
-    if (!running) tools.append(...this.tools(user, nodes, last, reply));
+    if (!running) tools.append(...this.tools(turn, last, reply));
     return element(
       "li", { class: `turn ${role}` }, element("h2", { textContent: user ? "You" : "Model" }), reply, tools,
     );
@@ -64,18 +52,14 @@ export class Chat {
     });
   }
 
-  tools(user, nodes, last, reply) {
-    const button = (text, action) => {
-      const made = element("button", { type: "button", textContent: text });
-      made.addEventListener("click", action);
-      return made;
-    };
-    const [first] = nodes;
+  tools(turn, last, reply) {
+    const user = turn.role === "user";
+    const [first] = turn.nodes;
     const parent = this.sheet.nodes[first.parent];
-    const made = [];
-    if (user) made.push(button("Edit", () => this.rewrite(first, reply)));
-    else made.push(button("Regenerate", () => this.answer(parent)));
-    if (!user && last && idsTo(this.sheet)) made.push(button("Continue", () => this.resume()));
+    const made = [button("Edit", () => this.rewrite(turn, reply))];
+    if (!user) made.push(button("Regenerate", () => this.answer(parent)));
+    else if (last) made.push(button("Answer", () => this.answer(turn.nodes.at(-1))));
+    if (!user && last) made.push(button("Continue", () => this.resume()));
     const { children } = parent;
     if (children.length > 1) {
       const place = children.indexOf(first.id);
@@ -89,29 +73,24 @@ export class Chat {
     return made;
   }
 
-  // Your turn in other words, as a branch of its own.
-  rewrite(node, reply) {
-    const input = element("textarea", { value: node.text, rows: 3, "aria-label": "Your message in other words" });
-    const send = element("button", { type: "button", textContent: "Send as a branch" });
-    send.addEventListener("click", () => {
+  // A turn in other words, as a branch of its own; the model answers yours.
+  rewrite(turn, reply) {
+    const user = turn.role === "user";
+    const label = `${user ? "Your message" : "The reply"} in other words`;
+    const input = element("textarea", { value: turnText(this.sheet, turn), rows: 3, "aria-label": label });
+    const keep = button(user ? "Send as a branch" : "Keep as a branch", () => {
       const text = input.value.trim();
-      if (text) this.answer(addNode(this.sheet, this.sheet.nodes[node.parent], { by: "you", text }));
+      if (text) this.add(this.sheet.nodes[turn.nodes[0].parent], user ? "you" : "model", text);
     });
-    reply.replaceChildren(element("div", { class: "field" }, input), send);
+    reply.replaceChildren(element("div", { class: "field" }, input), keep, " ", button("Cancel", () => this.show(this.sheet, false)));
     input.focus();
   }
 
-  // Add tokens that came at the end.
-  extend(sheet, node, generation, known) {
-    if (!known) {
-      this.show(sheet, true);
-      return;
-    }
-    for (const made of [...this.spans.keys()].slice(-4)) {
-      const { token } = this.spans.get(made);
-      if (made.textContent !== token.text) made.textContent = token.text;
-    }
-    this.fill(this.list.lastChild.querySelector(".reply"), node, known);
+  // Add tokens that came at the end of a node.
+  extend(sheet, node) {
+    const known = renew(this.spans, node);
+    if (known) this.fill(this.list.lastChild.querySelector(".reply"), node, known);
+    else this.show(sheet, true);
   }
 
   walk(event) {
@@ -124,10 +103,21 @@ export class Chat {
     this.mark(all[Math.max(0, Math.min(all.length - 1, here + step))]);
   }
 
+  // Give the focus to the reply that has the marked token.
+  focus() {
+    this.list.querySelector(".reply:has(.here)")?.focus();
+  }
+
   mark(made) {
     if (!made) return;
     this.list.querySelector(".here")?.classList.remove("here");
     made.classList.add("here");
     this.token(this.spans.get(made));
   }
+}
+
+function button(text, action) {
+  const made = element("button", { type: "button", textContent: text });
+  made.addEventListener("click", action);
+  return made;
 }

@@ -1,6 +1,6 @@
 // The sheet in the browser: a plain text that is edited, with an element for each token.
 
-import { element, level, tokenElement } from "./tokens.js";
+import { element, level, renew, tokenElement } from "./tokens.js";
 import { pathOf, textOf, tokensOf } from "./tree.js";
 
 export class Editor {
@@ -11,16 +11,19 @@ export class Editor {
     this.move = move;
     this.text = "";
     this.spans = new Map(); // element -> what it shows
+    this.here = undefined; // the element at the cursor; null where none is, undefined where it is not known yet
     this.locked = false;
     root.addEventListener("beforeinput", (event) => this.beforeInput(event));
     root.addEventListener("input", (event) => event.isComposing || this.read());
     root.addEventListener("compositionend", () => this.read());
+    root.addEventListener("click", () => this.moved()); // where the cursor was there already
     document.addEventListener("selectionchange", () => this.moved());
   }
 
   // Show the current path of a sheet; `surprise` has the scores of tokens of your text, by position.
   show(sheet, surprise = []) {
     this.spans.clear();
+    this.here = undefined;
     const parts = [];
     let offset = 0;
     for (const node of pathOf(sheet)) {
@@ -53,15 +56,10 @@ export class Editor {
     });
   }
 
-  // Add tokens that came at the end, and renew the last ones, whose text may have grown.
-  extend(node, tokens, from) {
+  // Add tokens that came at the end of a node.
+  extend(node, tokens) {
     const end = this.root.lastChild?.nodeName === "BR" ? this.root.lastChild : null;
-    const known = [...this.spans.keys()].slice(-4);
-    for (const made of known) {
-      const { token } = this.spans.get(made);
-      if (made.textContent !== token.text) made.textContent = token.text;
-    }
-    for (let index = from; index < tokens.length; index += 1) {
+    for (let index = renew(this.spans, node); index < tokens.length; index += 1) {
       const made = this.span(tokenElement(tokens[index]), { token: tokens[index], node, index });
       this.root.insertBefore(made, end);
     }
@@ -115,6 +113,10 @@ export class Editor {
     return range.toString().length;
   }
 
+  focus() {
+    this.root.focus();
+  }
+
   // Begin and end of the selection as positions in the text; its end where the sheet has no selection.
   selection() {
     const found = getSelection();
@@ -147,9 +149,13 @@ export class Editor {
     this.mark(this.spans.has(made) ? made : null);
   }
 
+  // Mark the token at the cursor. What is shown of it stays as it is while the cursor stays there, since it may have the
+  // focus.
   mark(made) {
-    this.root.querySelector(".here")?.classList.remove("here");
+    if (made === this.here) return;
+    this.here?.classList.remove("here");
     made?.classList.add("here");
+    this.here = made;
     this.move(made ? this.spans.get(made) : null);
   }
 }

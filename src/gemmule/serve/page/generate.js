@@ -1,6 +1,7 @@
 // A generation: what was asked of the model, and its tokens as they come.
 
 import { ask, events } from "./api.js";
+import { SETTINGS } from "./settings.js";
 import { makeId } from "./tree.js";
 
 export const ALTERNATIVES = 8;
@@ -8,27 +9,26 @@ export const ALTERNATIVES = 8;
 // The fields of a request that settings stand for; what is empty is left to the server.
 export function requestOf(settings, model) {
   const body = { model, logprobs: ALTERNATIVES, return_token_ids: true };
-  for (const [name, value] of Object.entries(settings)) {
-    if (value === "" || value === null || value === undefined) continue;
-    if (name === "stop") {
-      const texts = value.split("\n").filter(Boolean).map((text) => text.replaceAll("\\n", "\n"));
-      if (texts.length) body.stop = texts;
-    } else body[name] = Number(value);
-  }
+  for (const [name] of SETTINGS) if ((settings[name] ?? "") !== "") body[name] = Number(settings[name]);
+  const texts = (settings.stop ?? "").split("\n").filter(Boolean).map((text) => text.replaceAll("\\n", "\n"));
+  if (texts.length) body.stop = texts;
   return body;
 }
 
-// Stream a reply into a new generation; `onTokens` is called with it whenever tokens came. Whatever ends the stream,
-// the generation holds what came before.
-export function start(prompt, request) {
+// The seed of the settings, or one that is drawn here, where several replies are to have the same.
+export const seedOf = ({ seed }) => (seed === "" ? Math.floor(Math.random() * 2 ** 32) : Number(seed));
+
+// A generation that has not begun.
+export function start(request) {
   return {
-    id: makeId(), model: request.model, fingerprint: null, seed: request.seed ?? null, request,
-    prompt_ids: Array.isArray(prompt) ? prompt : [], tokens: [], finish: null, usage: null, timings: null,
-    created: new Date().toISOString(),
+    id: makeId(), model: request.model, fingerprint: null, seed: request.seed ?? null, request, prompt_ids: [],
+    tokens: [], finish: null, usage: null, timings: null, created: new Date().toISOString(),
   };
 }
 
-export async function stream(generation, prompt, signal, onTokens) {
+// Stream the reply to a text or to token ids into a generation; `onTokens` is called whenever tokens came. Whatever
+// ends the stream, the generation holds what came before.
+export async function stream(generation, prompt, signal, onTokens = () => {}) {
   const body = {
     ...generation.request, prompt, stream: true, stream_options: { include_usage: true }, timings: true,
   };
@@ -48,7 +48,7 @@ export async function stream(generation, prompt, signal, onTokens) {
       if (choice.logprobs) addTokens(generation, choice, offsets);
     }
     retext(generation, characters, offsets);
-    onTokens(generation);
+    onTokens();
   }
 }
 

@@ -5,31 +5,26 @@ import { neighbor, showBranches } from "./branches.js";
 import { Chat } from "./chat.js";
 import { Comparison } from "./compare.js";
 import { Editor } from "./editor.js";
+import { showFigures, warnBeyond } from "./figures.js";
 import { requestOf, score, start, stream } from "./generate.js";
+import { growing } from "./growing.js";
+import { changed, dropSave, exportAll, forgetUndo, importFile, keepUndo, save, saveNow, undo } from "./keeping.js";
+import { promptAt } from "./prompts.js";
 import { DEFAULTS, showSettings } from "./settings.js";
-import { deleteSheet, exported, imported, loadSheets, saveSheet } from "./store.js";
+import { $, model, problem, state, status } from "./state.js";
+import { Steps } from "./steps.js";
+import { deleteSheet, loadSheets } from "./store.js";
 import { element, showToken } from "./tokens.js";
 import {
-  addNode, branchOf, choose, deleteBranch, edit, goTo, idsTo, makeId, newSheet, pathOf, pathText, remember,
+  addNode, branchOf, choose, deleteBranch, edit, goTo, newSheet, nodeAt, pathOf, pathText, remember,
 } from "./tree.js";
 
-const $ = (id) => document.getElementById(id);
-const state = {
-  models: [], sheets: [], sheet: null, running: null, surprise: [], undo: [], undone: { time: 0, place: 0 }, rate: 0, away: false,
-};
-const SAVE_AFTER = 300; // milliseconds
-const SAVE_STREAM_AFTER = 3000;
-const DRAW_SHARE = 3;
+const SAVE_STREAM_AFTER = 3000; // milliseconds
 const TRY_AFTER = 3000;
-const UNDO_STEPS = 100;
-const UNDO_PAUSE = 800;
-
-const model = () => state.models.find(({ id }) => id === $("model").value) ?? state.models[0];
-const status = (text) => { $("status").textContent = text; };
 
 const editor = new Editor($("editor"), {
   change: (begin, end, inserted) => {
-    keepUndo(end, begin + inserted.length);
+    keepUndo(begin, end, inserted);
     edit(state.sheet, begin, end, inserted);
     remember(state.sheet);
     state.surprise = state.surprise.filter((each) => each.end <= begin);
@@ -41,80 +36,27 @@ const editor = new Editor($("editor"), {
 const chat = new Chat($("turns"), {
   token: (found) => showToken($("token"), found?.token, found && !state.running && ((each, same) => take(found, each, same))),
   go: (id) => visit(id),
-  answer: (parent) => answer(parent),
-  resume: () => run(idsTo(state.sheet)),
+  answer: (turn) => answer(turn),
+  resume: () => run(),
+  add: (parent, by, text) => add(parent, by, text),
 });
-const comparison = new Comparison($("sides"), {
-  keep: (generation) => {
-    const { sheet } = state;
-    forgetUndo();
-    sheet.generations[generation.id] = generation;
-    const parent = sheet.nodes[sheet.current];
-    sheet.current = addNode(sheet, parent, { by: "model", generation: generation.id, from: 0, to: generation.tokens.length }).id;
-    remember(sheet);
-    show();
-    changed();
+const comparison = new Comparison($("sides"), { keep });
+const steps = new Steps({ list: $("steps-list"), status: $("steps-status") }, {
+  keep,
+  changed: (sheet) => {
+    if (sheet === state.sheet) steps.show(sheet, state.models);
+    save(sheet);
   },
 });
 
-// --- What is kept
-
-let saving = 0;
-function changed(after = SAVE_AFTER) {
-  state.sheet.changed = Date.now();
-  saving ||= setTimeout(() => save(), after);
-}
-
-async function save(sheet = state.sheet) {
-  clearTimeout(saving);
-  saving = 0;
-  try {
-    await saveSheet(sheet);
-  } catch (error) {
-    problem(`The browser does not keep this text (${error.message}); export it.`);
-  }
-}
-
-// Edits can be undone until something else is done, of which the tree keeps what was there before.
-function keepUndo(begin, end) {
-  const now = Date.now();
-  const { nodes, current, generations } = state.sheet;
-  if (now - state.undone.time > UNDO_PAUSE || begin !== state.undone.place) {
-    state.undo.push({ nodes: structuredClone(nodes), current, generations: { ...generations } });
-    if (state.undo.length > UNDO_STEPS) state.undo.shift();
-  }
-  state.undone = { time: now, place: end };
-}
-
-function forgetUndo() {
-  state.undo = [];
-  state.undone = { time: 0, place: 0 };
-}
-
-function undo() {
-  const before = state.undo.pop();
-  if (!before || state.running) return;
-  Object.assign(state.sheet, before);
-  state.undone.time = 0;
-  show();
-  editor.select(editor.text.length);
-  changed();
-}
-
 // --- What is shown
-
-function problem(text) {
-  $("problem").textContent = text;
-  $("problem").hidden = !text;
-}
 
 function show() {
   const { sheet } = state;
   const chats = sheet.mode === "chat";
   $("sheet-view").hidden = chats;
   $("chat-view").hidden = !chats;
-  $("surprise").hidden = $("compare").hidden = $("again").hidden = $("own-legend").hidden = chats;
-  $("compare-view").hidden = chats || $("compare").getAttribute("aria-pressed") !== "true";
+  $("surprise").hidden = $("again").hidden = $("own-legend").hidden = chats;
   $("go").textContent = chats ? "Send" : "Continue";
   if (chats) chat.show(sheet, Boolean(state.running));
   else editor.show(sheet, state.surprise);
@@ -123,28 +65,32 @@ function show() {
   $("branch-tools").hidden = branch.id === sheet.root;
   $("branch-name").value = branch.name ?? "";
   if (!$("editor").contains(document.activeElement)) showToken($("token"), null);
-  showFigures();
+  showFacts();
 }
 
-function showFigures() {
-  const generation = state.sheet.generations[state.sheet.nodes[state.sheet.current].generation];
-  const facts = [];
-  if (generation && !generation.chosen) {
-    const { usage, timings, seed, finish, fingerprint } = generation;
-    const rate = timings?.predicted_per_second ?? state.rate;
-    const used = usage?.total_tokens ?? generation.prompt_ids.length + generation.tokens.length;
-    facts.push(["Tokens a second", rate ? rate.toFixed(1) : "\u2013"], ["Context used", used]);
-    facts.push(["of it cached", usage?.prompt_tokens_details.cached_tokens ?? "\u2013"]);
-    if (model()) facts.push(["Context left", Math.max(0, model().context - used)]);
-    facts.push(["Seed", seed ?? "\u2013"], ["Ended by", { stop: "stop", length: "length" }[finish] ?? "\u2013"]);
-    facts.push(["Model", generation.model], ["Fingerprint", fingerprint ?? "\u2013"]);
-  } else if (model()) {
-    facts.push(["Context", model().context], ["Parameters", model().parameters.toLocaleString("en")]);
-    facts.push(["Format", model().format], ["Repeatable", model().reproducible ? "bit for bit" : "not promised"]);
+// What depends on the model, and what is opened; the text stays as it is.
+function showFacts() {
+  $("through-steps").hidden = !model()?.run && !state.sheet.steps;
+  for (const [button, view] of [["compare", "compare-view"], ["through-steps", "steps-view"]]) {
+    $(view).hidden = $(button).hidden || $(button).getAttribute("aria-pressed") !== "true";
   }
-  $("figures").replaceChildren(...facts.map(([name, value]) => element(
-    "div", {}, element("dt", { textContent: name }), element("dd", { textContent: String(value) }),
-  )));
+  showFigures($("figures"), state.sheet, model(), state.rate);
+  warnBeyond($("beyond"), state.sheet, model());
+}
+
+function showModels() {
+  const labels = state.models.map(({ id, followed, step }) => (followed ? `${id}, step ${step}` : id));
+  const options = [...$("model").options];
+  const chosen = $("model").value || state.sheet?.model;
+  if (options.length === labels.length && options.every(({ value }, number) => value === state.models[number].id)) {
+    options.forEach((option, number) => { option.textContent = labels[number]; });
+  } else {
+    $("model").replaceChildren(...state.models.map(({ id }, number) => element("option", { value: id, textContent: labels[number] })));
+    if (state.models.some(({ id }) => id === chosen)) $("model").value = chosen;
+    $("new-chat").hidden = !state.models.some(({ chats }) => chats);
+    if (state.sheet) comparison.show(state.models, state.sheet.settings);
+  }
+  if (state.sheet) showFacts();
 }
 
 function showSheets() {
@@ -156,18 +102,21 @@ function showSheets() {
 
 function open(sheet) {
   stop();
-  if (saving) save();
+  steps.leave();
+  saveNow();
   Object.assign(state, { sheet, surprise: [] });
   forgetUndo();
   localStorage.setItem("gemmule-open", sheet.id);
   if (state.models.some(({ id }) => id === sheet.model)) $("model").value = sheet.model;
   showSettings($("settings"), sheet.settings, (name, value) => {
     sheet.settings[name] = value;
+    comparison.settingChanged(name, value);
     changed();
   });
   showSheets();
   comparison.show(state.models, sheet.settings);
   show();
+  follow();
 }
 
 function begin(mode) {
@@ -198,78 +147,62 @@ function failed(error) {
     return;
   }
   problem(error.message);
-  if (error.code === "unreachable" || error.status === 503) {
+  if (error.away) {
     state.away = true;
     waitForServer();
   }
 }
 
-// Continue from the current end, or from ids; the reply becomes a child of `parent`.
-async function run(prompt, parent = state.sheet.nodes[state.sheet.current]) {
+// Add the model's reply after a node, by default after the text that is shown; `prompt` is what it reads, by default
+// the text up to there.
+async function run(parent = state.sheet.nodes[state.sheet.current], prompt = null) {
   if (state.running) return;
-  if (!model()) {
+  const served = model();
+  if (!served) {
     await connect();
     return;
   }
   const { sheet } = state;
   const running = new AbortController();
-  const request = requestOf(sheet.settings, model().id);
+  const request = requestOf(sheet.settings, served.id);
   // With the same seed, another reply at the same place would be the same one.
   if ("seed" in request) request.seed = (request.seed + parent.children.length) % Number.MAX_SAFE_INTEGER;
-  const generation = start(prompt, request);
-  let node = null;
-  let began = 0;
-  let shown = 0;
-  let timer = 0;
-  let pause = 0;
-  const draw = () => {
-    timer = 0;
-    const before = performance.now();
-    if (sheet === state.sheet) extend(node, generation, shown);
-    shown = node.to;
-    // A long text is laid out slowly: what draws takes a quarter of the time at most.
-    pause = DRAW_SHARE * (performance.now() - before);
-  };
   forgetUndo();
   setRunning(running);
   problem("");
   status("The model is writing.");
-  const tokens = () => {
-    if (!generation.tokens.length) return;
-    began ||= performance.now();
-    state.rate = (generation.tokens.length - 1) / ((performance.now() - began) / 1000) || 0;
-    if (!node) {
-      sheet.generations[generation.id] = generation;
-      node = addNode(sheet, parent, { by: "model", generation: generation.id, from: 0, to: 0 });
-      sheet.current = node.id;
-    }
-    node.to = generation.tokens.length;
-    timer ||= setTimeout(draw, pause);
-    changed(SAVE_STREAM_AFTER);
-  };
+  const generation = start(request);
   try {
-    await stream(generation, prompt, running.signal, tokens);
+    const given = prompt ?? await promptAt(sheet, parent.id, served, running.signal);
+    await stream(generation, given, running.signal, growing(sheet, parent, generation, {
+      draw: (node) => sheet === state.sheet && extend(node, generation),
+      grown: (rate) => {
+        state.rate = rate;
+        changed(SAVE_STREAM_AFTER);
+      },
+    }));
     const { finish, tokens: { length } } = generation;
     status(`${length} tokens; ${finish === "length" ? "the limit is reached" : "the model ended it"}.`);
   } catch (error) {
     status(error.name === "AbortError" ? `Stopped after ${generation.tokens.length} tokens.` : "");
     failed(error);
   } finally {
-    clearTimeout(timer);
     generation.finish ??= "stopped";
     setRunning(null);
     remember(sheet);
     if (sheet === state.sheet) settle();
     await save(sheet);
   }
+  const { fingerprint } = generation;
+  if (fingerprint && fingerprint !== served.fingerprint) await connect(); // a newer checkpoint, or another server
 }
 
-function extend(node, generation, known) {
+function extend(node, generation) {
   const paper = $("editor");
   const below = paper.scrollHeight - paper.scrollTop - paper.clientHeight < 60;
-  if (state.sheet.mode === "chat") chat.extend(state.sheet, node, generation, known);
-  else editor.extend(node, generation.tokens, known);
-  showFigures();
+  if (state.sheet.mode === "chat") chat.extend(state.sheet, node);
+  else editor.extend(node, generation.tokens);
+  showFacts();
   if (below) paper.scrollTop = paper.scrollHeight; // which lays out, too
 }
 
@@ -284,24 +217,22 @@ function setRunning(running) {
   state.running = running;
   editor.locked = Boolean(running);
   $("stop").disabled = !running;
-  for (const id of ["go", "again", "surprise", "run-both", "delete-branch"]) $(id).disabled = Boolean(running);
+  for (const id of ["go", "again", "surprise", "run-both", "steps-begin", "delete-branch"]) $(id).disabled = Boolean(running);
 }
 
 const stop = () => state.running?.abort();
 
-function proceed() {
-  if (state.sheet.mode === "chat") return send();
-  return run(idsTo(state.sheet) ?? pathText(state.sheet));
-}
+const proceed = () => (state.sheet.mode === "chat" ? send() : run());
 
 // Another reply in place of the last one.
 function again() {
   const { sheet } = state;
   const path = pathOf(sheet);
   const last = path.findLast((node) => node.generation && !sheet.generations[node.generation].chosen);
-  if (!last || state.running) return;
+  if (!last || !model()) return;
   const first = path.find((node) => node.generation === last.generation);
-  run(sheet.generations[last.generation].prompt_ids, sheet.nodes[first.parent]);
+  const { fingerprint, prompt_ids: ids } = sheet.generations[last.generation];
+  run(sheet.nodes[first.parent], fingerprint === model().fingerprint ? ids : null);
 }
 
 async function take(found, alternative, same) {
@@ -320,32 +251,66 @@ async function take(found, alternative, same) {
     $("editor").focus();
     editor.select(editor.text.length);
   }
-  await run(idsTo(sheet));
+  await run();
+}
+
+// Where replies side by side and through the steps begin: at the end of a sheet, or at your last message of a chat.
+function place() {
+  const { sheet } = state;
+  const node = sheet.mode === "chat" ? pathOf(sheet).findLast(({ id, by }) => by === "you" && id !== sheet.root) : sheet.nodes[sheet.current];
+  if (!node) status("Send a message first.");
+  return node && { node: node.id, text: pathText(sheet, node.id) };
+}
+
+// Keep a reply as a branch at the place where it began, also where the text has grown since.
+function keep(generation, { node, text }) {
+  const { sheet } = state;
+  const parent = sheet.mode === "chat" ? sheet.nodes[node] : nodeAt(sheet, text);
+  if (state.running || !parent) {
+    if (!parent) status("The text that this reply continues is no longer here.");
+    return;
+  }
+  forgetUndo();
+  sheet.generations[generation.id] = generation;
+  const there = parent.children.find((id) => sheet.nodes[id].generation === generation.id && !sheet.nodes[id].from);
+  goTo(sheet, there ?? addNode(sheet, parent, { by: "model", generation: generation.id, from: 0, to: generation.tokens.length }).id);
+  show();
+  changed();
 }
 
 // --- Chat
 
-async function send() {
+// Send your message, or have the last one answered that has no reply yet.
+function send() {
   const text = $("message").value.trim();
-  if (!text || state.running) return;
-  const parent = state.sheet.nodes[state.sheet.current];
-  const turn = addNode(state.sheet, parent, { by: "you", text });
+  const last = state.sheet.nodes[state.sheet.current];
+  if (state.running || !model()) return;
   $("message").value = "";
-  await answer(turn);
+  if (text) add(last, "you", text);
+  else if (last.by === "you" && last.id !== state.sheet.root) answer(last);
 }
 
-async function answer(turn) {
+// Add a turn after a node; the model answers yours.
+function add(parent, by, text) {
+  if (state.running || (by === "you" && !model())) return;
+  const turn = addNode(state.sheet, parent, { by, text });
+  if (by === "you") answer(turn);
+  else visit(turn.id);
+}
+
+function answer(turn) {
   if (state.running || !model()) return;
   state.sheet.current = turn.id;
   show();
   changed();
-  try {
-    const messages = chat.messages(state.sheet);
-    const { tokens } = await ask("/tokenize", { model: model().id, messages });
-    await run(tokens, turn);
-  } catch (error) {
-    failed(error);
-  }
+  run(turn);
+}
+
+function takeBack() {
+  if (state.running || !undo()) return;
+  show();
+  editor.select(editor.text.length);
+  changed();
 }
 
 // --- The server
@@ -357,54 +322,51 @@ function waitForServer() {
 }
 
 async function connect() {
+  clearTimeout(waiting);
   try {
-    const { data } = await ask("/v1/models");
-    state.models = data;
+    ({ data: state.models } = await ask("/v1/models"));
   } catch (error) {
     failed(error);
     return;
   }
-  const chosen = $("model").value || state.sheet?.model;
-  $("model").replaceChildren(...state.models.map(({ id }) => element("option", { value: id, textContent: id })));
-  if (state.models.some(({ id }) => id === chosen)) $("model").value = chosen;
-  $("new-chat").hidden = !state.models.some(({ chats }) => chats);
   if (state.away) problem("");
   state.away = false;
-  if (state.sheet) {
-    comparison.show(state.models, state.sheet.settings);
-    showFigures();
-  }
+  showModels();
   document.body.dataset.connected = "true";
+  if (state.sheet) await follow();
+}
+
+// Let the checkpoints of the sheet's run reply that have not, and look for newer ones while the page is open.
+async function follow() {
+  const { sheet } = state;
+  steps.show(sheet, state.models);
+  try {
+    await steps.update(sheet, state.models);
+  } catch (error) {
+    if (error.name !== "AbortError" && !error.away) steps.stop(sheet);
+    failed(error);
+  }
+  if (sheet !== state.sheet) return;
+  steps.show(sheet, state.models);
+  if (steps.follows(sheet, state.models)) waitForServer();
+}
+
+async function beginSteps() {
+  const at = place();
+  if (!model()?.run || !at) return;
+  try {
+    steps.begin(state.sheet, { prompt: await promptAt(state.sheet, at.node, model()), place: at, model: model() });
+  } catch (error) {
+    failed(error);
+    return;
+  }
+  await follow();
 }
 
 function askKey(message) {
   $("key-problem").textContent = `${message.split(";")[0]}. It is kept until the tab is closed.`;
   $("key").value = "";
   if (!$("key-dialog").open) $("key-dialog").showModal();
-}
-
-// --- Files
-
-function exportAll() {
-  const address = URL.createObjectURL(new Blob([exported(state.sheets)], { type: "application/json" }));
-  element("a", { href: address, download: "gemmule-sheets.json" }).click();
-  setTimeout(() => URL.revokeObjectURL(address), SAVE_AFTER);
-}
-
-async function importFile(file) {
-  try {
-    const sheets = imported(await file.text());
-    for (const sheet of sheets) {
-      // Beside what is here, never in its place.
-      if (state.sheets.some(({ id }) => id === sheet.id)) sheet.id = makeId();
-      state.sheets.push(sheet);
-      await saveSheet(sheet);
-    }
-    if (sheets.length) open(sheets.at(-1));
-    status(`Imported ${sheets.length} ${sheets.length === 1 ? "text" : "texts"}.`);
-  } catch (error) {
-    problem(error.message);
-  }
 }
 
 // --- Events
@@ -419,23 +381,25 @@ function onKey(event) {
     proceed();
   } else if (event.key === "Escape" && !$("key-dialog").open) {
     if (state.running) stop();
-    else if ($("token").contains(document.activeElement)) $("editor").focus();
+    else if (event.target.closest(".turn textarea")) chat.show(state.sheet, false);
+    else if ($("token").contains(document.activeElement)) (state.sheet.mode === "chat" ? chat : editor).focus();
   } else if (event.altKey && event.key === "ArrowDown" && event.target.nodeName !== "SELECT") {
     event.preventDefault();
+    if (event.target === $("editor")) editor.moved();
     $("token").querySelector("button:not(:disabled)")?.focus();
   } else if (event.altKey && (event.key === "PageUp" || event.key === "PageDown")) {
     event.preventDefault();
     visit(neighbor(state.sheet, event.key === "PageUp" ? -1 : 1));
   } else if (event.key === "z" && (event.ctrlKey || event.metaKey) && document.activeElement === $("editor")) {
     event.preventDefault();
-    undo();
+    takeBack();
   }
 }
 
 async function tintMine() {
   const pressed = !state.surprise.length;
   try {
-    state.surprise = pressed && editor.text ? await score(editor.text, model().id) : [];
+    state.surprise = pressed && editor.text && model() ? await score(editor.text, model().id) : [];
   } catch (error) {
     failed(error);
   }
@@ -444,12 +408,17 @@ async function tintMine() {
 }
 
 async function runBoth() {
-  if (state.running || !model()) return;
+  const { sheet, models } = state;
+  const at = place();
+  if (state.running || !model() || !at) return;
   const running = new AbortController();
   setRunning(running);
   status("Both are writing.");
   try {
-    await comparison.run(idsTo(state.sheet), pathText(state.sheet), state.sheet.settings, model().id, running.signal);
+    await comparison.run({
+      place: at, settings: sheet.settings, twoSamples: $("two-samples").checked, model: model(), models, signal: running.signal,
+      promptFor: (served) => promptAt(sheet, at.node, served, running.signal),
+    });
     status("Both are done.");
   } catch (error) {
     status(error.name === "AbortError" ? "Stopped." : "");
@@ -463,12 +432,23 @@ function listen() {
   onClick("go", proceed);
   onClick("stop", stop);
   onClick("again", again);
+  onClick("close-token", () => {
+    editor.mark(null);
+    showToken($("token"), null);
+  });
   onClick("surprise", tintMine);
   onClick("run-both", runBoth);
-  onClick("compare", () => {
-    const pressed = $("compare").getAttribute("aria-pressed") !== "true";
-    $("compare").setAttribute("aria-pressed", String(pressed));
-    show();
+  for (const id of ["compare", "through-steps"]) {
+    onClick(id, () => {
+      $(id).setAttribute("aria-pressed", String($(id).getAttribute("aria-pressed") !== "true"));
+      showFacts();
+    });
+  }
+  onClick("steps-begin", beginSteps);
+  onClick("steps-stop", () => {
+    steps.stop(state.sheet);
+    steps.show(state.sheet, state.models);
+    changed();
   });
   onClick("new-sheet", () => begin("sheet"));
   onClick("new-chat", () => begin("chat"));
@@ -484,16 +464,16 @@ function listen() {
     const { sheet } = state;
     if (!confirm(`Delete ${sheet.title} with all its branches?`)) return;
     stop();
-    clearTimeout(saving);
-    saving = 0;
+    dropSave();
     state.sheets = state.sheets.filter(({ id }) => id !== sheet.id);
     await deleteSheet(sheet.id);
     if (state.sheets.length) open(state.sheets.at(-1));
     else begin("sheet");
   });
-  $("file").addEventListener("change", () => {
-    importFile($("file").files[0]);
+  $("file").addEventListener("change", async () => {
+    const sheet = await importFile($("file").files[0]);
     $("file").value = "";
+    if (sheet) open(sheet);
   });
   $("branch-name").addEventListener("change", () => {
     branchOf(state.sheet).name = $("branch-name").value.trim() || undefined;
@@ -508,7 +488,7 @@ function listen() {
   $("sheets").addEventListener("change", () => open(state.sheets.find(({ id }) => id === $("sheets").value)));
   $("model").addEventListener("change", () => {
     state.sheet.model = $("model").value;
-    showFigures();
+    showFacts();
     changed();
   });
   $("key-form").addEventListener("submit", (event) => {
@@ -518,12 +498,15 @@ function listen() {
     connect();
   });
   document.addEventListener("keydown", onKey);
-  addEventListener("pagehide", () => saving && save());
-  document.addEventListener("visibilitychange", () => document.hidden && saving && save());
+  addEventListener("pagehide", saveNow);
+  document.addEventListener("visibilitychange", () => document.hidden && saveNow());
 }
 
 listen();
-state.sheets = await loadSheets();
+state.sheets = await loadSheets().catch((error) => {
+  problem(`The browser keeps no texts here (${error.message}); export what you write.`);
+  return [];
+});
 await connect();
 const last = state.sheets.find(({ id }) => id === localStorage.getItem("gemmule-open")) ?? state.sheets.at(-1);
 if (last) open(last);

@@ -41,20 +41,24 @@ export function imported(text) {
   try {
     content = JSON.parse(text);
   } catch {
-    throw new Error("The file is not JSON; choose one that this page exported.");
+    throw new Error("The file is not JSON; choose one that this page exported or `gemmule chat` saved.");
   }
   if (content?.format !== FORMAT || !Array.isArray(content.sheets)) {
-    throw new Error(`The file is not of the format ${FORMAT}; choose one that this page exported.`);
+    throw new Error(`The file is not of the format ${FORMAT}; choose one that this page exported or \`gemmule chat\` saved.`);
   }
   if (content.version !== VERSION) {
     throw new Error(`The file has version ${content.version}; this page reads version ${VERSION}.`);
   }
-  content.sheets.forEach(check);
+  for (const sheet of content.sheets) {
+    check(sheet);
+    // JavaScript has no exact number beyond, and a seed that is not exact repeats nothing.
+    for (const each of Object.values(sheet.generations)) if (!Number.isSafeInteger(each.seed)) each.seed = null;
+  }
   return content.sheets;
 }
 
 function check(sheet) {
-  const { nodes, generations, root, current } = sheet ?? {};
+  const { nodes, generations, root, current, steps } = sheet ?? {};
   const whole = nodes && generations && nodes[root] && nodes[current] && nodes[root].parent === null
     && ["sheet", "chat"].includes(sheet.mode) && typeof sheet.title === "string" && typeof sheet.settings === "object"
     && Object.values(generations).every((each) => Array.isArray(each.tokens) && Array.isArray(each.prompt_ids)
@@ -63,7 +67,8 @@ function check(sheet) {
       && node.children.every((child) => nodes[child]?.parent === id)
       && (id === root || nodes[node.parent]?.children.includes(id))
       && (node.generation ? generations[node.generation] : typeof node.text === "string"))
-    && below(nodes, root) === Object.keys(nodes).length;
+    && below(nodes, root) === Object.keys(nodes).length
+    && (!steps || (steps.request && steps.place && steps.replies?.every(({ generation }) => generation in generations)));
   if (!whole) throw new Error(`Sheet ${JSON.stringify(sheet?.title ?? "")} of the file is damaged; nothing was imported.`);
 }
 

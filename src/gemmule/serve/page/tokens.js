@@ -2,6 +2,7 @@
 
 const LIMITS = [1, 2, 3, 4.5, 6, 8, 10]; // bits
 
+// How strong the tint of a token is; a file may leave its probability out.
 export const level = (logprob) => LIMITS.filter((limit) => -logprob / Math.LN2 >= limit).length;
 
 export function percent(logprob) {
@@ -25,6 +26,14 @@ export function tokenElement(token) {
   return element("span", { class: `t b${level(token.logprob)}${token.chosen ? " chosen" : ""}`, textContent: token.text });
 }
 
+// Renew the last tokens that are shown, whose text may have grown; returns how many of a node are.
+export function renew(spans, node) {
+  const last = [...spans].slice(-4);
+  for (const [made, { token }] of last) if (made.textContent !== token.text) made.textContent = token.text;
+  const shown = last.at(-1)?.[1];
+  return shown?.node === node ? shown.index + 1 : 0;
+}
+
 // White space made visible.
 export function visible(text) {
   return text.replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5").replace(/^ | $/gu, "\u2423") || "\u2205";
@@ -32,6 +41,23 @@ export function visible(text) {
 
 // What cannot be chosen: parts of characters, and tokens that are no text.
 export const isText = (text) => !/\\x[0-9a-f]{2}|^<(eos|bos|pad|unk|start_of_turn|end_of_turn)>$/u.test(text);
+
+// How many tokens two replies have in common at their beginning; null where they are the same.
+export function partsAt(one, other) {
+  const most = Math.min(one.length, other.length);
+  let count = 0;
+  while (count < most && one[count].text === other[count].text) count += 1;
+  return count === one.length && count === other.length ? null : count;
+}
+
+// A reply as elements; the token from which on it differs from another one is framed.
+export function replyElements(tokens, parts = null) {
+  return tokens.map((token, number) => {
+    const made = tokenElement(token);
+    if (number === parts) made.classList.add("parts");
+    return made;
+  });
+}
 
 // Show a token with its alternatives; `choose` gets the one that is taken.
 export function showToken(panel, token, choose) {
@@ -41,7 +67,9 @@ export function showToken(panel, token, choose) {
     return;
   }
   const own = element("span", { class: "word", textContent: visible(token.text) });
-  panel.append(element("p", {}, own, ` had a probability of ${percent(token.logprob)}.`));
+  const known = typeof token.logprob === "number";
+  panel.append(element("p", {}, own, known ? ` had a probability of ${percent(token.logprob)}.` : " came without its probability."));
+  if (!token.top.length) return;
   const list = element("ul", { class: "alternatives", "aria-label": "Alternatives" });
   for (const each of token.top) {
     const current = each.id === undefined ? each.text === token.text : each.id === token.id;

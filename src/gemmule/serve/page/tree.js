@@ -36,12 +36,33 @@ export function addNode(sheet, parent, fields) {
   return node;
 }
 
-// Token ids that lead to the end of the path, or null where some of its text was never tokenized.
-export function idsTo(sheet, id = sheet.current) {
+// Token ids of the text up to a node; null where some of it was never tokenized, or not by this model.
+export function idsTo(sheet, id, model) {
   const node = sheet.nodes[id];
-  if (!node.generation) return null;
   const generation = sheet.generations[node.generation];
+  if (!generation || generation.fingerprint !== model.fingerprint) return null;
+  // The text was cut before a stop text, the tokens were not.
+  if (node.to === generation.tokens.length && generation.finish === "stop" && generation.request?.stop) return null;
   return [...generation.prompt_ids, ...generation.tokens.slice(0, node.to).map((token) => token.id)];
+}
+
+// The node at which a sheet has exactly this text, dividing one where it must; null where no branch has it.
+export function nodeAt(sheet, text) {
+  const open = [[sheet.root, 0]];
+  for (const [id, begin] of open) {
+    const node = sheet.nodes[id];
+    const own = textOf(sheet, node);
+    const end = begin + own.length;
+    if (text.length < end) {
+      if (!text.endsWith(own.slice(0, text.length - begin))) continue;
+      const [at, partial] = node.generation ? tokenAt(sheet, node, text.length - begin) : [text.length - begin, ""];
+      if (!partial) return split(sheet, node, at);
+    } else if (text.startsWith(own, begin)) {
+      if (end === text.length) return node;
+      open.push(...node.children.map((child) => [child, end]));
+    }
+  }
+  return null;
 }
 
 // Divide a node before a token (of a generation) or a character; the upper part keeps the id.
@@ -213,8 +234,10 @@ export function deleteBranch(sheet, id) {
   tidy(sheet);
 }
 
-function forgetUnused(sheet) {
+// Drop the generations of which nothing is left.
+export function forgetUnused(sheet) {
   const used = new Set(Object.values(sheet.nodes).map((node) => node.generation));
+  for (const { generation } of sheet.steps?.replies ?? []) used.add(generation);
   for (const id of Object.keys(sheet.generations)) if (!used.has(id)) delete sheet.generations[id];
 }
 
