@@ -4,9 +4,9 @@
     python benchmarks/engine.py --model runs/story --long 20000 --replies 100
 
 Greedy decoding of the beginnings of stories, with 1 and with 16 rows in each engine, in interleaved trials, each in
-its own process; prompts count. llama.cpp decodes all sequences in each llama_decode, with 1 and 2 threads, with and
-without flash attention, caches unified and apart, in fp32 and fp16; transformers by its continuous batching and by
-its generate: each trial takes the fastest. The ratios are those of our many rows over each other backend.
+its own process; prompts count. llama.cpp decodes all sequences in each llama_decode, with one thread and with all, with
+and without flash attention, its KV cache in fp16 and fp32; transformers by its continuous batching and by its generate:
+each trial takes the fastest. The ratios are those of our many rows over each other backend.
 
 first_token_ms      until the first token of a reply to 200 tokens, when nothing else is done
 gap_ms              between two tokens of eight replies while a prompt of --long tokens arrives: median and longest

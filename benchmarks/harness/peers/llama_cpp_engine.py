@@ -18,18 +18,16 @@ def setup(job: dict[str, Any]) -> tuple[dict[str, Callable[[], Any]], dict[str, 
     parameters.use_extra_bufts = job["precision"] != "int8"
     model = library.llama_model_load_from_file(job["gguf"].encode(), parameters)
     cores = len(os.sched_getaffinity(0))
-    steps = {}
-    for threads, flash, unified, cache in product(sorted({1, cores}), (0, 1), (False, True), ("f32", "f16")):
-        if unified and len(job["prompts"]) == 1:
-            continue  # the cache of one sequence is the same
-        name = f"{threads} threads, flash attention {flash}, unified cache {unified:d}, {cache}"
-        steps[name] = _decoder(library, model, job, threads, flash, unified, cache)
+    steps = {
+        f"{threads} threads, flash attention {flash}, cache {cache}": _decoder(
+            library, model, job, threads, flash, cache
+        )
+        for threads, flash, cache in product(sorted({1, cores}), (1, 0), ("f16", "f32"))
+    }
     return steps, {"versions": {"llama_cpp_python": version("llama-cpp-python")}}
 
 
-def _decoder(
-    library: Any, model: Any, job: dict[str, Any], threads: int, flash: int, unified: bool, cache: str
-) -> Callable[[], Any]:
+def _decoder(library: Any, model: Any, job: dict[str, Any], threads: int, flash: int, cache: str) -> Callable[[], Any]:
     """Return the continuation of all prompts in a context of its own."""
     import numpy as np
 
@@ -39,7 +37,7 @@ def _decoder(
     options = library.llama_context_default_params()
     options.n_ctx = rows * 256 * -(-(length + tokens) // 256)  # llama.cpp rounds up to 256 for each sequence
     options.n_batch = options.n_ubatch = max(512, rows * length)
-    options.n_seq_max, options.kv_unified, options.swa_full = rows, unified, False
+    options.n_seq_max, options.swa_full = rows, False
     options.n_threads = options.n_threads_batch = threads
     options.flash_attn_type = flash
     options.type_k = options.type_v = {"f32": library.GGML_TYPE_F32, "f16": library.GGML_TYPE_F16}[cache]
