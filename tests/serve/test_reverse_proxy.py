@@ -56,9 +56,15 @@ class Proxied(NamedTuple):
         return {port: int(sum(figures(port, "gemmule_requests_total"))) for port in self.servers}
 
     def answering(self) -> int:
-        """Return the server that runs a sequence."""
-        (port,) = (port for port in self.servers if figures(port, "gemmule_sequences_running") == [1])
-        return port
+        """Return the server that runs a sequence, when one does."""
+        running: list[int] = []
+
+        def found() -> bool:
+            running[:] = [port for port in self.servers if figures(port, "gemmule_sequences_running") == [1]]
+            return bool(running)
+
+        wait_until(found)
+        return running[0]
 
 
 def begin(port: int, path: str, body: dict[str, Any] | None = None, **headers: str) -> HTTPResponse:
