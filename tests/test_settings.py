@@ -130,7 +130,7 @@ GIVEN: dict[str, object] = {
     "data.validation": "v.txt", "data.weights": [1.0], "data.max_characters": 9, "data.keep_matching": "a",
     "data.drop_matching": "a", "data.near_duplicates": 0.8, "data.license": "mit", "tokenizer.path": "t",
     "model.size": "1b", "train.start": "m", "train.minutes": 3, "train.micro_batch_size": 1,
-    "train.validation_tokens": 9,
+    "train.validation_tokens": 9, "train.early_stopping": 3,
 }  # fmt: skip
 
 

@@ -195,27 +195,52 @@ def _unset(table: dict[str, Any], schema: type[BaseModel]) -> Iterator[Problem]:
                 yield Problem(key, value, f"write {UNSET} to unset it")
 
 
-def write_recipe(settings: Settings, path: Path, note: str, *, given_only: bool = False) -> None:
+def write_recipe(
+    settings: Settings, path: Path, note: str, *, given_only: bool = False, comments: Mapping[str, str] | None = None
+) -> None:
     """Write settings as TOML that `read_recipe` turns back into equal settings; `note` becomes the first comment.
 
-    `given_only` omits unset fields, so that they can still be resolved.
+    `given_only` omits unset fields, so that they can still be resolved. `comments` stand above the settings of their
+    dotted keys.
     """
     lines = [f"# {note}"]
-    _write_table(settings.model_dump(exclude_none=True, exclude_unset=given_only), (), lines)
+    _write_table(settings.model_dump(exclude_none=True, exclude_unset=given_only), (), lines, comments or {})
     try:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _write_table(table: Mapping[str, Any], prefix: tuple[str, ...], lines: list[str]) -> None:
+def read_comments(path: Path) -> dict[str, str]:
+    """Return the comments that `write_recipe` wrote, by dotted key; none for a file that cannot be read."""
+    comments: dict[str, str] = {}
+    section, above = "", ""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    for line in lines:
+        key = line.partition(" = ")[0]
+        if line.startswith("["):
+            section = f"{line.strip('[]')}."
+        elif above and key.isidentifier():
+            comments[section + key] = above
+        above = line.removeprefix("# ") if line.startswith("# ") else ""
+    return comments
+
+
+def _write_table(
+    table: Mapping[str, Any], prefix: tuple[str, ...], lines: list[str], comments: Mapping[str, str]
+) -> None:
     groups = {key: value for key, value in table.items() if isinstance(value, dict)}
     values = {key: value for key, value in table.items() if key not in groups}
     if prefix and values:
         lines += ["", f"[{'.'.join(prefix)}]"]
-    lines += [f"{key} = {toml_value(value)}" for key, value in values.items()]
+    for key, value in values.items():
+        comment = comments.get(".".join((*prefix, key)))
+        lines += [*([f"# {comment}"] if comment else []), f"{key} = {toml_value(value)}"]
     for key, value in groups.items():
-        _write_table(value, (*prefix, key), lines)
+        _write_table(value, (*prefix, key), lines, comments)
 
 
 def _override(changes: dict[str, Any], override: str, schema: type[BaseModel]) -> Iterator[Problem]:

@@ -87,7 +87,7 @@ def test_curves_are_a_picture(tiny_run: Path) -> None:
 def test_the_resolved_recipe_spells_out_every_setting(tiny_run: Path, tiny_recipe: Path) -> None:
     resolved, given = (read_recipe(file, Recipe) for file in (tiny_run / "recipe.toml", tiny_recipe))
     text = (tiny_run / "recipe.toml").read_text()
-    unset = {"train.start", "train.minutes", "train.validation_tokens", "tokenizer.path"}
+    unset = {"train.start", "train.minutes", "train.validation_tokens", "train.early_stopping", "tokenizer.path"}
     unset |= {
         f"data.{key}"
         for key in ("weights", "max_characters", "keep_matching", "drop_matching", "near_duplicates", "license")

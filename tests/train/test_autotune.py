@@ -77,6 +77,14 @@ def test_number_formats_are_timed() -> None:
     assert all(0 < value < 10 for value in seconds.values())
 
 
+def test_a_number_format_that_is_far_slower_is_timed_by_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    # bf16 on a processor without instructions for it: a layer forward and backward took half a minute.
+    products = {"bf16": 0.02, "fp32": 0.0004}
+    monkeypatch.setattr(autotune, "_product_seconds", products.__getitem__)
+    monkeypatch.setattr(autotune, "_Layer", None)
+    assert time_precisions(trial()) == products
+
+
 @pytest.mark.parametrize("best", ["bf16", "fp32"])
 def test_the_number_format_is_the_faster_one_and_it_is_said(
     best: str, monkeypatch: pytest.MonkeyPatch, messages: list[str]

@@ -91,7 +91,7 @@ def train(
         except KeyboardInterrupt:
             screen.print(f"stopped; resume with:  {again}")
             raise
-    if outcome.position.step < outcome.recipe.train.steps:
+    if not outcome.finished:
         screen.print(f"stopped after step {outcome.position.step:,}, which is saved; resume with:  {again}")
         raise typer.Exit(INTERRUPTED)
     if outcome.model is None:

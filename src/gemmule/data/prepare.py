@@ -64,9 +64,13 @@ _CLEANING_SETTINGS = {
 }  # fmt: skip
 
 
+# A tokenizer, or the settings of one, which may be chosen by how many bytes of training text there are.
+Vocabulary = TokenizerSettings | Tokenizer | Callable[[int], TokenizerSettings]
+
+
 def prepare_dataset(
     settings: DataSettings,
-    vocabulary: TokenizerSettings | Tokenizer,
+    vocabulary: Vocabulary,
     out: Path,
     progress: Progress | None = None,
     *,
@@ -75,7 +79,7 @@ def prepare_dataset(
 ) -> Dataset:
     """Read, clean, deduplicate and tokenize text into a dataset; the folder `out` appears atomically at the end.
 
-    The tokenizer is given, or trained as its settings say.
+    The tokenizer is given, or trained as its settings say; a function chooses these by the bytes of training text.
 
     Deterministic: the result does not depend on the number of workers (processes; None: all cores, or fewer for little
     text), the engine, or interruptions; the same call resumes from the stage cache. Memory: a few MiB of text per
@@ -159,29 +163,28 @@ class Preparation:
         self.clean, self.label, self.encode = work / "clean", work / "label", work / "encode"
         self.staged = work / STAGED
 
-    def run(self, vocabulary: TokenizerSettings | Tokenizer) -> Path:
+    def run(self, vocabulary: Vocabulary) -> Path:
         """Run the stages that are not cached; return the folder of the staged dataset."""
         settings = self.settings
-        given = vocabulary if isinstance(vocabulary, Tokenizer) else _existing_tokenizer(vocabulary)
-        vocab_size = vocabulary.vocab_size
         units = [*plan_units(settings, "validation"), *plan_units(settings, "train")]
         workers = self.workers or _default_workers(units)
         cleaning = settings.model_dump(include=_CLEANING_SETTINGS)
         clean_key = cache_key(_VERSION, units, cleaning, settings.near_duplicates is not None)
         holdout = settings.holdout if settings.validation is None else None
         label_key = cache_key(clean_key, holdout, settings.near_duplicates)
-        encode_key = cache_key(label_key, given.fingerprint if given else vocab_size)
-        if (self.staged / DATASET_FILE).is_file() and open_stage(self.encode, encode_key):
-            return self.staged
-        cached = [
-            open_stage(stage, key)
-            for stage, key in ((self.clean, clean_key), (self.label, label_key), (self.encode, encode_key))
-        ]
-        if not all(cached):
-            log.info(f"{self.work}: stages cached for other settings or sources are redone")
+        reused = all([open_stage(self.clean, clean_key), open_stage(self.label, label_key)])
         cleaned = self._clean(units, workers)
         labels = self._label(units)
         self._check_not_empty(units, labels, cleaned)
+        if not isinstance(vocabulary, Tokenizer | TokenizerSettings):
+            vocabulary = vocabulary(self._train_bytes(units, labels, cleaned))
+        given = vocabulary if isinstance(vocabulary, Tokenizer) else _existing_tokenizer(vocabulary)
+        vocab_size = vocabulary.vocab_size
+        reused &= open_stage(self.encode, cache_key(label_key, given.fingerprint if given else vocab_size))
+        if not reused:
+            log.info(f"{self.work}: stages cached for other settings or sources are redone")
+        if (self.staged / DATASET_FILE).is_file():
+            return self.staged
         tokenizer = self._tokenizer(units, labels, cleaned, given, vocab_size)
         counts = self._encode(units, cleaned.documents, tokenizer.fingerprint, workers)
         self._write_dataset(units, cleaned, labels, counts, tokenizer)
@@ -279,16 +282,24 @@ class Preparation:
             commit(manifest, {"fingerprint": given.fingerprint}, sorted(self.staged.glob("tokenizer*.json")))
         return Tokenizer.load(self.staged)
 
+    def _labeled(
+        self, units: Sequence[WorkUnit], labels: Labels, cleaned: Cleaned
+    ) -> Iterator[tuple[IntermediateShard, Labels]]:
+        """Yield the documents of each work unit with their labels."""
+        for unit, start, count in zip(units, _starts(cleaned.documents), cleaned.documents, strict=True):
+            yield IntermediateShard(self.clean, unit.name), labels[start : start + count]
+
+    def _train_bytes(self, units: Sequence[WorkUnit], labels: Labels, cleaned: Cleaned) -> int:
+        """Count the bytes of the train documents; those of a divided one in whole."""
+        stored = self._labeled(units, labels, cleaned)
+        return sum(int(shard.sizes()[in_split(own, "train")].sum()) for shard, own in stored)
+
     def _sample(self, units: Sequence[WorkUnit], labels: Labels, cleaned: Cleaned) -> Iterator[str]:
         """Yield evenly spaced train documents, about `_SAMPLE` bytes in all."""
-        stored = []
-        for unit, start, count in zip(units, _starts(cleaned.documents), cleaned.documents, strict=True):
-            own = labels[start : start + count]
-            stored.append((IntermediateShard(self.clean, unit.name), own, in_split(own, "train")))
-        size = sum(int(shard.sizes()[train].sum()) for shard, _, train in stored)
-        share = min(1.0, _SAMPLE / max(1, size))
+        share = min(1.0, _SAMPLE / max(1, self._train_bytes(units, labels, cleaned)))
         number = 0
-        for shard, own, train in stored:
+        for shard, own in self._labeled(units, labels, cleaned):
+            train = in_split(own, "train")
             numbers = np.arange(number, number + int(train.sum()))
             number += len(numbers)
             taken = train.copy()

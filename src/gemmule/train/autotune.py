@@ -29,9 +29,12 @@ log = logging.getLogger(__name__)
 TRIALS = 5
 
 Precision = Literal["bf16", "fp32"]
+FORMATS: tuple[Precision, ...] = ("bf16", "fp32")
 
 # Tokens, and rows of the vocabulary, at which number formats are timed.
 _TIMED_TOKENS, _TIMED_VOCABULARY = 2**11, 2**14
+# Shape of the product that is timed first, and how many times as slow a format needs no further trial.
+_PRODUCT, _FAR_SLOWER = (2**8, 2**8), 5.0
 # Elements of attention scores that the reference holds at once; rows longer than that allows are compared with SDPA.
 _SCORES_AT_ONCE = 2**27
 # The relative error (length of the difference over length) that is always allowed: of sums in another order.
@@ -122,7 +125,13 @@ def flex_trains(config: Gemma3Config, device: torch.device, compiled: bool) -> b
 
 
 def time_precisions(trial: Trial) -> dict[Precision, float]:
-    """Return the seconds of a forward and backward pass in each number format, estimated from a layer and the head."""
+    """Return the seconds of a forward and backward pass in each number format, estimated from a layer and the head.
+
+    Where one format is far slower, as bf16 on a processor without instructions for it, those of a single product.
+    """
+    products = {each: _product_seconds(each) for each in FORMATS}
+    if max(products.values()) > _FAR_SLOWER * min(products.values()):
+        return products
     rows = max(1, min(trial.rows, _TIMED_TOKENS // trial.context))
     step = _Layer(trial._replace(rows=rows), "local" if "local" in trial.config.layer_kinds else "global")
     block = step.block("block-local")
@@ -142,9 +151,19 @@ def time_precisions(trial: Trial) -> dict[Precision, float]:
         head = (time.perf_counter() - between) * trial.config.vocab_size / size
         return trial.config.num_hidden_layers * (between - began) + head
 
-    formats: tuple[Precision, ...] = ("bf16", "fp32")
-    turns = [{precision: once(precision) for precision in formats} for _ in range(1 + 3)]  # the first warms up
-    return {precision: min(turn[precision] for turn in turns[1:]) for precision in formats}
+    turns = [{precision: once(precision) for precision in FORMATS} for _ in range(1 + 3)]  # the first warms up
+    return {precision: min(turn[precision] for turn in turns[1:]) for precision in FORMATS}
+
+
+def _product_seconds(precision: Precision) -> float:
+    """Return the seconds of a small matrix product on the CPU."""
+    left, right = torch.ones(2, *_PRODUCT, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    times = []
+    for _ in range(1 + 2):  # the first warms up
+        began = time.perf_counter()
+        torch.mm(left, right)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
 
 
 def time_kernels(

@@ -45,7 +45,7 @@ def train(
     schedule: ScheduleSettings,
     callbacks: Callbacks,
 ) -> Position:
-    """Train from the state's position to the last step, or to the end of a step in which a rank is asked to stop."""
+    """Train from the state's position to the last step, to early stopping, or to a step in which a stop is requested."""
     parallel, optimizers = state.parallel, state.optimizers
     world, clock = parallel.world, Stopwatch(state.position.seconds)
     if state.position.pending is not None:
@@ -53,7 +53,8 @@ def train(
             validate_and_sample(state, state.position.pending, callbacks)
     parallel.model.train()
     batches = RankBatches(rows, settings.batch_size, world.rank, world.size, state.position.step)
-    for step in range(state.position.step, settings.steps):
+    while not state.position.is_over(settings, schedule):
+        step = state.position.step
         optimizers.set_learning_rate(lr_scale(step, settings.steps, schedule))
         batch, first_row = batches.next()
         num_targets = int(world.all_reduce_sum(batch.num_targets)[0])
@@ -106,7 +107,13 @@ def train(
                 validate_and_sample(state, metrics, callbacks, saving)
         if stop:
             break
-    return state.position
+    position = state.position
+    if position.step < settings.steps and position.is_over(settings, schedule):
+        log.info(
+            f"early stopping after step {position.step}: {settings.early_stopping} validations in a row were no better "
+            f"than that of step {position.best_step}"
+        )
+    return position
 
 
 def forward_backward(

@@ -16,6 +16,7 @@ from gemmule.run_folder import RunFolder
 from gemmule.settings import read_recipe, write_recipe
 from gemmule.train.recipe import Recipe, gives_vocabulary
 from gemmule.train.settings import AUTO
+from gemmule.train.state import Position
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,8 @@ log = logging.getLogger(__name__)
 _FREE_SECTIONS = ("parallel", "tracking")
 FREE = (
     "micro_batch_size", "device", "attention", "compile", "log_every", "validate_every", "validation_tokens",
-    "sample_prompts", "sample_tokens", "checkpoint_every", "keep_checkpoints", "final_model", "max_skipped_steps",
+    "sample_prompts", "sample_tokens", "checkpoint_every", "keep_checkpoints", "final_model", "early_stopping",
+    "max_skipped_steps",
 )  # fmt: skip
 # What is said of the data, and changes none of it.
 _LABELS = ("license",)
@@ -43,9 +45,12 @@ class Extension(NamedTuple):
     steps: int | None = None
     minutes: float | None = None
 
-    def apply(self, recipe: Recipe) -> Recipe:
-        """Return the recipe of the longer run, whose schedule begins anew at the step that was to be the last."""
-        end = recipe.train.steps
+    def apply(self, recipe: Recipe, stopped: int | None = None) -> Recipe:
+        """Return the recipe of the longer run, whose schedule begins anew at the step that was to be the last.
+
+        Early stopping may have ended the run before that, at the step `stopped`.
+        """
+        end = stopped or recipe.train.steps
         length = (
             {"steps": LARGEST_COUNT, "minutes": self.minutes} if self.steps is None else {"steps": end + self.steps}
         )
@@ -74,13 +79,22 @@ def claim_run(
             return
         if not run.metrics.is_file():
             raise OutputError(f"--out {out}: has no run to extend yet; train it without --extend first")
-        longer = extend.apply(followed)
+        longer = extend.apply(followed, _stopped_early(run, followed))
         length = f"{extend.minutes:g} minutes" if extend.steps is None else f"{extend.steps:,} steps"
         log.info(
             f"extending the run by {length}: from step {longer.schedule.restart_step:,} on the learning rate warms up "
             f"and decays anew ({longer.schedule.name})"
         )
         yield longer
+
+
+def _stopped_early(run: RunFolder, recipe: Recipe) -> int | None:
+    """Return the step at which early stopping has ended a run; None where it has not."""
+    losses = {line["step"]: line["val_loss"] for line in run.read_metrics() if "val_loss" in line}
+    if not losses:
+        return None
+    position = Position(step=max(losses), best_step=min(losses, key=losses.__getitem__))
+    return position.step if position.is_over(recipe.train, recipe.schedule) else None
 
 
 def _recipe_to_follow(recipe: Recipe, run: RunFolder, resume: bool, allow_changes: bool) -> Recipe:

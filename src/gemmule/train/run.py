@@ -19,7 +19,7 @@ from gemmule.formats.folder import save_folder
 from gemmule.model.gemma3 import Gemma3
 from gemmule.run_folder import RunFolder
 from gemmule.runtime import Runtime, choose_device, derive_seed, interruptible
-from gemmule.settings import Problem, read_recipe, write_recipe
+from gemmule.settings import Problem, read_comments, read_recipe, write_recipe
 from gemmule.tokenizer import Tokenizer
 from gemmule.tracking import Tracking, TrackingSettings
 from gemmule.train.checkpoint import Saver, checkpoints, load_checkpoint, newest_checkpoint, prune_checkpoints
@@ -47,6 +47,11 @@ class Outcome(NamedTuple):
     position: Position
     dataset: Dataset
     model: Gemma3 | None  # on the main rank
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended, and was not stopped on the way."""
+        return self.position.is_over(self.recipe.train, self.recipe.schedule)
 
 
 def run_recipe(
@@ -108,7 +113,7 @@ def _run(
         failures = _train(resolved, run, dataset, state, observer, sample)
         if is_main:  # the last validation may have changed which checkpoint is the best
             prune_checkpoints(run.path, resolved.train.keep_checkpoints, state.position)
-        if resolved.train.final_model == "best" and state.position.step == resolved.train.steps:
+        if resolved.train.final_model == "best" and state.position.is_over(resolved.train, resolved.schedule):
             _load_best(run, state)
     model = gather_model(state.parallel, resolved.train.attention)
     if model is not None:
@@ -174,8 +179,9 @@ def _write_resolved(recipe: ResolvedRecipe, run: RunFolder, position: Position) 
     """Write the recipe that repeats the run; where a resumed run changes it, keep the one of the steps before."""
     if position.step and differences(recipe, read_recipe(run.recipe, Recipe)):
         keep_recipe(run, position.step)
+    comments = read_comments(run.recipe)
     with atomic_write(run.recipe) as temporary:
-        write_recipe(recipe, temporary, "The recipe of this run, resolved: it repeats the run.")
+        write_recipe(recipe, temporary, "The recipe of this run, resolved: it repeats the run.", comments=comments)
 
 
 def _train(

@@ -71,6 +71,11 @@ class TrainSettings(Settings):
     final_model: Literal["last", "best"] = Field(
         "last", description="weights of the model folder: the last ones, or those of the best validated checkpoint"
     )
+    early_stopping: Count | None = Field(
+        None,
+        description="validations in a row without a lower loss at which the run ends (early stopping, patience); "
+        "unset, it takes all steps",
+    )
     max_skipped_steps: CountFrom0 = Field(
         0,
         description="steps with a loss or gradient that is not finite which are skipped; at the next one the run stops",
@@ -97,3 +102,9 @@ class TrainSettings(Settings):
             yield Problem("damp_branches", True, "is for first weights that are drawn; train.start brings its own")
         if self.precision == "fp16":
             yield Problem("precision", self.precision, NO_FP16)
+        if self.early_stopping is not None and self.validate_every % self.checkpoint_every:
+            advice = (
+                f"keeps the best weights, so train.checkpoint_every ({self.checkpoint_every}) must divide "
+                f"train.validate_every ({self.validate_every})"
+            )
+            yield Problem("early_stopping", self.early_stopping, advice)

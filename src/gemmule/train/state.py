@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from gemmule.settings import Settings
 from gemmule.train.optim import Optimizers
 from gemmule.train.parallel import Parallel
+from gemmule.train.schedule import ScheduleSettings
+from gemmule.train.settings import TrainSettings
 
 
 class LossEMA(Settings):
@@ -47,6 +49,13 @@ class Position(Settings):
     samples_bytes: int = 0
     # Metrics of this step whose validation and samples are still to come; a resumed run makes them first.
     pending: dict[str, int | float] | None = None
+
+    def is_over(self, settings: TrainSettings, schedule: ScheduleSettings) -> bool:
+        """Whether all steps are taken, or validation has not improved for `early_stopping` validations."""
+        if self.step >= settings.steps or settings.early_stopping is None or self.best_step is None:
+            return self.step >= settings.steps
+        since = max(self.best_step, schedule.restart_step)
+        return self.step - since >= settings.early_stopping * settings.validate_every
 
     def after_step(self, loss: float, num_targets: int) -> "Position":
         """Return the position after one more update of the weights."""
