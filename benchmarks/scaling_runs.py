@@ -90,8 +90,8 @@ def trained(case: Case, data: Path, threads: int) -> dict[str, Any]:
             "model.query_pre_attn_scalar": shape.head_dim, "model.sliding_window_pattern": min(shape.layers, 4),
             "model.dropout": case.dropout, "train.minutes": "none", "train.steps": case.steps,
             "train.batch_size": case.batch_size, "train.context": case.context, "train.seed": case.seed,
-            "train.validate_every": max(25, case.steps // 8), "train.checkpoint_every": 100_000, "train.sample_tokens": 1,
-            "train.validation_tokens": "none",
+            "train.validate_every": max(25, case.steps // 8), "train.checkpoint_every": 100_000,
+            "train.sample_tokens": 1, "train.validation_tokens": "none",
             "train.compile": "false", "train.attention": "block-local", "optimizer.weight_decay": case.weight_decay,
             "optimizer.learning_rate": case.learning_rate, "optimizer.adamw_learning_rate": case.adamw_learning_rate,
         }  # fmt: skip
