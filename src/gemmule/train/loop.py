@@ -45,7 +45,7 @@ def train(
     schedule: ScheduleSettings,
     callbacks: Callbacks,
 ) -> Position:
-    """Train from the state's position to the last step, to early stopping, or to a step in which a stop is asked for."""
+    """Train from the state's position to the last step, to early stopping, or to a step in which a stop is wanted."""
     parallel, optimizers = state.parallel, state.optimizers
     world, clock = parallel.world, Stopwatch(state.position.seconds)
     if state.position.pending is not None:
