@@ -164,7 +164,7 @@ def test_sections_that_do_not_fit_each_other_are_refused() -> None:
 def test_a_resumed_run_that_cannot_write_its_recipe_keeps_it(
     tiny_run: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill_the_disk(_recipe: Recipe, path: Path, *_: object) -> None:
+    def fill_the_disk(_recipe: Recipe, path: Path, *_: object, **_options: object) -> None:
         path.write_text("# The recipe of")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -18,6 +18,7 @@ from gemmule.cli.evaluate import evaluate
 from gemmule.cli.explain import explain
 from gemmule.cli.export import export
 from gemmule.cli.generate import generate
+from gemmule.cli.grow import grow
 from gemmule.cli.import_ import import_
 from gemmule.cli.plan import plan
 from gemmule.cli.prepare import prepare
@@ -31,6 +32,7 @@ from gemmule.reading import local_path
 
 # Their files import what they need when they are called, so that `--help` loads no torch.
 COMMANDS: dict[str, Callable[..., None]] = {
+    "grow": grow,
     "plan": plan,
     "settings": settings,
     "train": train,

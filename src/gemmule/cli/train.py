@@ -70,7 +70,6 @@ def train(
     from gemmule.settings import read_recipe
     from gemmule.tracking import with_trackers
     from gemmule.train.recipe import Recipe
-    from gemmule.train.run import run_recipe
 
     run, longer = RunFolder(out or Path("runs") / recipe.stem), None if extend is None else _read_extension(extend)
     again = _command_to_resume(recipe, run, overrides or [], track or [])
@@ -79,6 +78,29 @@ def train(
     settings = read_recipe(recipe, Recipe, overrides or [], warn=note if is_main else lambda _: None)
     settings = settings.replace(tracking=with_trackers(settings.tracking, track or []))
 
+    summary = follow(settings, run, again, resume=resume, allow_changes=allow_changes, longer=longer)
+    if as_json and summary is not None:
+        print_json(summary)
+
+
+def follow(
+    recipe: "Recipe",
+    run: RunFolder,
+    again: str,
+    *,
+    resume: bool = False,
+    allow_changes: bool = False,
+    longer: "Extension | None" = None,
+) -> dict[str, Any] | None:
+    """Train as a recipe says and show it; return a summary on the main rank.
+
+    Where the run is stopped, `again` is the command that resumes it, and typer.Exit or KeyboardInterrupt is raised.
+    """
+    from gemmule.distributed import launch_environment
+    from gemmule.train.run import run_recipe
+
+    launched = launch_environment()
+    is_main = launched is None or launched.rank == 0
     with Screen(quiet=not is_main) as screen, logged_to(screen):
         observer = None
         if is_main:
@@ -87,7 +109,7 @@ def train(
 
             observer = ScreenObserver(screen, run, PredictionLog(run, launched.size if launched else 1))
         try:
-            outcome = run_recipe(settings, run.path, resume, observer, _sample, allow_changes, longer)
+            outcome = run_recipe(recipe, run.path, resume, observer, _sample, allow_changes, longer)
         except KeyboardInterrupt:
             screen.print(f"stopped; resume with:  {again}")
             raise
@@ -95,13 +117,11 @@ def train(
         screen.print(f"stopped after step {outcome.position.step:,}, which is saved; resume with:  {again}")
         raise typer.Exit(INTERRUPTED)
     if outcome.model is None:
-        return
+        return None
     with logged_to(screen):
         if observer is not None:
             observer.conclude()
-    summary = _conclude(screen, outcome, outcome.model, run)
-    if as_json:
-        print_json(summary)
+    return _conclude(screen, outcome, outcome.model, run)
 
 
 def _sample(model: Any, tokenizer: Any, prompts: Any, tokens: int, seed: int) -> list[str]:

@@ -139,6 +139,23 @@ def _existing_tokenizer(settings: TokenizerSettings) -> Tokenizer | None:
     return tokenizer
 
 
+class _Chosen(NamedTuple):
+    """The tokenizer that is given, or the size of the one to train."""
+
+    given: Tokenizer | None
+    vocab_size: int
+
+    @classmethod
+    def of(cls, vocabulary: TokenizerSettings | Tokenizer) -> "_Chosen":
+        """Open the tokenizer, where there is one."""
+        given = vocabulary if isinstance(vocabulary, Tokenizer) else _existing_tokenizer(vocabulary)
+        return cls(given, vocabulary.vocab_size)
+
+    def key(self, label_key: str) -> str:
+        """Return the cache key of the stage that tokenizes."""
+        return cache_key(label_key, self.given.fingerprint if self.given else self.vocab_size)
+
+
 class Cleaned(NamedTuple):
     """The result of the cleaning stage."""
 
@@ -172,20 +189,20 @@ class Preparation:
         clean_key = cache_key(_VERSION, units, cleaning, settings.near_duplicates is not None)
         holdout = settings.holdout if settings.validation is None else None
         label_key = cache_key(clean_key, holdout, settings.near_duplicates)
+        chosen = _Chosen.of(vocabulary) if isinstance(vocabulary, Tokenizer | TokenizerSettings) else None
+        if chosen and (self.staged / DATASET_FILE).is_file() and open_stage(self.encode, chosen.key(label_key)):
+            return self.staged
         reused = all([open_stage(self.clean, clean_key), open_stage(self.label, label_key)])
         cleaned = self._clean(units, workers)
         labels = self._label(units)
         self._check_not_empty(units, labels, cleaned)
         if not isinstance(vocabulary, Tokenizer | TokenizerSettings):
-            vocabulary = vocabulary(self._train_bytes(units, labels, cleaned))
-        given = vocabulary if isinstance(vocabulary, Tokenizer) else _existing_tokenizer(vocabulary)
-        vocab_size = vocabulary.vocab_size
-        reused &= open_stage(self.encode, cache_key(label_key, given.fingerprint if given else vocab_size))
+            chosen = _Chosen.of(vocabulary(self._train_bytes(units, labels, cleaned)))
+        assert chosen is not None
+        reused &= open_stage(self.encode, chosen.key(label_key))
         if not reused:
             log.info(f"{self.work}: stages cached for other settings or sources are redone")
-        if (self.staged / DATASET_FILE).is_file():
-            return self.staged
-        tokenizer = self._tokenizer(units, labels, cleaned, given, vocab_size)
+        tokenizer = self._tokenizer(units, labels, cleaned, chosen)
         counts = self._encode(units, cleaned.documents, tokenizer.fingerprint, workers)
         self._write_dataset(units, cleaned, labels, counts, tokenizer)
         return self.staged
@@ -268,16 +285,15 @@ class Preparation:
                 f"and a validation split; {f'use data.holdout = {works:g}, ' if works else ''}{advice}"
             )
 
-    def _tokenizer(
-        self, units: Sequence[WorkUnit], labels: Labels, cleaned: Cleaned, given: Tokenizer | None, vocab_size: int
-    ) -> Tokenizer:
+    def _tokenizer(self, units: Sequence[WorkUnit], labels: Labels, cleaned: Cleaned, chosen: _Chosen) -> Tokenizer:
         """Copy the given tokenizer, or train one on a sample of the train documents."""
         self.staged.mkdir(exist_ok=True)
         manifest = self.encode / "tokenizer.json"
         if committed(manifest) is None:
+            given = chosen.given
             if given is None:
                 self.progress("training the tokenizer", 0, None)
-                given = train_tokenizer(self._sample(units, labels, cleaned), vocab_size)
+                given = train_tokenizer(self._sample(units, labels, cleaned), chosen.vocab_size)
             given.save(self.staged)
             commit(manifest, {"fingerprint": given.fingerprint}, sorted(self.staged.glob("tokenizer*.json")))
         return Tokenizer.load(self.staged)

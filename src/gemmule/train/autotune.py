@@ -132,27 +132,46 @@ def time_precisions(trial: Trial) -> dict[Precision, float]:
     products = {each: _product_seconds(each) for each in FORMATS}
     if max(products.values()) > _FAR_SLOWER * min(products.values()):
         return products
-    rows = max(1, min(trial.rows, _TIMED_TOKENS // trial.context))
-    step = _Layer(trial._replace(rows=rows), "local" if "local" in trial.config.layer_kinds else "global")
-    block = step.block("block-local")
-    size = min(trial.config.vocab_size, _TIMED_VOCABULARY)
-    vocabulary = torch.nn.Parameter(
-        torch.randn(size, trial.config.hidden_size, dtype=torch.float32, device=trial.device)
-    )
-    targets = torch.randint(size, (rows, trial.context), device=trial.device)
+    timing = _Timing(trial._replace(rows=max(1, min(trial.rows, _TIMED_TOKENS // trial.context))))
 
     def once(precision: Precision) -> float:
-        began = time.perf_counter()
-        step.run(block, "block-local", precision)
-        between = time.perf_counter()
-        with autocast(trial.device, precision):
-            loss = summed_loss(targets)(step.x, vocabulary)
-        torch.autograd.backward(loss)
-        head = (time.perf_counter() - between) * trial.config.vocab_size / size
-        return trial.config.num_hidden_layers * (between - began) + head
+        layer, head = timing.once(precision)
+        return trial.config.num_hidden_layers * layer + head
 
     turns = [{precision: once(precision) for precision in FORMATS} for _ in range(1 + 3)]  # the first warms up
     return {precision: min(turn[precision] for turn in turns[1:]) for precision in FORMATS}
+
+
+class _Timing:
+    """A layer and the head of a model with their inputs, to be timed."""
+
+    def __init__(self, trial: Trial) -> None:
+        self._layer = _Layer(trial, "local" if "local" in trial.config.layer_kinds else "global")
+        self._block = self._layer.block("block-local")
+        self._device, size = trial.device, min(trial.config.vocab_size, _TIMED_VOCABULARY)
+        shape = (size, trial.config.hidden_size)
+        self._vocabulary = torch.nn.Parameter(torch.randn(shape, dtype=torch.float32, device=trial.device))
+        self._targets = torch.randint(size, (trial.rows, trial.context), device=trial.device)
+        self._part = size / trial.config.vocab_size
+
+    def once(self, precision: Precision) -> tuple[float, float]:
+        """Return the seconds of a forward and backward pass of the layer, and of the head."""
+        began = time.perf_counter()
+        self._layer.run(self._block, "block-local", precision)
+        between = time.perf_counter()
+        with autocast(self._device, precision):
+            loss = summed_loss(self._targets)(self._layer.x, self._vocabulary)
+        torch.autograd.backward(loss)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return between - began, (time.perf_counter() - between) / self._part
+
+
+def time_layer_and_head(trial: Trial, precision: Precision) -> tuple[float, float]:
+    """Return the seconds of a forward and backward pass of a layer, and of the head with its loss, not compiled."""
+    timing = _Timing(trial)
+    turns = [timing.once(precision) for _ in range(1 + 2)]  # the first warms up
+    return min(layer for layer, _ in turns[1:]), min(head for _, head in turns[1:])
 
 
 def _product_seconds(precision: Precision) -> float:
