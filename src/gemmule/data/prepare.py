@@ -34,6 +34,7 @@ from gemmule.data.report import CorpusReport, SourceReport, SplitReport, counted
 from gemmule.data.settings import DataSettings
 from gemmule.data.sources import UNIT, Split, WorkUnit, plan_units
 from gemmule.data.stage_cache import cache_key, commit, committed, open_stage
+from gemmule.data.vocabulary import ChosenTokenizer, Vocabulary
 from gemmule.errors import OutputError, SourceError
 from gemmule.files import (
     as_output_error,
@@ -62,10 +63,6 @@ Progress = Callable[[str, int, int | None], None]
 _CLEANING_SETTINGS = {
     "separator", "column", "min_characters", "max_characters", "keep_matching", "drop_matching", "quality",
 }  # fmt: skip
-
-
-# A tokenizer, or the settings of one, which may be chosen by how many bytes of training text there are.
-Vocabulary = TokenizerSettings | Tokenizer | Callable[[int], TokenizerSettings]
 
 
 def prepare_dataset(
@@ -128,34 +125,6 @@ def _roll_back(staged: Path, out: Path) -> list[str]:
     return moved
 
 
-def _existing_tokenizer(settings: TokenizerSettings) -> Tokenizer | None:
-    """Load the tokenizer that the settings name, if they do."""
-    if settings.path is None:
-        return None
-    tokenizer = Tokenizer.load(Path(settings.path).expanduser())
-    ignored, ids = settings.vocab_size, tokenizer.vocab_size
-    if "vocab_size" in settings.model_fields_set and ignored != ids:
-        log.info(f"tokenizer.vocab_size = {ignored} is ignored: tokenizer.path has {ids} ids")
-    return tokenizer
-
-
-class _Chosen(NamedTuple):
-    """The tokenizer that is given, or the size of the one to train."""
-
-    given: Tokenizer | None
-    vocab_size: int
-
-    @classmethod
-    def of(cls, vocabulary: TokenizerSettings | Tokenizer) -> "_Chosen":
-        """Open the tokenizer, where there is one."""
-        given = vocabulary if isinstance(vocabulary, Tokenizer) else _existing_tokenizer(vocabulary)
-        return cls(given, vocabulary.vocab_size)
-
-    def key(self, label_key: str) -> str:
-        """Return the cache key of the stage that tokenizes."""
-        return cache_key(label_key, self.given.fingerprint if self.given else self.vocab_size)
-
-
 class Cleaned(NamedTuple):
     """The result of the cleaning stage."""
 
@@ -189,7 +158,7 @@ class Preparation:
         clean_key = cache_key(_VERSION, units, cleaning, settings.near_duplicates is not None)
         holdout = settings.holdout if settings.validation is None else None
         label_key = cache_key(clean_key, holdout, settings.near_duplicates)
-        chosen = _Chosen.of(vocabulary) if isinstance(vocabulary, Tokenizer | TokenizerSettings) else None
+        chosen = ChosenTokenizer.of(vocabulary) if isinstance(vocabulary, Tokenizer | TokenizerSettings) else None
         if chosen and (self.staged / DATASET_FILE).is_file() and open_stage(self.encode, chosen.key(label_key)):
             return self.staged
         reused = all([open_stage(self.clean, clean_key), open_stage(self.label, label_key)])
@@ -197,7 +166,7 @@ class Preparation:
         labels = self._label(units)
         self._check_not_empty(units, labels, cleaned)
         if not isinstance(vocabulary, Tokenizer | TokenizerSettings):
-            chosen = _Chosen.of(vocabulary(self._train_bytes(units, labels, cleaned)))
+            chosen = ChosenTokenizer.of(vocabulary(self._train_bytes(units, labels, cleaned)))
         assert chosen is not None
         reused &= open_stage(self.encode, chosen.key(label_key))
         if not reused:
@@ -285,7 +254,9 @@ class Preparation:
                 f"and a validation split; {f'use data.holdout = {works:g}, ' if works else ''}{advice}"
             )
 
-    def _tokenizer(self, units: Sequence[WorkUnit], labels: Labels, cleaned: Cleaned, chosen: _Chosen) -> Tokenizer:
+    def _tokenizer(
+        self, units: Sequence[WorkUnit], labels: Labels, cleaned: Cleaned, chosen: ChosenTokenizer
+    ) -> Tokenizer:
         """Copy the given tokenizer, or train one on a sample of the train documents."""
         self.staged.mkdir(exist_ok=True)
         manifest = self.encode / "tokenizer.json"
