@@ -140,3 +140,12 @@ def test_runs_that_text_has_are_learned_whole(monkeypatch: pytest.MonkeyPatch) -
 def test_no_text_at_all_is_a_clear_error(documents: list[str]) -> None:
     with pytest.raises(TokenizerError, match="vocab_size"):
         train_tokenizer(documents, 512)
+
+
+def test_a_vocabulary_of_at_most_so_many_entries_is_the_largest_that_the_text_allows() -> None:
+    documents = ["Roses are red, violets are blue."] * 5
+    largest = train_tokenizer(documents, 5000, at_most=True)
+    assert largest.vocab_size < 5000
+    assert train_tokenizer(documents, largest.vocab_size).fingerprint == largest.fingerprint
+    with pytest.raises(TokenizerError, match="more than this corpus allows"):
+        train_tokenizer(documents, largest.vocab_size + 1)

@@ -65,6 +65,7 @@ def grow(
         return
     run = RunFolder(out or Path("runs") / _name_of(source[0]))
     _check_free(run)
+    _check_names(overrides or [])
     budget = _budget(minutes, size)
     with Screen() as screen, logged_to(screen):
         if start is None:
@@ -111,6 +112,16 @@ def _check_free(run: RunFolder) -> None:
         f"--resume, train it longer with gemmule grow {path}, continue it on other text with gemmule grow SOURCE "
         f"--start {path} --out NEW, or name another folder"
     )
+
+
+def _check_names(overrides: Sequence[str]) -> None:
+    """Raise RecipeError for settings that do not exist, before the text is read."""
+    from gemmule.fields import find_field
+    from gemmule.settings import check_recipe
+    from gemmule.train.recipe import Recipe
+
+    unknown = [each for each in overrides if not find_field(Recipe, each.partition("=")[0].strip().split("."))]
+    check_recipe({"data": {"train": "text"}, "train": {"steps": 1}}, Recipe, "of --set", unknown)
 
 
 def _name_of(source: str) -> str:

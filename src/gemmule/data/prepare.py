@@ -166,7 +166,7 @@ class Preparation:
         labels = self._label(units)
         self._check_not_empty(units, labels, cleaned)
         if not isinstance(vocabulary, Tokenizer | TokenizerSettings):
-            chosen = ChosenTokenizer.of(vocabulary(self._train_bytes(units, labels, cleaned)))
+            chosen = ChosenTokenizer.of(vocabulary(self._train_bytes(units, labels, cleaned)))._replace(at_most=True)
         assert chosen is not None
         reused &= open_stage(self.encode, chosen.key(label_key))
         if not reused:
@@ -264,7 +264,8 @@ class Preparation:
             given = chosen.given
             if given is None:
                 self.progress("training the tokenizer", 0, None)
-                given = train_tokenizer(self._sample(units, labels, cleaned), chosen.vocab_size)
+                sample = self._sample(units, labels, cleaned)
+                given = train_tokenizer(sample, chosen.vocab_size, at_most=chosen.at_most)
             given.save(self.staged)
             commit(manifest, {"fingerprint": given.fingerprint}, sorted(self.staged.glob("tokenizer*.json")))
         return Tokenizer.load(self.staged)

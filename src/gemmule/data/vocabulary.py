@@ -10,7 +10,8 @@ from gemmule.tokenizer import Tokenizer, TokenizerSettings
 
 log = logging.getLogger(__name__)
 
-# A tokenizer, or the settings of one, which may be chosen by how many bytes of training text there are.
+# A tokenizer, or the settings of one, which may be chosen by how many bytes of training text there are: then the
+# vocabulary has at most so many entries, and fewer where the text is too short for them.
 Vocabulary = TokenizerSettings | Tokenizer | Callable[[int], TokenizerSettings]
 
 
@@ -19,6 +20,7 @@ class ChosenTokenizer(NamedTuple):
 
     given: Tokenizer | None
     vocab_size: int
+    at_most: bool = False
 
     @classmethod
     def of(cls, vocabulary: TokenizerSettings | Tokenizer) -> "ChosenTokenizer":

@@ -15,7 +15,7 @@ from gemmule.settings import Problem
 
 # Candidates: vocabulary sizes, of which each entry needs so many bytes of text to be seen often enough, and the bytes
 # of a token: an assumption until the tokenizer has been trained, between those of English stories and of other text.
-_VOCABULARIES, _BYTES_PER_ENTRY = (512, 1024, 2048, 4096, 8192, 16_384, 32_768), 400
+_VOCABULARIES, _BYTES_PER_ENTRY = (512, 1024, 2048, 4096, 8192, 16_384, 32_768), 150
 _BYTES_PER_TOKEN = {512: 2.4, 1024: 3.0, 2048: 3.5, 4096: 3.8, 8192: 4.0, 16_384: 4.2, 32_768: 4.3}
 # Hidden sizes, and layers, of which a model has at most one for each so many units of width.
 _WIDTHS = (64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
@@ -67,7 +67,9 @@ def choose_vocabulary(text_bytes: int, budget: Budget, speed: Speed, law: Law = 
             found = [_Plan.of(config, text, budget, speed) for config in _candidates(size, text, budget.parameters)]
             best[size] = min((plan.loss(text, law) for plan in found), default=math.inf)
     size = min(best, key=best.__getitem__)
-    return size, f"of {', '.join(f'{each:,}' for each in best)} the lowest loss by the scaling law in this time"
+    sizes = " and ".join(f"{each:,}" for each in (min(best), max(best)))
+    reason = f"between {sizes}, which the text allows, the lowest loss by the scaling law in this time"
+    return size, reason if len(best) > 1 else "the text is too short for more entries to be seen often enough"
 
 
 def holdout_for(text_bytes: int) -> float:

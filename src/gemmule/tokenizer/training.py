@@ -26,12 +26,26 @@ _UNCOVERED = 1e-5  # share of the text whose rare characters are encoded by byte
 _FEWEST_CHARACTERS = 64  # minimum alphabet, where the text has as many
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(documents: Iterable[str], vocab_size: int, *, at_most: bool = False) -> Tokenizer:
     """Train a vocabulary of exactly `vocab_size` ids; `documents` are kept in memory.
 
-    TokenizerError names valid sizes.
+    With `at_most`, it is as large as the documents allow where they are too few. TokenizerError names valid sizes.
     """
     documents = list(documents)
+    vocabulary = _train(documents, vocab_size)
+    while at_most and len(vocabulary) < vocab_size:
+        vocab_size = len(vocabulary)
+        vocabulary = _train(documents, vocab_size)  # so that the smaller size, given as such, leads to the same
+    if len(vocabulary) < vocab_size:
+        raise TokenizerError(
+            f"tokenizer.vocab_size = {vocab_size}: more than this corpus allows; "
+            f"use {len(vocabulary)} or less, or more text"
+        )
+    return _build(vocabulary)
+
+
+def _train(documents: Sequence[str], vocab_size: int) -> list[str]:
+    """Return the tokens in id order, `vocab_size` of them or as many as there are."""
     alphabet = _choose_alphabet(documents, vocab_size)
     library = tokenizers.Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(BOUNDARIES), behavior="isolated")
@@ -49,12 +63,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     library.train_from_iterator(_without_rare_characters(documents, alphabet), trainer)
     vocabulary = library.get_vocab()
-    if len(vocabulary) < vocab_size:
-        raise TokenizerError(
-            f"tokenizer.vocab_size = {vocab_size}: more than this corpus allows; "
-            f"use {len(vocabulary)} or less, or more text"
-        )
-    return _build(sorted(vocabulary, key=vocabulary.__getitem__))
+    return sorted(vocabulary, key=vocabulary.__getitem__)
 
 
 def _choose_alphabet(documents: Sequence[str], vocab_size: int) -> list[str]:

@@ -1,0 +1,139 @@
+"""`gemmule grow`: one command from a text to a model, a recipe with reasons, and what is said where it cannot."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gemmule.data.dataset import open_dataset
+from gemmule.run_folder import RunFolder
+from gemmule.settings import read_comments, read_recipe
+from gemmule.train.recipe import Recipe
+from runs import gemmule, write_text
+
+pytestmark = pytest.mark.usefixtures("without_plots")
+
+# Less than the rule would take, so that a test is over soon.
+SHORT = (
+    "--set", "train.minutes=none", "--set", "train.steps=4", "--set", "train.validate_every=2",
+    "--set", "train.checkpoint_every=2", "--set", "train.sample_tokens=4",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text") / "letters"
+    folder.mkdir()
+    write_text(folder / "one.txt", 200)
+    (folder / "two.md").write_text("# A letter\n\nDear Ada, the weather is fine.\n" * 20)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grown(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run that grow has trained, and what it printed."""
+    out = tmp_path_factory.mktemp("grown") / "run"
+    ended = gemmule("grow", letters, "--minutes", 1, "--out", out, *SHORT, "--json")
+    assert ended.code == 0, ended.err
+    return out, ended.err
+
+
+def test_a_folder_becomes_a_model_with_one_command(grown: tuple[Path, str]) -> None:
+    out, said = grown
+    run = RunFolder(out)
+    assert (run.model / "model.safetensors").is_file()
+    assert run.read_metrics()[-1]["step"] == 4
+    assert "documents kept" in said, "the report of the data"
+    assert "GFLOP/s at hidden size" in said, "what was measured"
+    for command in ("gemmule serve", "gemmule report", "gemmule export", "gemmule grow"):
+        assert f"{command} {out}" in said
+    assert gemmule("generate", out, "--prompt", "Dear", "--max-new-tokens", 3).code == 0
+
+
+def test_the_recipe_has_a_reason_for_what_was_chosen_and_repeats_the_run(
+    grown: tuple[Path, str], letters: Path, tmp_path: Path
+) -> None:
+    out, said = grown
+    comments = read_comments(out / "recipe.toml")
+    for key in ("tokenizer.vocab_size", "model.hidden_size", "train.batch_size", "train.context", "data.holdout"):
+        assert comments[key] in said
+    recipe = read_recipe(out / "recipe.toml", Recipe)
+    assert recipe.data.train == (str(letters),)
+    assert recipe.model.vocab_size == open_dataset(out / "data").tokenizer.vocab_size
+    again = gemmule("train", out / "recipe.toml", "--out", tmp_path / "again")
+    assert again.code == 0
+    first, second = (RunFolder(each).read_metrics()[-1]["loss"] for each in (out, tmp_path / "again"))
+    assert first == second
+
+
+def test_plan_stops_after_the_recipe_which_train_follows(letters: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    ended = gemmule("grow", letters, "--minutes", 2, "--out", out, "--plan", *SHORT)
+    assert ended.code == 0, ended.err
+    assert not (out / "metrics.jsonl").exists()
+    assert f"train it by:  gemmule train {out}/recipe.toml --out {out} --resume" in ended.err
+    assert gemmule("train", out / "recipe.toml", "--out", out, "--resume").code == 0
+    assert RunFolder(out).read_metrics()[-1]["step"] == 4
+    assert read_comments(out / "recipe.toml"), "the reasons are still there"
+
+
+def test_another_plan_in_the_same_folder_uses_the_prepared_text(letters: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    gemmule("grow", letters, "--minutes", 1, "--out", out, "--plan")
+    again = gemmule("grow", letters, "--minutes", 30, "--out", out, "--plan")
+    assert "was prepared before and is used" in again.err
+    assert read_recipe(out / "recipe.toml", Recipe).train.minutes == 30
+
+
+def test_a_finished_run_is_trained_longer_or_left_alone(grown: tuple[Path, str], letters: Path) -> None:
+    out, _ = grown
+    refused = gemmule("grow", letters, "--out", out)
+    assert refused.code == 2
+    for advice in ("--resume", f"gemmule grow {out}", f"--start {out} --out NEW"):
+        assert advice in refused.err
+    longer = gemmule("grow", out, "--minutes", 0.05)
+    assert longer.code == 0, longer.err
+    assert "extending the run by 0.05 minutes: from step 4" in longer.err
+    assert RunFolder(out).read_metrics()[-1]["step"] > 4
+
+
+def test_the_weights_of_a_model_learn_another_text(tiny_run: Path, letters: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    ended = gemmule("grow", letters, "--start", tiny_run, "--minutes", 1, "--out", out, *SHORT, "--json")
+    assert ended.code == 0, ended.err
+    recipe = read_recipe(out / "recipe.toml", Recipe)
+    assert recipe.train.start == str(tiny_run)
+    assert recipe.optimizer.name == "adamw"
+    assert "small steps for all of them" in read_comments(out / "recipe.toml")["optimizer.name"]
+    assert json.loads(ended.out)["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("missing.txt",), "missing.txt"),
+        (("TEXT", "--size", "big"), "--size big: write a number of parameters, such as 500k, 5m or 5000000"),
+        (("TEXT", "--size", "10"), "no shape has about so many parameters"),
+        (("TEXT", "--minutes", "0"), "--minutes"),
+        (("TEXT", "--minutes", "nan"), "--minutes"),
+        (("TEXT", "--start", "missing"), "missing"),
+        (("TEXT", "--start", "RUN", "--size", "1m"), "--size: has no effect beside --start"),
+        (("TEXT", "--set", "train.stpes=1"), "did you mean train.steps?"),
+        (("TEXT", "--set", "data.holdout=2"), "data.holdout"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_sentence(
+    arguments: tuple[str, ...], sentence: str, letters: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    known = {"TEXT": str(letters), "RUN": str(tiny_run)}
+    ended = gemmule("grow", *(known.get(each, each) for each in arguments), "--out", tmp_path / "run", "--plan")
+    assert ended.code == 2
+    assert sentence in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_a_text_of_a_few_bytes_is_said_to_be_too_little(tmp_path: Path) -> None:
+    (tmp_path / "poem.txt").write_text("Roses are red, violets are blue.\n" * 30)
+    ended = gemmule("grow", tmp_path / "poem.txt", "--out", tmp_path / "run", "--plan")
+    assert ended.code == 0, ended.err
+    assert "bytes of text are enough to learn its characters" in ended.err
