@@ -20,6 +20,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
+from gemmule.data.dataset import open_dataset
+from gemmule.grow.law import Run, fit
+from gemmule.grow.machine import block_parameters
+from gemmule.model.config import Gemma3Config
 from gemmule.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +37,20 @@ class Shape(NamedTuple):
     layers: int
     intermediate_size: int
     head_dim: int = 64
+
+    def config(self, vocab_size: int) -> Gemma3Config:
+        """Return the model's config."""
+        return Gemma3Config(
+            vocab_size=vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.layers,
+            intermediate_size=self.intermediate_size,
+            head_dim=self.head_dim,
+            num_attention_heads=self.hidden_size // self.head_dim,
+            query_pre_attn_scalar=self.head_dim,
+            sliding_window_pattern=min(self.layers, 4),
+            sliding_window=128,
+        )
 
 
 TINY = Shape(96, 3, 384, 32)
@@ -79,15 +97,12 @@ def cases() -> list[Case]:
 
 def trained(case: Case, data: Path, threads: int) -> dict[str, Any]:
     """Train, and return the case with its results."""
-    shape = case.shape
+    shape, config = case.shape, case.shape.config(case.vocab_size).model_dump(exclude_unset=True)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder) / "run")
         settings = {
             "data.train": str(data), "data.validation": "none", "tokenizer.vocab_size": case.vocab_size,
-            "model.hidden_size": shape.hidden_size, "model.num_hidden_layers": shape.layers,
-            "model.intermediate_size": shape.intermediate_size, "model.head_dim": shape.head_dim,
-            "model.num_attention_heads": shape.hidden_size // shape.head_dim,
-            "model.query_pre_attn_scalar": shape.head_dim, "model.sliding_window_pattern": min(shape.layers, 4),
+            **{f"model.{name}": value for name, value in config.items() if name != "vocab_size"},
             "model.dropout": case.dropout, "train.minutes": "none", "train.steps": case.steps,
             "train.batch_size": case.batch_size, "train.context": case.context, "train.seed": case.seed,
             "train.validate_every": max(25, case.steps // 8), "train.checkpoint_every": 100_000,
@@ -104,8 +119,6 @@ def trained(case: Case, data: Path, threads: int) -> dict[str, Any]:
         if done.returncode:
             raise SystemExit(f"{case}: {done.stderr[-2000:]}")
         lines = run.read_metrics()
-        from gemmule.data.dataset import open_dataset
-
         report = open_dataset(data, verify=False).report.train
         scores = {line["step"]: line["val_bits_per_byte"] for line in lines if "val_bits_per_byte" in line}
         best = min(scores, key=scores.__getitem__)
@@ -132,6 +145,23 @@ def prepared(case: Case, train: Path, validation: Path, folder: Path) -> Path:
     return out
 
 
+def print_fit(rows: list[dict[str, Any]]) -> None:
+    """Fit the law, and print its constants and how far each run is from it."""
+    runs = [as_run(row) for row in rows]
+    found = fit(runs)
+    print(found.law, found.floors, f"error {found.error:.4f}", sep="\n")
+    for run in runs:
+        predicted = found.law.loss(run.parameters, run.vocab_size, run.seen, run.unique) + found.floors[run.corpus]
+        print(f"{run.bits_per_byte:.4f} {predicted - run.bits_per_byte:+.4f} {run}")
+
+
+def as_run(row: dict[str, Any]) -> Run:
+    """Return a result as the fit takes it."""
+    config = Shape(**row["shape"]).config(row["vocab_size"])
+    seen = row["best_step"] * row["batch_size"] * row["context"] * row["bytes"] / row["tokens"]
+    return Run(row["corpus"], block_parameters(config), row["vocab_size"], seen, row["bytes"], row["best"])
+
+
 def write_beginning(text: Path, out: Path, kilobytes: int) -> None:
     """Write the whole stories in the first kilobytes of a text."""
     beginning = text.read_bytes()[: 1000 * kilobytes]
@@ -146,13 +176,21 @@ def key_of(row: dict[str, Any]) -> str:
 def main() -> None:
     """Run what is missing, and keep each result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--validation", type=Path, required=True)
+    parser.add_argument("--train", type=Path)
+    parser.add_argument("--validation", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
     parser.add_argument("--most", type=int, default=1000, help="at most so many runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--fit", action="store_true", help="fit the law of gemmule grow to the results, and run nothing"
+    )
     options = parser.parse_args()
     rows = json.loads(options.out.read_text()) if options.out.exists() else []
+    if options.fit:
+        print_fit(rows)
+        return
+    if options.train is None or options.validation is None:
+        parser.error("--train and --validation are needed, or --fit")
     known = {key_of(row) for row in rows}
     missing = [case for case in cases() if key_of({**case._asdict(), "shape": case.shape._asdict()}) not in known]
     lock = Lock()

@@ -29,6 +29,8 @@ _TOKENS_PER_STEP, _STEPS = (2048, 65_536), 300
 _CONTEXTS, _FITTING = (128, 256, 512, 1024), 0.75
 # Seconds that compiling takes before the first step.
 _COMPILE_SECONDS = 30.0
+# Validations of a short run and of others, and the minutes of a short one.
+_VALIDATIONS, _SHORT = (6, 12), 3.0
 # Repetition from which a run needs dropout and watches its validation, and dropout by epochs.
 _REPEATED = 2.0
 _DROPOUT = ((2.0, 0.0), (6.0, 0.1), (math.inf, 0.2))
@@ -215,7 +217,7 @@ def _recipe(plan: _Plan, train: SplitReport, text: _Text, budget: Budget) -> Cho
 
 
 def _train_table(plan: _Plan, text: _Text, budget: Budget) -> dict[str, Any]:
-    every = max(1, round(plan.steps / 12))
+    every = max(1, round(plan.steps / (_VALIDATIONS[budget.minutes > _SHORT])))
     return {
         "minutes": budget.minutes, "steps": math.ceil(plan.steps) if plan.capped else 100_000,
         "batch_size": plan.batch_size, "context": text.context, "validate_every": every, "checkpoint_every": every,
@@ -235,7 +237,7 @@ def _reasons(plan: _Plan, text: _Text, budget: Budget) -> dict[str, str]:
         if text.context in _CONTEXTS
         else "the longest that the model can take",
         "train.compile": f"saves {COMPILED:.0%} of a step and takes {_COMPILE_SECONDS:.0f} s before the first one",
-        "train.validate_every": "a dozen validations",
+        "train.validate_every": f"{_VALIDATIONS[budget.minutes > _SHORT]} validations",
         "train.early_stopping": f"{epochs:.1f} epochs: the text is memorized at some point",
     }
 
