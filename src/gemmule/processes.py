@@ -64,7 +64,7 @@ def resident_memory() -> int | None:
 
 
 def physical_memory() -> int | None:
-    """Return the bytes of memory that this machine has; None where the system does not tell."""
+    """Return the bytes of memory that this machine has; None where the system does not say."""
     with suppress(ValueError, OSError, AttributeError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None
@@ -86,7 +86,7 @@ def exit_without_finalization(code: int) -> NoReturn:
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # told already
+        with suppress(OSError):  # reported already
             stream.flush()
     os._exit(code)
 

@@ -172,7 +172,7 @@ def test_models_are_compared_on_the_same_documents(tiny_run: Path, tiny_recipe: 
     assert (worse["significant"], same["significant"], better["significant"]) == (True, False, True)
     assert worse["interval"][1] < 0 < better["interval"][0], "the first checkpoint needs more bits"
     assert f"{tiny_run} (1) against {tiny_run} (2): +0.0000 bits per byte" in ended.err
-    assert "not told apart; they predict the same" in ended.err
+    assert "no significant difference; they predict the same" in ended.err
     assert worse["difference"] == pytest.approx(
         found["models"][0]["bits_per_byte"] - found["models"][1]["bits_per_byte"]
     )

@@ -76,7 +76,7 @@ def test_models_are_compared_in_pairs() -> None:
     assert [each["significant"] for each in found.values()] == [False, True, True]
     assert {each["measure"] for each in found.values()} == {"bits_per_byte"}
     assert describe_difference(found["b", "c"], 200).endswith("b is better")
-    assert "not told apart; that would take about" in describe_difference(found["a", "b"], 200)
+    assert "no significant difference; that would take about" in describe_difference(found["a", "b"], 200)
     assert "they predict the same" in describe_difference(compare({"a": named["a"], "d": named["a"]}, True)[0], 200)
 
 

@@ -81,7 +81,7 @@ def graceful(command: Callable[..., None]) -> Callable[..., None]:
             with terminated_as_interrupted():  # so that temporary files go
                 home = {name: local_path(each) if isinstance(each, Path) else each for name, each in options.items()}
                 command(*arguments, **home)
-            sys.stdout.flush()  # here, where a failure is told
+            sys.stdout.flush()  # here, where a failure is reported
         except Terminated:
             _leave("stopped", TERMINATED)
         except GemmuleError as error:

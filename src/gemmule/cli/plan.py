@@ -133,8 +133,8 @@ def _table(title: str) -> "Table":
 
 def _parameters(found: "Plan") -> "Table":
     count, table = found.parameters, _table("Parameters")
-    for label in ("embedding", "head", "attention", "mlp", "norms"):
-        if number := getattr(count, label):
+    for label in ("embedding", "head", "attention", "MLP", "norms"):
+        if number := getattr(count, label.lower()):
             table.add_row(label, f"{number:,}")
     table.add_row("[bold]total[/]", f"[bold]{count.total:,}[/]")
     table.add_row("FLOPs per token, forward", f"{found.flops_forward:.3g}")

@@ -135,7 +135,7 @@ class _ScreenHandler(logging.Handler):
 
 
 def note(sentence: str) -> None:
-    """Tell the user something on standard error, before or without a screen."""
+    """Print a note on standard error, before or without a screen."""
     sys.stderr.write(f"note: {sentence}\n")
 
 

@@ -122,7 +122,7 @@ def describe_difference(difference: Mapping[str, Any], documents: int) -> str:
     if difference["significant"]:
         return f"{pair}: {difference['of' if value < 0 else 'to']} is better"
     enough = "they predict the same" if needed is None else f"that would take about {counted(needed, 'document')}"
-    return f"{pair}: not told apart; {enough}"
+    return f"{pair}: no significant difference; {enough}"
 
 
 def describe_stories(result: Mapping[str, Any]) -> list[str]:

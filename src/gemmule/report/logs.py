@@ -106,7 +106,7 @@ class Samples:
             self.left_out += 1
             return
         kept = self.prompts.setdefault(prompt, [])
-        while kept and kept[-1].step >= step:  # a resumed run tells it again
+        while kept and kept[-1].step >= step:  # a resumed run logs it again
             kept.pop()
         other = {key: value for key, value in line.items() if key != "step" and is_number(value)}
         kept.append(Sample(step, text[:LONGEST_SAMPLE], len(text), other))

@@ -63,7 +63,7 @@ class RunFacts:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that metrics.jsonl tells of."""
+        """Optimizer steps that metrics.jsonl has lines of."""
         return int(self.last.get("step", 0))
 
     @property
@@ -137,7 +137,7 @@ def read_run(path: Path, *, expected: bool = True) -> RunFacts:
 
 
 def read_runs(paths: Sequence[Path], *, expected: bool = True) -> list[RunFacts]:
-    """Return what several run folders hold; those of the same name are told apart by their paths."""
+    """Return what several run folders hold; those of the same name are distinguished by their paths."""
     runs = [read_run(path, expected=expected) for path in paths]
     names = [facts.name for facts in runs]
     for facts, path in zip(runs, paths, strict=True):
@@ -194,7 +194,7 @@ def subtable(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _config(facts: RunFacts) -> Gemma3Config | None:
-    """Return the shape of the model: that of the recipe, where it tells the vocabulary, else of a model folder."""
+    """Return the shape of the model: that of the recipe, where it gives the vocabulary, else of a model folder."""
     table = dict(subtable(facts.recipe, "model"))
     if "vocab_size" not in table and "size" not in table:
         given = _read_json(facts.run.model / "config.json").get("vocab_size")

@@ -194,7 +194,7 @@ def time_kernels(
 ) -> dict[str, float]:
     """Return the seconds of each kernel, forward and backward for one local layer over rows of `context` tokens.
 
-    Empty where all of them would do the same: long rows that no window cuts. Kernels that do not run here are told.
+    Empty where all of them would do the same: long rows that no window cuts. Kernels that do not run here are logged.
     """
     window = config.window("local")
     if block_size_for(context, window, device) is None:

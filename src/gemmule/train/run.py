@@ -66,7 +66,7 @@ def run_recipe(
     """Prepare the data, train from the start or from the newest good checkpoint, and write the model folder.
 
     Every process that torchrun started calls this; one that torchrun restarts resumes. A stop requested by Ctrl-C or
-    SIGTERM ends the run after a checkpoint; `position.step` tells how far it came. `sample` continues the sample
+    SIGTERM ends the run after a checkpoint; `position.step` is how far it came. `sample` continues the sample
     prompts after each validation. `allow_changes` lets a resumed run change the optimizer's constants, the schedule or
     the number of steps; `extend` trains it longer, with a schedule that begins anew where it was to end.
     """

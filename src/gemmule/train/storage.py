@@ -68,7 +68,7 @@ class Writer(_Plain, StorageWriter):
             create_temporary_folder(self._aside)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Tell each process its place among those that write."""
+        """Give each process its place among those that write."""
         places = [f"-{number:05d}-of-{len(plans):05d}" if len(plans) > 1 else "" for number in range(1, len(plans) + 1)]
         return [dataclasses.replace(plan, storage_data=place) for plan, place in zip(plans, places, strict=True)]
 

@@ -86,7 +86,7 @@ class HarnessModel:
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells this tokenizer from others, for lm_eval's cache of requests."""
+        """What distinguishes this tokenizer from others, for lm_eval's cache of requests."""
         return self._tokenizer.fingerprint
 
     def get_model_info(self) -> dict[str, Any]:
