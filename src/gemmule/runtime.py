@@ -94,7 +94,7 @@ class Interrupt:
         self.requested = True
 
 
-# Ctrl-C; what systems and clusters send before they kill; a terminal that closes; what Slurm is often configured to send.
+# Ctrl-C; what systems and clusters send before they kill; a terminal that closes; what Slurm can send.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 

@@ -137,3 +137,13 @@ def test_a_text_of_a_few_bytes_is_said_to_be_too_little(tmp_path: Path) -> None:
     ended = gemmule("grow", tmp_path / "poem.txt", "--out", tmp_path / "run", "--plan")
     assert ended.code == 0, ended.err
     assert "bytes of text are enough to learn its characters" in ended.err
+
+
+def test_under_torchrun_the_recipe_is_to_be_written_first(letters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    ended = gemmule("grow", letters)
+    assert ended.code == 2
+    assert "write the recipe with --plan" in ended.err

@@ -60,6 +60,7 @@ def grow(
 
         gemmule grow runs/letters --minutes 5
     """
+    _check_single_process()
     if finished := _run_to_extend(source):
         _extend(finished, minutes, as_json)
         return
@@ -83,6 +84,17 @@ def grow(
     _say_what_is_next(run)
     if as_json:
         print_json(summary)
+
+
+def _check_single_process() -> None:
+    """Raise UserError under torchrun: what is chosen is for one process."""
+    from gemmule.distributed import launch_environment
+
+    if launch_environment() is not None:
+        raise UserError(
+            "gemmule grow plans for one process; write the recipe with --plan, and give that to "
+            "torchrun ... -m gemmule train"
+        )
 
 
 def _run_to_extend(source: Sequence[str]) -> RunFolder | None:
@@ -235,6 +247,7 @@ def _write(
     screen: Screen,
 ) -> "Recipe":
     """Check the recipe, write it with its reasons, and show them."""
+    from gemmule.fields import toml_value
     from gemmule.files import atomic_write
     from gemmule.grow.source import choose_prompts
     from gemmule.settings import check_recipe, write_recipe
@@ -248,9 +261,11 @@ def _write(
     for sentence in choice.warnings:
         screen.print(f"warning: {sentence}")
     screen.print(str(speed))
-    for key, reason in choice.reasons.items():
-        section, _, name = key.partition(".")
-        screen.print(f"  {key} = {choice_value(recipe, section, name)}: {reason}")
+    for section in ("data", "tokenizer", "model", "train", "optimizer", "schedule"):
+        for key, reason in choice.reasons.items():
+            if key.startswith(f"{section}."):
+                value = toml_value(getattr(getattr(recipe, section), key.removeprefix(f"{section}.")))
+                screen.print(f"  {key} = {value}: {reason}")
     run.path.mkdir(parents=True, exist_ok=True)
     with atomic_write(run.recipe) as temporary:
         write_recipe(recipe, temporary, _NOTE, given_only=True, comments=choice.reasons)
@@ -266,10 +281,3 @@ def _say_what_is_next(run: RunFolder) -> None:
         (f"gemmule grow {path} --minutes 10", "train it longer"),
     ):
         typer.echo(f"  {command:<60} {purpose}", err=True)
-
-
-def choice_value(recipe: "Recipe", section: str, name: str) -> str:
-    """Return a setting of a recipe as TOML."""
-    from gemmule.fields import toml_value
-
-    return toml_value(getattr(getattr(recipe, section), name))
