@@ -162,10 +162,11 @@ class Comparison:
         self._training = TrainingText(dataset.train, dataset.tokenizer)
         self._vocabulary = vocabulary or Vocabulary()
         held_out = _held_out_texts([len(words_of(text)) for text in texts], dataset)
-        self._texts = [*texts, *(text for _, text in held_out)]
-        self._owners = np.array([*range(len(texts)), *(index for index, _ in held_out)])  # the generated text of each
+        self.texts = [*texts, *(text for _, text in held_out)]  # the generated ones first
+        owners = [*range(len(texts)), *(index for index, _ in held_out)]
+        self._owners = np.array(owners, dtype=np.int64)  # the index of the generated text, of held-out texts as well
         self._generated = len(texts)
-        self._spans = CopiedSpans(self._texts, self._vocabulary)
+        self._spans = CopiedSpans(self.texts, self._vocabulary)
 
     def search(self, progress: Progress = lambda *_: None, *others: Spans) -> Memorization:
         """Search the training text in one pass, for other spans as well, and return what was found."""
@@ -181,7 +182,7 @@ class Comparison:
         if sums.shape[1]:
             (ours, our_sizes), (theirs, their_sizes) = (own.T for own in sums)
             difference = paired_difference((ours, theirs), (our_sizes, their_sizes))
-        generated, held_out = (self._sum(found[side], self._texts[side]) for side in sides)
+        generated, held_out = (self._sum(found[side], self.texts[side]) for side in sides)
         return Memorization(self._generated, generated, held_out, difference, self._training.share)
 
     def copied(self) -> list[Copied]:
@@ -204,9 +205,9 @@ class Comparison:
 def _held_out_texts(lengths: Sequence[int], dataset: Dataset) -> list[tuple[int, str]]:
     """Return texts of so many words of validation documents, each with the index of its length.
 
-    Each begins with a document of its own while there are any, from all over the split, since documents of one source
-    lie together. A document that is too short is followed by another, as a text apart; what is left of long ones is
-    used last. Where the whole split has fewer words, all texts are shorter in proportion.
+    The documents are from all over the split, since those of one source lie together, one for each text where all are
+    long enough. One that is too short is followed by another, as a text apart; what is left of long ones is used last.
+    Where the whole split has fewer words, all texts are shorter in proportion.
     """
     corpus, needed = dataset.validation, sum(lengths)
     step = max(1, corpus.documents // max(1, len(lengths)))

@@ -244,9 +244,8 @@ def _memorized(facts: RunFacts, found: Mapping[str, Any]) -> str:
     after = f"After {figure(facts.epochs, 3)} epochs"
     if not isinstance(more, bool):
         return f"{after}; whether that is more than in held-out text is not known, for too little text was compared."
-    if not more:
-        return f"{after}, generated text has no more in common with the training text than held-out text has."
-    return f"{after}, generated text has more in common with the training text than held-out text has: some of it is memorized."
+    shared = f"{after}, generated text has {'more' if more else 'no more'} in common with the training text"
+    return f"{shared} than held-out text has{': some of it is memorized' if more else ''}."
 
 
 def _plan_rows(facts: RunFacts) -> list[Row]:
