@@ -241,11 +241,12 @@ def _memorized(facts: RunFacts, found: Mapping[str, Any]) -> str:
     if facts.epochs is None or facts.epochs < 2:
         return ""
     more = found.get("more_than_held_out")
-    after = f"After {figure(facts.epochs, 3)} epochs"
+    after, than = f"After {figure(facts.epochs, 3)} epochs", "in common with the training text than held-out text has"
     if not isinstance(more, bool):
-        return f"{after}; whether that is more than in held-out text is not known, for too little text was compared."
-    shared = f"{after}, generated text has {'more' if more else 'no more'} in common with the training text"
-    return f"{shared} than held-out text has{': some of it is memorized' if more else ''}."
+        return f"{after}, whether generated text has more {than} is not known: too little text was compared."
+    if not more:
+        return f"{after}, generated text has no more {than}."
+    return f"{after}, generated text has more {than}: some of it is memorized."
 
 
 def _plan_rows(facts: RunFacts) -> list[Row]:
