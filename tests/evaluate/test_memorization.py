@@ -193,7 +193,7 @@ def test_what_cannot_be_compared_is_said(dataset_of: DatasetOf) -> None:
     assert str(short) == (
         "memorization: not measured, for 12 generated texts without 8 words in a row have nothing to compare"
     )
-    assert short.figures()["generated"]["share"] is short.difference is short.more_than_held_out is None
+    assert (short.figures()["generated"]["share"], short.difference, short.more_than_held_out) == (None, None, None)
     alone = Comparison([TRAIN[0]] * 12, dataset).search()
     assert str(alone) == (
         "memorization: 100.0% of the 8-grams in 12 generated texts occur in the training text (held-out text is too "

@@ -172,17 +172,17 @@ class Comparison:
         """Search the training text in one pass, for other spans as well, and return what was found."""
         search(self._training.read(progress), self._vocabulary, self._spans, *others)
         found = self._spans.found()
-        sides = [slice(0, self._generated), slice(self._generated, None)]
+        parts = [slice(0, self._generated), slice(self._generated, None)]
         counts = np.array([[each.copied_ngrams, each.ngrams] for each in found], dtype=np.float64).reshape(-1, 2)
         sums = np.zeros((2, self._generated, 2))  # of each generated text, and of the held-out text beside it
-        for side, own in zip(sides, sums, strict=True):
-            np.add.at(own, self._owners[side], counts[side])
+        for part, own in zip(parts, sums, strict=True):
+            np.add.at(own, self._owners[part], counts[part])
         sums = sums[:, (sums[:, :, 1] > 0).all(axis=0)]
         difference = None
         if sums.shape[1]:
             (ours, our_sizes), (theirs, their_sizes) = (own.T for own in sums)
             difference = paired_difference((ours, theirs), (our_sizes, their_sizes))
-        generated, held_out = (self._sum(found[side], self.texts[side]) for side in sides)
+        generated, held_out = (self._sum(found[part], self.texts[part]) for part in parts)
         return Memorization(self._generated, generated, held_out, difference, self._training.share)
 
     def copied(self) -> list[Copied]:

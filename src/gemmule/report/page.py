@@ -218,14 +218,14 @@ def _memorizations(facts: RunFacts) -> dict[str, ShownMemorization]:
     shown = {}
     for result in facts.evaluations.values():
         found = subtable(result, "memorization")
-        sides = [subtable(found, side) for side in ("generated", "held_out")]
-        if not is_number(sides[0].get("share")):
+        columns = [subtable(found, side) for side in ("generated", "held_out")]
+        if not is_number(columns[0].get("share")):
             continue
         ngrams = f"{figure(found['ngram'])}-grams" if is_number(found.get("ngram")) else "n-grams"
         names = {"share": f"share of {ngrams}", "longest_span": "words of the longest span", "words": "words of text"}
-        rows = [Row(name, [_memorization_cell(key, side.get(key)) for side in sides]) for key, name in names.items()]
+        rows = [Row(name, [_memorization_cell(key, side.get(key)) for side in columns]) for key, name in names.items()]
         title = ", ".join(str(result[key]) for key in ("suite", "model") if result.get(key))
-        span = sides[0].get("span")
+        span = columns[0].get("span")
         shown[title] = ShownMemorization(rows, _memorized(facts, found), span[:2000] if isinstance(span, str) else "")
     return shown
 

@@ -84,7 +84,7 @@ class RunFacts:
 
     @property
     def epochs(self) -> float | None:
-        """How often the training text was trained on."""
+        """Passes over the training text."""
         size, seen = subtable(self.data, "train").get("tokens"), self.last.get("tokens")
         return seen / size if is_number(size) and size and seen is not None else None
 
