@@ -130,6 +130,10 @@ SYNONYMS = (
         ("train.checkpoint_every",),
     ),
     Synonym("save_total_limit keep_last max_checkpoints", ("train.keep_checkpoints",)),
+    Synonym(
+        "patience early_stopping_patience early_stop early_stopping_rounds stop_early",
+        ("train.early_stopping",),
+    ),
     Synonym("load_best_model_at_end save_best_only keep_best best_model", ("train.final_model",)),
     Synonym("log_interval logging_steps log_steps log_freq print_every", ("train.log_every",)),
     Synonym("prompt prompts sample_prompt", ("train.sample_prompts",)),

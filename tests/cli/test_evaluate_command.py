@@ -209,6 +209,8 @@ def test_what_is_found_of_a_run_is_kept_in_it(tiny_run: Path, tiny_recipe: Path,
     assert (part["model"], part["limit"], len(part["items"])) == ("model", 12, 12)
     assert (told["kind"], told["stories"], len(told["items"])) == ("stories", 3, 3)
     assert told["items"] == json.loads(ended.out)["items"]
+    assert (whole["memorization"]["texts"], told["memorization"]["texts"]) == (20, 3)
+    assert told["memorization"]["generated"]["words"] == sum(item["words"] for item in told["items"])
 
 
 def test_the_training_data_of_a_run_is_searched_for_its_text(
@@ -224,9 +226,26 @@ def test_the_training_data_of_a_run_is_searched_for_its_text(
     assert [item["overlap"] for item in found["items"]] == [True, False, True]
     assert found["overlap"]["without"]["documents"] == 1
     assert "2 of 3 documents have a span of" in ended.err
-    alone = json.loads(gemmule("evaluate", tiny_run, "--data", tmp_path / "mixed.txt", "--json", "--no-overlap").out)
-    assert "overlap" not in alone
+    assert "memorization: " in ended.err
+    silent = gemmule("evaluate", tiny_run, "--data", tmp_path / "mixed.txt", "--json", "--no-overlap")
+    assert "memorization" not in silent.err
+    alone = json.loads(silent.out)
+    assert not {"overlap", "memorization"} & alone.keys()
     assert plain(alone) == plain(found)
+
+
+@pytest.mark.parametrize("options", [("--data", "storybook:2"), ("--suite", "stories")])
+def test_a_run_without_its_training_data_says_that_memorization_is_not_measured(
+    tiny_run: Path, tmp_path: Path, options: tuple[str, str]
+) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("data"))
+    ended = gemmule("evaluate", run, *options, "--json")
+    assert ended.code == 0, ended.err
+    assert "memorization" not in json.loads(ended.out)
+    (said,) = (line for line in ended.err.splitlines() if "memorization" in line)
+    assert said.startswith(f"memorization: not measured, for the training data of {run} is not at hand")
+    shutil.copytree(tiny_run / "model", tmp_path / "alone")
+    assert "memorization" not in gemmule("evaluate", tmp_path / "alone", *options).err
 
 
 def test_a_model_that_is_not_finite_is_no_success(tiny_run: Path, tmp_path: Path) -> None:

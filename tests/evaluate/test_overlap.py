@@ -5,7 +5,18 @@ import pytest
 
 from gemmule.data.encode import EncodedText
 from gemmule.evaluate import overlap
-from gemmule.evaluate.overlap import SPAN, Spans, TrainingText, longest_copied_spans, words_of
+from gemmule.evaluate.overlap import (
+    NGRAM,
+    SPAN,
+    Copied,
+    CopiedSpans,
+    Spans,
+    TrainingText,
+    Vocabulary,
+    copied_spans,
+    search,
+    words_of,
+)
 from gemmule.evaluate.text import EncodedDocuments
 from gemmule.tokenizer import Tokenizer
 from sentences import SENTENCES
@@ -29,25 +40,49 @@ def common_span(text: str, training: list[str]) -> int:
     return best
 
 
+def common_ngrams(text: str, training: list[str]) -> tuple[int, int]:
+    """How many spans of 8 words a text has, and how many of them are in the training texts, the slow way."""
+    words = words_of(text)
+    ngrams = [" ".join(words[at : at + 8]) for at in range(len(words) - 7)]
+    return len(ngrams), sum(any(f" {ngram} " in f" {other} " for other in training) for ngram in ngrams)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_longest_copied_span_is_found(seed: int) -> None:
     training = [sentence(30, 100 * seed + number) for number in range(12)]
     texts = [sentence(25, 1000 + seed), training[3], "x y", "", f"q {training[5][10:40]} z", sentence(20, seed, "xyz")]
     expected = [length if length >= 5 else 0 for length in (common_span(text, training) for text in texts)]
-    assert longest_copied_spans(texts, [training[:7], training[7:]]) == expected
+    found = copied_spans(texts, [training[:7], training[7:]])
+    assert [each.longest for each in found] == expected
+    for text, each in zip(texts, found, strict=True):
+        span = " ".join(words_of(text)[each.start :][: each.longest])
+        assert not span or any(f" {span} " in f" {other} " for other in training), "the span is where it is said to be"
+        assert (each.ngrams, each.copied_ngrams) == common_ngrams(text, training)
     assert expected[1] == 30
     assert max(expected[0], expected[4]) < 30
 
 
 def test_no_span_reaches_from_one_document_into_the_next() -> None:
     one, other = sentence(10, 1, "abcdefgh"), sentence(10, 2, "abcdefgh")
-    assert longest_copied_spans([f"{one} {other}"], [[one, other]]) == [10]
+    (found,) = copied_spans([f"{one} {other}"], [[one, other]])
+    assert (found.longest, found.ngrams, found.copied_ngrams) == (10, 13, 6)
+
+
+def test_what_is_copied_is_counted_by_hand() -> None:
+    text = "now the cat sat on the old mat near the door and slept all day"  # 15 words
+    trained = "Once the cat sat on the old mat near the wall. And slept all day!"
+    assert NGRAM == 8
+    (found,) = copied_spans([text], [[trained]])
+    assert found == Copied(ngrams=8, copied_ngrams=2, longest=9, start=1)
+    assert copied_spans([text], [["the cat sat on the old mat"]]) == [Copied(8, 0, 7, 1)]
+    assert copied_spans([text, "the cat sat on"], [["the cat sat on"]]) == [Copied(8, 0, 0, 0), Copied(0, 0, 0, 0)]
+    assert copied_spans([], [[trained]]) == copied_spans([], []) == []
 
 
 def test_words_are_compared_without_case_and_punctuation() -> None:
     assert words_of("“Don't,” said Émile; it's No. 7!") == ["don't", "said", "émile", "it's", "no", "7"]
     said = "Then they ALL went home, and the dog was glad."
-    assert longest_copied_spans([said.lower().replace(",", " -")], [[said]]) == [10]
+    assert copied_spans([said.lower().replace(",", " -")], [[said]])[0].longest == 10
 
 
 def test_documents_with_a_span_of_13_words_in_common_overlap() -> None:
@@ -60,12 +95,15 @@ def test_documents_with_a_span_of_13_words_in_common_overlap() -> None:
         "",
         training[19],
     ]
-    spans = Spans()
+    vocabulary = Vocabulary()
+    spans, none, copied = Spans(vocabulary), Spans(vocabulary), CopiedSpans(texts, vocabulary)
     for text in texts:
         spans.add(text)
-    assert spans.overlapping([training[:9], training[9:]]).tolist() == [True, False, False, False, True]
-    assert spans.overlapping([]).tolist() == [False] * 5
-    assert Spans().overlapping([training]).tolist() == []
+    assert spans.overlapping().tolist() == [False] * 5
+    search(iter([training[:9], training[9:]]), vocabulary, spans, none, copied)  # one pass for all
+    assert spans.overlapping().tolist() == [True, False, False, False, True]
+    assert none.overlapping().tolist() == []
+    assert copied.found() == copied_spans(texts, [training])
 
 
 def test_the_training_documents_are_read_as_text(tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

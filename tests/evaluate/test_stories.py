@@ -6,6 +6,7 @@ import pytest
 
 from gemmule.errors import RecipeError
 from gemmule.evaluate import stories
+from gemmule.evaluate.overlap import copied_spans
 from gemmule.evaluate.stories import Story, Suite, judge_stories, judge_suite, open_suite, tell_suite
 from gemmule.inference.sampling import STORYTELLING, SamplingSettings
 from gemmule.storybook import tell_story
@@ -57,7 +58,8 @@ def test_a_suite_is_told_alike_whatever_is_generated_at_once(
 
 def test_a_suite_says_what_each_story_shows_and_how_sure_the_rates_are() -> None:
     book = [tell_story(seed=2, index=number).text for number in range(20)]
-    found = judge_suite([*map(told, book[:19]), told(book[19][:90], ended=False)], [book[:3]])
+    texts = [*book[:19], book[19][:90]]
+    found = judge_suite([*map(told, texts[:19]), told(texts[19], ended=False)], copied_spans(texts, [book[:3]]))
     assert (found["stories"], found["different"], found["ended"]["hits"]) == (20, 20, 19)
     assert found["ended"]["interval"] == (pytest.approx(0.764, abs=1e-3), pytest.approx(0.991, abs=1e-3))
     shown = found["storybook"]

@@ -164,6 +164,15 @@ def test_a_page_opens_with_what_there_is(run: Path, missing: str, how: str) -> N
     assert [each["id"] for tag, each in page.tags if tag == "section"] == SECTIONS
 
 
+# As gemmule evaluate writes it.
+MEMORIZATION: dict[str, Any] = {
+    "texts": 20, "ngram": 8, "searched": 1.0, "more_than_held_out": True,
+    "generated": {"share": 0.312, "words": 900, "ngrams": 800, "copied_ngrams": 250, "longest_span": 24,
+                  "span": "<b>once there was a fox"},
+    "held_out": {"share": 0.12, "words": 900, "ngrams": 800, "copied_ngrams": 96, "longest_span": 17, "span": ""},
+    "difference": {"difference": 0.192, "interval": [0.1, 0.3], "significant": True, "needed": 10},
+}  # fmt: skip
+
 SHAPES: list[Any] = [None, 1, "x", [], {}, [1], {"a": {"b": [1]}}, True, -1e999, [[["x"]]]]
 
 
@@ -173,7 +182,11 @@ def test_json_of_any_shape_is_passed_over(run: Path, shape: Any) -> None:
     for file in ("plan.json", "data/report.json", "data/dataset.json"):
         table = json.loads((run / file).read_text())
         (run / file).write_text(json.dumps(dict.fromkeys(table, shape)))
-    write_evaluations(run, dict.fromkeys(EVALUATION, shape), EVALUATION | {"intervals": shape, "ends": shape})
+    odd: list[dict[str, Any]] = [MEMORIZATION | {key: shape} for key in MEMORIZATION]
+    odd += [MEMORIZATION | {"generated": {"share": 0.5} | {key: shape}} for key in MEMORIZATION["generated"]]
+    results = [EVALUATION | {"memorization": each, "model": str(number)} for number, each in enumerate([shape, *odd])]
+    results += [dict.fromkeys(EVALUATION, shape), EVALUATION | {"intervals": shape, "ends": shape}]
+    write_evaluations(run, *results)
     write_lines(run / "environment.jsonl", [dict.fromkeys(ENVIRONMENT, shape)] * 2)
     (run / "certificate.json").write_text(json.dumps({"passed": shape}))
     keys = next(metrics_lines(1)) | {"val_loss": 0, "val_floor": 0, "spike": 1, "skipped_steps": 1}
@@ -199,6 +212,96 @@ def test_evaluations_are_shown_with_their_intervals(run: Path) -> None:
     assert rows["ends: loss"] == ["0.003000", "", ""]
     assert rows["ended"] == rows["storybook: consistent"] == ["0.9400", "0.8700", "0.9700"]
     assert rows["words"] == ["81.50", "", ""]
+
+
+def epochs(run: Path, tokens: int) -> None:
+    """Make the training text of so many tokens, of which the run has seen 1.6 million."""
+    report = json.loads((run / "data" / "report.json").read_text())
+    report["train"]["tokens"] = tokens
+    (run / "data" / "report.json").write_text(json.dumps(report))
+
+
+def test_what_was_memorized_is_shown_beside_held_out_text(run: Path) -> None:
+    write_evaluations(run, EVALUATION | {"memorization": MEMORIZATION})
+    page = Page(page_of(run))
+    assert page.rows[""]["in the training text"] == ["generated text", "held-out text"]
+    assert page.rows[""]["share of 8-grams"] == ["31.2%", "12.0%"]
+    assert page.rows[""]["words of the longest span"] == ["24", "17"]
+    assert "<b>once there was a fox" in page.text
+    assert "Memorization, model" in page.text
+    assert "epochs, generated text" not in page.text, "a quarter of an epoch"
+    assert not any("memorization" in name or "generated" in name for name in page.rows[""])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            True,
+            "generated text has more in common with the training text than held-out text has: some of it is memorized.",
+        ),
+        (False, "generated text has no more in common with the training text than held-out text has."),
+        (None, "whether generated text has more in common with the training text than held-out text has is not known"),
+    ],
+)
+def test_after_several_epochs_it_is_said_whether_it_is_more(run: Path, more: bool | None, said: str) -> None:
+    epochs(run, 100_000)
+    write_evaluations(run, EVALUATION | {"memorization": MEMORIZATION | {"more_than_held_out": more}})
+    assert f"After 16.3 epochs, {said}" in Page(page_of(run)).text
+
+
+def test_the_newest_memorization_of_a_model_is_shown(run: Path) -> None:
+    older = {"kind": "memorization", "model": "model", "memorization": MEMORIZATION}
+    newer = EVALUATION | {"memorization": MEMORIZATION | {"generated": {"share": 0.5}}}
+    suite = {"kind": "stories", "model": "model", "suite": "stories", "memorization": MEMORIZATION}
+    write_evaluations(run, older, suite, newer)
+    text = Page(page_of(run)).text
+    assert text.count("Memorization, model") == text.count("Memorization, stories, model") == 1
+    assert "50.0%" in text
+
+
+def overfit(run: Path, last: int = 100) -> None:
+    """Let the run validate every 10 steps, best at step 50, 20 % worse from step 60 on, and train well to the last."""
+    lines = [{"step": step, "tokens": 100 * step, "loss": 4 - step / 30} for step in range(1, last + 1)]
+    for line in lines[9::10]:
+        line["val_loss"] = 4 - line["step"] / 50 if line["step"] <= 50 else 3.6
+    write_lines(run / "metrics.jsonl", lines)
+
+
+def test_of_a_run_that_overfits_the_best_and_the_last_validation_are_named_and_what_helps(run: Path) -> None:
+    overfit(run)
+    page = Page(page_of(run))
+    best = "alidation was best at step 50 (3 nats per token); the last one is 20% worse"
+    assert f"v{best} (overfitting)" in page.rows["answers"]["How well"][0]
+    assert page.text.count(f"V{best}.") == 1, "the caption of the loss"
+    (warning,) = re.findall(r"story: overfitting: .*", page.text)
+    assert f"v{best}, while the training loss fell; more text, dropout (model.dropout) or fewer steps" in warning
+    assert "train.early_stopping" in warning
+    assert 'train.final_model = "best"' in warning
+    compared = Page(page_of(run, write_run(run.parent / "other"))).text
+    assert f"story: v{best}." in compared
+    assert "other: validation was best" not in compared
+
+
+def test_one_worse_validation_is_no_overfitting(run: Path) -> None:
+    overfit(run, last=70)
+    text = Page(page_of(run)).text
+    assert "the last one is 20% worse" in text
+    assert "overfitting" not in text
+
+
+def test_a_run_that_stopped_early_is_said_to_be_over(run: Path) -> None:
+    overfit(run)
+    recipe = (run / "recipe.toml").read_text()
+    stopping = '\nearly_stopping = 5\nvalidate_every = 10\nfinal_model = "best"\n'
+    (run / "recipe.toml").write_text(recipe.replace("[train]", f"[train]{stopping}"))
+    said = Page(page_of(run)).rows["answers"]["How well"][0]
+    assert said.startswith("After 100 of at most 200 steps, ended by early stopping: ")
+    assert "best at step 50 (3 nats per token), whose weights the model has; the last one is 20% worse" in said
+    overfit(run, last=90)
+    said = Page(page_of(run)).rows["answers"]["How well"][0]
+    assert said.startswith("After 90 of 200 steps: ")
+    assert "whose weights" not in said
 
 
 def test_without_evaluations_it_is_said_that_no_interval_is_known(run: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gemmule.errors import OutputError
 from gemmule.run_folder import read_json_lines
-from gemmule.train.metrics import JsonLines
+from gemmule.train.metrics import JsonLines, OverfittingWatch
 from gemmule.train.state import LossEMA
 
 
@@ -132,3 +132,32 @@ def test_a_spike_is_six_deviations_above_the_level_and_never_a_small_thing() -> 
     assert not quiet.detects_spike(3.1)
     assert quiet.detects_spike(3.2)
     assert not LossEMA(steps=10, mean=3.0).detects_spike(9.0), "the first steps know no level"
+
+
+def warnings(*lines: tuple[float, float | None]) -> list[tuple[int, str]]:
+    """What the watch says of lines of training and validation losses, and at which of them."""
+    watch, said = OverfittingWatch(), []
+    for step, (loss, val_loss) in enumerate(lines, start=1):
+        line = {"step": step, "loss": loss} | ({} if val_loss is None else {"val_loss": val_loss})
+        if sentence := watch.note(line):
+            said.append((step, sentence))
+    return said
+
+
+def test_overfitting_is_reported_at_the_third_worse_validation_once() -> None:
+    falling = [(3.0, 3.1), (2.0, 2.5), (1.9, None), (1.5, 2.6), (1.0, 2.6), (0.9, None), (0.5, 2.8), (0.3, 3.0)]
+    ((step, sentence),) = warnings(*falling)
+    assert step == 7
+    assert "the validation loss is 2.800 after 2.500 at step 2" in sentence
+    assert "the training loss fell from 2.000 to 0.500" in sentence
+    for remedy in ("model.dropout", "train.early_stopping", 'train.final_model = "best"', "more text"):
+        assert remedy in sentence
+    again = [(0.2, 2.4), (0.19, 2.5), (0.18, 2.5), (0.17, 2.5), (0.16, 2.5)]
+    assert [step for step, _ in warnings(*falling, *again)] == [7, 12], "a new best validation begins it anew"
+
+
+def test_what_is_no_overfitting_is_not_reported() -> None:
+    assert warnings((3.0, 3.1), (3.5, 3.5), (4.0, 4.0), (5.0, 5.0), (6.0, 6.0)) == [], "training gets worse as well"
+    assert warnings((3.0, 3.0), (2.9, 3.01), (2.8, 3.01), (2.7, 3.01), (2.6, 3.01)) == [], "as good as the best"
+    worse_and_noise = [(2.0, 2.5), (1.5, 2.6), (1.0, 2.6), (0.5, 2.8), (2.1, 2.9), (2.2, 2.9)]
+    assert [step for step, _ in warnings(*worse_and_noise)] == [4]

@@ -13,8 +13,8 @@ from gemmule.reading import local_path
 from gemmule.run_folder import run_of
 
 if TYPE_CHECKING:
+    from gemmule.data.dataset import Dataset
     from gemmule.data.settings import DataSettings
-    from gemmule.evaluate.overlap import TrainingText
     from gemmule.evaluate.text import TextScores, Window
     from gemmule.model.gemma3 import Gemma3
     from gemmule.run_folder import RunFolder
@@ -182,13 +182,16 @@ class _Text:
         self, network: "Gemma3", tokenizer: "Tokenizer", model: str, path: Path
     ) -> "tuple[TextScores, dict[str, Any]]":
         from gemmule.errors import GemmuleError
-        from gemmule.evaluate.overlap import Spans
+        from gemmule.evaluate.memorization import Comparison, generate_texts
+        from gemmule.evaluate.overlap import Spans, Vocabulary
         from gemmule.evaluate.results import describe_text, keep, text_result
         from gemmule.evaluate.text import score_dataset, score_text
 
-        run, spans = run_of(local_path(model)), Spans()
-        training = _training_text(run) if self._overlap else None
-        options = self._documents, self._window, self._screen.progress, spans.add if training else None
+        run, progress = run_of(local_path(model)), self._screen.progress
+        dataset = _training_data(self._screen, run) if run and self._overlap else None
+        vocabulary = Vocabulary()
+        spans = Spans(vocabulary)
+        options = self._documents, self._window, progress, spans.add if dataset else None
         if self.prepared is None:
             scores = score_text(network, tokenizer, self._settings, *options)
         else:
@@ -196,9 +199,13 @@ class _Text:
         loss = scores.figures()["loss"]
         if not math.isfinite(loss):
             raise GemmuleError(f"{model}: the loss is {loss}, not a number; gemmule doctor {model} says what is wrong")
-        overlapping = spans.overlapping(training.read(self._screen.progress)) if training else None
-        result = text_result(scores, overlapping, training.share if training else 1.0)
-        for sentence in describe_text(result):
+        result, memorization = text_result(scores), None
+        if run and dataset:
+            texts = generate_texts(network, tokenizer, run, progress)
+            memorization = Comparison(texts, dataset, vocabulary).search(progress, spans)
+            result = text_result(scores, spans.overlapping(), memorization.searched)
+            result["memorization"] = memorization.figures()
+        for sentence in [*describe_text(result), *([str(memorization)] if memorization else [])]:
             self._screen.print(sentence)
         if run:
             asked = {"data": self._name, "limit": self._documents}
@@ -209,6 +216,7 @@ class _Text:
 
 def _tell_stories(screen: Screen, models: Sequence[str], suite: str, device: str, overlap: bool) -> dict[str, Any]:
     """Let each model tell the stories of a suite; say and return what they show."""
+    from gemmule.evaluate.memorization import Comparison
     from gemmule.evaluate.results import describe_stories, keep
     from gemmule.evaluate.stories import judge_suite, open_suite, tell_suite
 
@@ -218,11 +226,14 @@ def _tell_stories(screen: Screen, models: Sequence[str], suite: str, device: str
             screen.print(f"{name}:")
         network, tokenizer, path = _open(model, device)
         run = run_of(local_path(model))
-        training = _training_text(run) if overlap else None
+        dataset = _training_data(screen, run) if run and overlap else None
         stories = tell_suite(network, tokenizer, settings, screen.progress)
-        result = judge_suite(stories, training.read(screen.progress) if training else None, _tells_the_storybook(run))
-        result = {**result, "searched": training.share if training else None, "settings": settings.model_dump()}
-        for sentence in describe_stories(result):
+        comparison = Comparison([story.text for story in stories], dataset) if dataset else None
+        memorization = comparison and comparison.search(screen.progress)
+        result = judge_suite(stories, comparison.copied() if comparison else None, _tells_the_storybook(run))
+        result |= {"searched": memorization and memorization.searched, "settings": settings.model_dump()}
+        result |= {"memorization": memorization.figures()} if memorization else {}
+        for sentence in [*describe_stories(result), *([str(memorization)] if memorization else [])]:
             screen.print(sentence)
         if run:
             keep(run, {"kind": "stories", "model": _within(run, path), "suite": suite}, result)
@@ -251,23 +262,22 @@ def _within(run: "RunFolder", path: Path) -> str:
     return str(path.relative_to(run.path)) if path.is_relative_to(run.path) else str(path)
 
 
-def _training_text(run: "RunFolder | None") -> "TrainingText | None":
-    """Return the training documents of a run, where it has their shards."""
-    from gemmule.data.dataset import DATASET_FILE, open_dataset
-    from gemmule.evaluate.overlap import TrainingText
-    from gemmule.reading import path_kind
+def _training_data(screen: Screen, run: "RunFolder") -> "Dataset | None":
+    """Return the data that a run was trained on; say where it is not at hand."""
+    from gemmule.errors import DatasetError
+    from gemmule.evaluate.memorization import training_data
 
-    if run is None or not path_kind(run.data / DATASET_FILE):
+    try:
+        return training_data(run)
+    except DatasetError as error:
+        screen.print(str(error))
         return None
-    dataset = open_dataset(run.data, verify=False)
-    return TrainingText(dataset.train, dataset.tokenizer)
 
 
 def _tells_the_storybook(run: "RunFolder | None") -> bool:
     """Return whether a run was trained on the storybook alone."""
+    from gemmule.data.dataset import run_data_settings
     from gemmule.data.sources import StorybookSource, parse_source
 
-    if run is None:
-        return False
-    settings, _ = text_settings(run.path, None, None, None)
-    return all(isinstance(parse_source(source), StorybookSource) for source in settings.train)
+    sources = run_data_settings(run).train if run else ()
+    return bool(sources) and all(isinstance(parse_source(source), StorybookSource) for source in sources)

@@ -16,17 +16,13 @@ def text_settings(
 
     What is not given is taken from the run; without `data` so is all. RecipeError where there is neither.
     """
+    from gemmule.data.dataset import run_data_settings
     from gemmule.data.settings import DataSettings
     from gemmule.errors import RecipeError
-    from gemmule.settings import Settings, check_recipe, read_recipe
-
-    class Run(Settings, extra="ignore"):
-        """The part of a recipe that is read."""
-
-        data: DataSettings
+    from gemmule.settings import check_recipe
 
     run = run_of(model)
-    own = read_recipe(run.recipe, Run).data if run else None
+    own = run_data_settings(run) if run else None
     if data is None:
         if own is None:
             raise RecipeError(

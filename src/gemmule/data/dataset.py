@@ -12,7 +12,8 @@ from gemmule.data.settings import DataSettings
 from gemmule.data.shards import verify_shard
 from gemmule.errors import DatasetError, RecipeError
 from gemmule.reading import local_path, path_kind
-from gemmule.settings import Problem
+from gemmule.run_folder import RunFolder
+from gemmule.settings import Problem, Settings, read_recipe
 from gemmule.tokenizer import Tokenizer
 
 DATASET_FILE = "dataset.json"
@@ -74,6 +75,27 @@ def prepared_folder(settings: DataSettings) -> Path | None:
     """Return the prepared dataset that `data.train` names, None where it names text."""
     folder = local_path(settings.train[0])
     return folder if len(settings.train) == 1 and path_kind(folder / DATASET_FILE) else None
+
+
+def run_data_settings(run: RunFolder) -> DataSettings:
+    """Return the data settings of a run's recipe, whatever its other settings are."""
+
+    class Run(Settings, extra="ignore"):
+        """The part of a recipe that is read."""
+
+        data: DataSettings
+
+    return read_recipe(run.recipe, Run).data
+
+
+def run_dataset(run: RunFolder) -> Dataset | None:
+    """Open the dataset that a run is trained on, its own or the prepared one that its recipe names; None without.
+
+    Checksums are not verified.
+    """
+    own = path_kind(run.data / DATASET_FILE) is not None
+    folder = run.data if own else prepared_folder(run_data_settings(run))
+    return open_dataset(folder, verify=False) if folder else None
 
 
 def open_dataset(folder: Path, *, verify: bool = True) -> Dataset:

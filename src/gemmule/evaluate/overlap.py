@@ -5,6 +5,8 @@ Words are compared in lower case and without punctuation. Memory grows with the 
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ from gemmule.data.corpus import Corpus
 from gemmule.tokenizer import Tokenizer
 
 SPAN = 13  # words of the spans that count as overlap, as for GPT-3
+NGRAM = 8  # words of the spans that are counted where a share is given
 SHORTEST = 5  # words of a copied span; shorter ones are everybody's
 _MOST_TOKENS = 50_000_000  # of training data that are read: about a minute, as estimated
 _BATCH = 4096  # documents that are decoded at once
@@ -77,63 +80,112 @@ def words_of(text: str) -> list[str]:
 class Spans:
     """The spans of 13 words of documents, to be looked for in the training data."""
 
-    def __init__(self) -> None:
-        self._vocabulary = Vocabulary()
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
         self._hashes: list[Words] = []
 
     def add(self, text: str) -> None:
-        """Add a document."""
+        """Add a document; all are added before the search."""
         self._hashes.append(_hashes(self._vocabulary.add(text), SPAN))
 
-    def overlapping(self, training: Iterable[Sequence[str]]) -> npt.NDArray[np.bool_]:
-        """Return for each document whether a span of it occurs in the training texts."""
-        everything = np.concatenate([np.zeros(0, np.uint64), *self._hashes])
-        distinct, places = np.unique(everything, return_inverse=True)
-        seen = np.zeros(len(distinct), dtype=bool)
-        for texts in training:
-            _mark(seen, distinct, _hashes(self._vocabulary.known(texts), SPAN))
+    def search(self, words: Words) -> None:
+        """Mark the spans that occur among words of the training data."""
+        _mark(self._seen, self._sought[0], _hashes(words, SPAN))
+
+    def overlapping(self) -> npt.NDArray[np.bool_]:
+        """Return for each document whether a span of it was found."""
         ends = np.cumsum([len(hashes) for hashes in self._hashes])
-        return np.array([bool(part.any()) for part in np.split(seen[places], ends)[: len(self._hashes)]], dtype=bool)
+        found = self._seen[self._sought[1]]
+        return np.array([bool(part.any()) for part in np.split(found, ends)[: len(self._hashes)]], dtype=bool)
+
+    @cached_property
+    def _sought(self) -> tuple[Words, npt.NDArray[np.int64]]:
+        """The distinct hashes, sorted, and the index of each span's hash among them."""
+        return np.unique(np.concatenate([np.zeros(0, np.uint64), *self._hashes]), return_inverse=True)
+
+    @cached_property
+    def _seen(self) -> npt.NDArray[np.bool_]:
+        return np.zeros(len(self._sought[0]), dtype=bool)
 
 
-def longest_copied_spans(texts: Sequence[str], training: Iterable[Sequence[str]]) -> list[int]:
-    """Return for each text how many words its longest span that occurs in the training texts has, 0 for below 5."""
-    vocabulary = Vocabulary()
-    given = [vocabulary.add(text) for text in texts]
-    levels = list(_levels(given))
-    seen = [np.zeros(len(level.distinct), dtype=bool) for level in levels]
-    for some in training:
-        words = vocabulary.known(some)
+class Copied(NamedTuple):
+    """How much of a text occurs in the training data."""
+
+    ngrams: int  # the text's spans of 8 words
+    copied_ngrams: int  # those that occur there
+    longest: int  # words of the longest span that occurs there, 0 for below 5
+    start: int  # index of that span's first word
+
+
+class CopiedSpans:
+    """All spans of texts from 5 words on, to be looked for in the training data."""
+
+    def __init__(self, texts: Sequence[str], vocabulary: Vocabulary) -> None:
+        self._texts = [vocabulary.add(text) for text in texts]
+        self._levels = list(_levels(self._texts))
+
+    def search(self, words: Words) -> None:
+        """Mark the spans that occur among words of the training data."""
         places = np.arange(max(0, len(words) - SHORTEST + 1))
         hashes = _hashes(words, SHORTEST)
-        for length, (level, own) in enumerate(zip(levels, seen, strict=True), start=SHORTEST):
-            kept = _mark(own, level.distinct, hashes)
+        for length, level in enumerate(self._levels, start=SHORTEST):
+            kept = _mark(level.seen, level.distinct, hashes)
             kept &= places + length < len(words)
             places, hashes = places[kept], hashes[kept]
             if not len(places):
                 break
             hashes = hashes * _BASE + words[places + length]
-    longest = [0] * len(texts)
-    for length, (level, own) in enumerate(zip(levels, seen, strict=True), start=SHORTEST):
-        for number in np.unique(level.owners[own[level.places]]).tolist():
-            longest[number] = length
-    return longest
+
+    def found(self) -> list[Copied]:
+        """Return for each text what of it was found."""
+        ngrams = [max(0, len(words) - NGRAM + 1) for words in self._texts]
+        copied, longest, start = ([0] * len(self._texts) for _ in range(3))
+        for length, level in enumerate(self._levels, start=SHORTEST):
+            found = np.flatnonzero(level.seen[level.places])
+            owners, first, counts = np.unique(level.owners[found], return_index=True, return_counts=True)
+            starts = found[first] - np.searchsorted(level.owners, owners)
+            for number, at, hits in zip(owners.tolist(), starts.tolist(), counts.tolist(), strict=True):
+                longest[number], start[number] = length, at
+                if length == NGRAM:
+                    copied[number] = hits
+        return [Copied(*each) for each in zip(ngrams, copied, longest, start, strict=True)]
+
+
+def search(training: Iterable[Sequence[str]], vocabulary: Vocabulary, *sought: Spans | CopiedSpans) -> None:
+    """Look for spans, whose words are those of the vocabulary, in the training texts; one pass over their portions."""
+    for texts in training:
+        words = vocabulary.known(texts)
+        for spans in sought:
+            spans.search(words)
+
+
+def copied_spans(texts: Sequence[str], training: Iterable[Sequence[str]]) -> list[Copied]:
+    """Return for each text how much of it occurs in the training texts, which come in portions."""
+    vocabulary = Vocabulary()
+    spans = CopiedSpans(texts, vocabulary)
+    search(training, vocabulary, spans)
+    return spans.found()
 
 
 class _Level(NamedTuple):
     """All spans of one length."""
 
     distinct: Words  # their hashes, sorted
+    seen: npt.NDArray[np.bool_]  # which of those were found
     places: npt.NDArray[np.int64]  # index of each span's hash
     owners: npt.NDArray[np.int64]  # text of each span
 
 
 def _levels(texts: Sequence[Words]) -> Iterator[_Level]:
     """Yield the spans of each length from 5 on."""
-    for length in range(SHORTEST, max((len(words) for words in texts), default=0) + 1):
-        hashes = [_hashes(words, length) for words in texts]
+    hashes = [_hashes(words, SHORTEST) for words in texts]
+    for length in count(SHORTEST):
+        if not any(map(len, hashes)):
+            return
         distinct, places = np.unique(np.concatenate(hashes), return_inverse=True)
-        yield _Level(distinct, places, np.repeat(np.arange(len(texts)), [len(part) for part in hashes]))
+        owners = np.repeat(np.arange(len(texts)), [len(part) for part in hashes])
+        yield _Level(distinct, np.zeros(len(distinct), dtype=bool), places, owners)
+        hashes = [own[:-1] * _BASE + words[length:] for own, words in zip(hashes, texts, strict=True)]
 
 
 def _hashes(words: Words, length: int) -> Words:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from gemmule.report.bins import Point
 from gemmule.report.curves_svg import NARROW, WIDE, Line, Marks, chart_svg, with_room
 from gemmule.report.summary import RunFacts
+from gemmule.report.verdict import best_validation
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -119,7 +120,7 @@ class _Drawing:
         shown += [point.value for each in series[-1:] if each.classes == "floor" for point in each.points]
         caption = (
             "Nats per token. The faint line holds the lowest and the highest loss of every bin, so that no spike is "
-            "lost; the strong one is a moving average."
+            f"lost; the strong one is a moving average.{self._best()}"
         )
         return self._chart("loss", "Loss", caption, "nats per token", series, shown, self._axes, self._marks())
 
@@ -131,7 +132,7 @@ class _Drawing:
             if (curve := facts.logs.metrics.curves.get("val_bits_per_byte"))
         ]
         axes: list[Axis] = self._axes if main else ["step"]
-        caption = "On validation text; comparable between tokenizers."
+        caption = f"On validation text; comparable between tokenizers.{self._best() if main else ''}"
         marks = self._marks() if main else []
         return self._chart("bits", "Bits per byte", caption, "bits per byte", series, [], axes, marks)
 
@@ -238,6 +239,13 @@ class _Drawing:
             marks.append(("skipped", f"{name}skipped step", metrics.skipped))
             marks.append(("resume", f"{name}resumed", _resumes(facts)))
         return [mark for mark in marks if mark[2]]
+
+    def _best(self) -> str:
+        """Say of each run where its validation was best, and how much worse the last one is."""
+        found = [(facts.name, said) for facts in self._runs if (said := best_validation(facts))]
+        if len(self._runs) == 1:
+            return "".join(f" {said[0].upper()}{said[1:]}." for _, said in found)
+        return "".join(f" {name}: {said}." for name, said in found)
 
     def _name(self, facts: RunFacts) -> str:
         return f"{facts.name}, " if len(self._runs) > 1 else ""

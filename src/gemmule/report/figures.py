@@ -91,6 +91,7 @@ def measures(result: Mapping[str, Any], prefix: str = "") -> list[Measure]:
 
 _NO_MEASURES = {
     "items",
+    "memorization",  # has a table of its own
     "intervals",
     "settings",
     "version",

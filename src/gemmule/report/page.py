@@ -14,7 +14,8 @@ from gemmule.report.figures import duration, figure, measures, memory_size
 from gemmule.report.html import render_page
 from gemmule.report.logs import Sample, is_number
 from gemmule.report.summary import RunFacts, subtable
-from gemmule.report.verdict import answers, machine, verdict
+from gemmule.report.verdict import answers, best_validation, machine, verdict
+from gemmule.train.metrics import REMEDIES
 
 _MOST_LAYERS = 128  # that are drawn
 _SHOWN_RECIPE = 20_000  # characters
@@ -25,6 +26,14 @@ class Row(NamedTuple):
 
     name: str
     cells: Sequence[str]
+
+
+class ShownMemorization(NamedTuple):
+    """What of some generated texts occurs in the training text, beside held-out text."""
+
+    rows: list[Row]
+    sentence: str
+    span: str  # the longest one that was copied
 
 
 class ShownSample(NamedTuple):
@@ -56,6 +65,7 @@ def report_page(runs: Sequence[RunFacts], live: bool = False) -> str:
         "data_rows": [_data_rows(facts) for facts in runs],
         "sources": [_source_rows(facts) for facts in runs],
         "evaluations": [_evaluations(facts) for facts in runs],
+        "memorizations": [_memorizations(facts) for facts in runs],
         "plans": [_plan_rows(facts) for facts in runs],
         "certificates": [_certificates(facts) for facts in runs],
         "recipes": [_recipe(facts) for facts in runs],
@@ -104,6 +114,8 @@ def _warnings(runs: Sequence[RunFacts]) -> Iterator[str]:
             yield f"{said}{metrics.not_finite:,} logged values are NaN or infinite; the curves leave them out."
         if metrics.overlaps:
             yield f"{said}steps were logged again {metrics.overlaps:,} times; the newest count."
+        if facts.overfits:
+            yield f"{said}overfitting: {best_validation(facts)}, while the training loss fell; {REMEDIES}."
         if facts.recipe_text and not facts.recipe:
             yield f"{said}{facts.run.recipe.name} is no TOML that can be read."
 
@@ -199,6 +211,42 @@ def _evaluations(facts: RunFacts) -> list[tuple[str, list[Row]]]:
         if rows:
             shown.append((name, rows))
     return shown
+
+
+def _memorizations(facts: RunFacts) -> dict[str, ShownMemorization]:
+    """Return the newest result of each model and suite."""
+    shown = {}
+    for result in facts.evaluations.values():
+        found = subtable(result, "memorization")
+        columns = [subtable(found, side) for side in ("generated", "held_out")]
+        if not is_number(columns[0].get("share")):
+            continue
+        ngrams = f"{figure(found['ngram'])}-grams" if is_number(found.get("ngram")) else "n-grams"
+        names = {"share": f"share of {ngrams}", "longest_span": "words of the longest span", "words": "words of text"}
+        rows = [Row(name, [_memorization_cell(key, side.get(key)) for side in columns]) for key, name in names.items()]
+        title = ", ".join(str(result[key]) for key in ("suite", "model") if result.get(key))
+        span = columns[0].get("span")
+        shown[title] = ShownMemorization(rows, _memorized(facts, found), span[:2000] if isinstance(span, str) else "")
+    return shown
+
+
+def _memorization_cell(key: str, value: Any) -> str:
+    if not is_number(value):
+        return ""
+    return f"{value:.1%}" if key == "share" else figure(value)
+
+
+def _memorized(facts: RunFacts, found: Mapping[str, Any]) -> str:
+    """Say whether text that a model generates after several epochs is copied more than held-out text."""
+    if facts.epochs is None or facts.epochs < 2:
+        return ""
+    more = found.get("more_than_held_out")
+    after, than = f"After {figure(facts.epochs, 3)} epochs", "in common with the training text than held-out text has"
+    if not isinstance(more, bool):
+        return f"{after}, whether generated text has more {than} is not known: too little text was compared."
+    if not more:
+        return f"{after}, generated text has no more {than}."
+    return f"{after}, generated text has more {than}: some of it is memorized."
 
 
 def _plan_rows(facts: RunFacts) -> list[Row]:

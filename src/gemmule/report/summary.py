@@ -17,6 +17,7 @@ from gemmule.model.config import Gemma3Config
 from gemmule.reading import local_path, path_kind
 from gemmule.report.logs import RunLogs, is_number
 from gemmule.run_folder import RunFolder
+from gemmule.train.metrics import TREND, overfits
 
 _LARGEST_JSON = 1 << 26  # bytes
 _MOST_ENVIRONMENTS = 50
@@ -71,6 +72,37 @@ class RunFacts:
         """Whether the last step of the recipe was taken."""
         steps = self.number("train", "steps")
         return steps is not None and self.setting("train", "minutes") is None and self.step >= steps
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether `train.early_stopping` has ended the run."""
+        patience, every = self.number("train", "early_stopping"), self.number("train", "validate_every")
+        best = self.logs.metrics.best
+        if patience is None or every is None or best is None or self.finished:
+            return False
+        return self.step - max(best["step"], self.number("schedule", "restart_step") or 0) >= patience * every
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the training text."""
+        size, seen = subtable(self.data, "train").get("tokens"), self.last.get("tokens")
+        return seen / size if is_number(size) and size and seen is not None else None
+
+    @property
+    def worse(self) -> float | None:
+        """How far the last validation loss is above the best one, as a share of that."""
+        best, loss = self.logs.metrics.best, self.last.get("val_loss")
+        return loss / best["val_loss"] - 1 if loss is not None and best is not None and best["val_loss"] > 0 else None
+
+    @property
+    def overfits(self) -> bool:
+        """Whether validations after the best one got worse, three of them, while the training loss fell."""
+        best, loss = self.logs.metrics.best, self.last.get("loss")
+        if best is None or loss is None or not self.worse:
+            return False
+        after = (point for point in self.logs.metrics.curves["val_loss"].extremes() if point.step > best["step"])
+        before = {"loss": math.inf, **best}  # of a resumed run the training loss of that step may not be kept
+        return sum(overfits(before, {"val_loss": point.value, "loss": loss}) for point in after) >= TREND
 
     @property
     def sources(self) -> list[str]:

@@ -49,6 +49,8 @@ def progress(facts: RunFacts) -> str:
         return "Before its first logged step"
     if facts.finished:
         return f"After all {facts.step:,} steps"
+    if steps is not None and facts.stopped_early:
+        return f"After {facts.step:,} of at most {int(steps):,} steps, ended by early stopping"
     known = steps is not None and facts.setting("train", "minutes") is None
     return f"After {facts.step:,} of {int(steps):,} steps" if known and steps else f"After {facts.step:,} steps"
 
@@ -107,12 +109,12 @@ def _sources(facts: RunFacts) -> str:
 
 
 def _from_what(facts: RunFacts) -> str:
-    text, seen = subtable(facts.data, "train"), facts.last.get("tokens")
+    text = subtable(facts.data, "train")
     parts = [_sources(facts)]
     if all(is_number(text.get(key)) for key in ("kept", "bytes", "tokens")):
         parts.append(f"{text['kept']:,} documents, {memory_size(text['bytes'])} of text, {text['tokens']:,} tokens")
-        if seen and text["tokens"]:
-            parts.append(f"{figure(seen / text['tokens'], 3)} epochs were trained on")
+        if facts.epochs:
+            parts.append(f"{figure(facts.epochs, 3)} epochs were trained on")
     return "; ".join(parts)
 
 
@@ -127,16 +129,27 @@ def _quality(facts: RunFacts) -> str:
     sentence = f"it predicts validation text{documents} at " + (
         f"{figure(bits)} bits per byte ({loss})" if bits is not None else loss
     )
-    best, above = facts.logs.metrics.best, facts.above_floor
+    above = facts.above_floor
     if above is not None:
         sentence += f", {above:.1%} above the floor that no model can beat"
-    if best is not None and best["val_loss"] < last["val_loss"]:
-        sentence += f"; the best was {figure(best['val_loss'])} at step {best['step']:,}"
+    if best := best_validation(facts):
+        sentence += f"; {best}{' (overfitting)' if facts.overfits else ''}"
     interval = headline(facts)
     known = interval is not None and interval[1].low is not None
     if interval is not None and known:
         return f"{sentence}; evaluated on {interval[0]}: {interval[1].name.replace('_', ' ')} {interval[1].text}"
     return f"{sentence}; no interval is known"
+
+
+def best_validation(facts: RunFacts) -> str | None:
+    """Say at which step validation was best, and how much worse the last one is; None where it is the best."""
+    best = facts.logs.metrics.best
+    if best is None or not facts.worse:
+        return None
+    said = f"validation was best at step {best['step']:,} ({figure(best['val_loss'])} nats per token)"
+    if facts.setting("train", "final_model") == "best" and (facts.finished or facts.stopped_early):
+        said += ", whose weights the model has"
+    return f"{said}; the last one is {figure(100 * facts.worse, 2)}% worse"
 
 
 def _floor(facts: RunFacts) -> str:

@@ -12,6 +12,14 @@ from gemmule.files import as_output_error, reason_of
 
 log = logging.getLogger(__name__)
 
+# What helps against overfitting.
+REMEDIES = (
+    "more text, dropout (model.dropout) or fewer steps (train.early_stopping ends a run by itself) help, and "
+    'train.final_model = "best" makes the best checkpoint the model'
+)
+# Validations that make a trend, and how much worse than the best one they are.
+TREND, _MARGIN = 3, 0.005
+
 
 class JsonLines:
     """An append-only JSON Lines file that a resumed run continues exactly where its checkpoint left it.
@@ -81,22 +89,22 @@ class OverfittingWatch:
         self._worse = 0
 
     def note(self, line: Mapping[str, Any]) -> str | None:
-        """Take a line of metrics; return a sentence at the third validation in a row that is worse than the best."""
+        """Take a line of metrics; return a sentence at the third validation that is worse than the best before it."""
         if "val_loss" not in line or "loss" not in line:
             return None
         if self._best is None or line["val_loss"] < self._best["val_loss"]:
             self._best, self._worse = line, 0
             return None
-        self._worse += line["val_loss"] > 1.005 * self._best["val_loss"] and line["loss"] < self._best["loss"]
-        if self._worse != _WORSE:
+        self._worse += (worse := overfits(self._best, line))
+        if not worse or self._worse != TREND:
             return None
         return (
             f"overfitting: the validation loss is {line['val_loss']:.3f} after {self._best['val_loss']:.3f} at step "
             f"{self._best['step']:,}; meanwhile the training loss fell from {self._best['loss']:.3f} to "
-            f"{line['loss']:.3f}; "
-            'more text, dropout (model.dropout) or fewer steps help, and train.final_model = "best" keeps the best'
+            f"{line['loss']:.3f}; {REMEDIES}"
         )
 
 
-# Validations in a row that make a trend.
-_WORSE = 3
+def overfits(best: Mapping[str, Any], line: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics has a worse validation than the best one, by 0.5 %, and a better training loss."""
+    return bool(line["val_loss"] > (1 + _MARGIN) * best["val_loss"] and line["loss"] < best["loss"])
