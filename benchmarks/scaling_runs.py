@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path)
     parser.add_argument("--validation", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
+    parser.add_argument("--corpus", help="only the runs of this corpus, such as 200")
     parser.add_argument("--most", type=int, default=1000, help="at most so many runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument(
@@ -193,6 +194,7 @@ def main() -> None:
         parser.error("--train and --validation are needed, or --fit")
     known = {key_of(row) for row in rows}
     missing = [case for case in cases() if key_of({**case._asdict(), "shape": case.shape._asdict()}) not in known]
+    missing = [case for case in missing if options.corpus in (None, case.corpus)]
     lock = Lock()
 
     with tempfile.TemporaryDirectory() as name:
