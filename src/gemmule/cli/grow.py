@@ -81,6 +81,7 @@ def grow(
     summary = follow(recipe, run, again, resume=True)
     if summary is None:
         return
+    _say_what_was_memorized(run)
     _say_what_is_next(run)
     if as_json:
         print_json(summary)
@@ -270,6 +271,13 @@ def _write(
     with atomic_write(run.recipe) as temporary:
         write_recipe(recipe, temporary, _NOTE, given_only=True, comments=choice.reasons)
     return recipe
+
+
+def _say_what_was_memorized(run: RunFolder) -> None:
+    from gemmule.evaluate.memorization import memorization_of_run
+
+    with Screen() as screen, logged_to(screen):
+        screen.print(str(memorization_of_run(run, screen.progress)))
 
 
 def _say_what_is_next(run: RunFolder) -> None:
