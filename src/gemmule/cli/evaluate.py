@@ -73,7 +73,11 @@ def evaluate(
         int | None, typer.Option(min=1, help="Sequences per batch.  [default: 32,768 tokens, on a CPU 8,192]")
     ] = None,
     overlap: Annotated[
-        bool, typer.Option(help="Search the run's training data for the documents, where it is at hand.")
+        bool,
+        typer.Option(
+            help="Search the run's training data, where it is at hand, for the documents and for text that the model "
+            "generates (memorization)."
+        ),
     ] = True,
     suite: SuiteOption = None,
     tasks: TasksOption = None,
