@@ -67,6 +67,14 @@ def test_the_verdict_is_three_sentences(run: Path) -> None:
     assert "1.4 million parameters, trained from random weights on 1.63 million tokens of storybook:40000" in text
 
 
+def test_a_run_that_started_from_a_model_says_so(run: Path) -> None:
+    recipe = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(recipe.replace("[train]", '[train]\nstart = "runs/<b>other"'))
+    html = page_of(run)
+    assert "trained from the weights of runs/&lt;b&gt;other on" in html
+    assert "random weights" not in html
+
+
 def test_sections_come_in_the_order_that_was_promised(run: Path) -> None:
     tags = Page(page_of(run)).tags
     assert [attributes["id"] for tag, attributes in tags if tag == "section"] == SECTIONS

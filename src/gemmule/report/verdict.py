@@ -17,7 +17,7 @@ def verdict(facts: RunFacts) -> list[str]:
     tokens = facts.last.get("tokens")
     size = f" of {large(parameters)} parameters" if (parameters := parameter_count(facts)) else ""
     amount = f"{large(tokens)} tokens" if tokens else "no token yet"
-    first = f"{facts.name} is a Gemma 3{size}, trained from random weights on {amount} of {_sources(facts)}"
+    first = f"{facts.name} is a Gemma 3{size}, trained {_first_weights(facts)} on {amount} of {_sources(facts)}"
     return [f"{first}.", f"{progress(facts)}, {_quality(facts)}.", f"{_cost(facts)}."]
 
 
@@ -100,8 +100,13 @@ def _what(facts: RunFacts) -> str:
     return (
         f"A Gemma 3 of {figure(parameter_count(facts))} parameters: {len(kinds)} layers ({kinds.count('local')} local "
         f"with a window of {config.sliding_window:,} tokens, {kinds.count('global')} global), {config.hidden_size:,} "
-        f"wide, {config.vocab_size:,} tokens of vocabulary{trained}; from random weights"
+        f"wide, {config.vocab_size:,} tokens of vocabulary{trained}; {_first_weights(facts)}"
     )
+
+
+def _first_weights(facts: RunFacts) -> str:
+    start = facts.setting("train", "start")
+    return "from random weights" if start is None else f"from the weights of {start}"
 
 
 def _sources(facts: RunFacts) -> str:
