@@ -14,12 +14,14 @@ from gemmule.data.settings import DataSettings
 from gemmule.errors import ModelError, OutputError, RecipeError
 from gemmule.evaluate.text import score_text
 from gemmule.run_folder import read_json_lines
+from gemmule.runtime import Runtime
 from gemmule.settings import read_recipe
 from gemmule.train.initial_checks import check_first_step
 from gemmule.train.observer import Observer
 from gemmule.train.recipe import Recipe
-from gemmule.train.resolve import ResolvedRecipe
+from gemmule.train.resolve import ResolvedRecipe, build
 from gemmule.train.run import run_recipe
+from gemmule.train.start import open_start
 from tiny import lively_model, tiny_config
 
 pytestmark = pytest.mark.usefixtures("without_plots")
@@ -168,3 +170,34 @@ def test_a_model_that_knows_nothing_of_the_text_is_warned_of(
     model(targets).float().square().mean().backward()
     check_first_step(model, loss, targets, pretrained=True)
     assert ("the frequencies of these tokens alone would cost 0.69" in caplog.text) == warned
+
+
+def test_a_deeper_model_begins_as_the_one_it_starts_from_and_its_new_layers_learn(
+    recipe: Path, start: Path, tmp_path: Path
+) -> None:
+    shallow, _ = gemmule.load(start)
+    layers = shallow.config.num_hidden_layers + 3
+    deeper = recipe_of(recipe, f"model.num_hidden_layers={layers}")
+    opened = open_start(deeper)
+    assert opened is not None
+    adopted = opened.adopt(deeper)
+    assert adopted.model == shallow.config.replace(num_hidden_layers=layers, dropout=0.0, attention_dropout=0.0)
+    state = build(adopted, Runtime(torch.device("cpu")), opened)
+    tokens = torch.arange(2, 42)[None] % shallow.config.vocab_size
+    with torch.no_grad():
+        first, before = state.parallel.model.eval()(tokens), shallow.eval()(tokens)
+    assert torch.equal(first, before), "a layer whose post-norms have gain 0 is the identity, to the last bit"
+    outcome = run_recipe(deeper, tmp_path / "run")
+    assert outcome.model is not None
+    new = [f"blocks.{layer}.post_mlp_norm.weight" for layer in range(shallow.config.num_hidden_layers, layers)]
+    weights = dict(outcome.model.named_parameters())
+    assert all(bool((weights[name] != -1).any()) for name in new)
+    resumed = run_recipe(deeper, tmp_path / "run", resume=True)
+    assert resumed.position.step == outcome.position.step
+    stored = read_recipe(tmp_path / "run" / "recipe.toml", ResolvedRecipe)
+    assert stored.model.num_hidden_layers == layers
+
+
+def test_fewer_layers_than_the_model_has_are_refused(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"model.num_hidden_layers = 1: the model has"):
+        run_recipe(recipe_of(recipe, "model.num_hidden_layers=1"), tmp_path / "run")

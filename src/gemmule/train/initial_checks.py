@@ -53,8 +53,11 @@ def check_first_step(model: Gemma3, loss: float, targets: Tensor, pretrained: bo
     A `pretrained` model predicts better than the frequencies of the tokens would, one with first weights knows
     nothing.
     """
+    identity = _without_effect(model)
     without_gradient = [
-        name for name, p in model.named_parameters() if p.grad is None or not bool(full_tensor(p.grad.norm()))
+        name
+        for name, p in model.named_parameters()
+        if not name.startswith(identity) and (p.grad is None or not bool(full_tensor(p.grad.norm())))
     ]
     if without_gradient:
         more = " ..." if len(without_gradient) > 5 else ""
@@ -74,6 +77,20 @@ def check_first_step(model: Gemma3, loss: float, targets: Tensor, pretrained: bo
             f"{expected:.2f} on these rows ({unigram_entropy(targets):.2f} is the entropy of their tokens, "
             f"{math.log(model.config.vocab_size):.2f} that of guessing); look at the first validation"
         )
+
+
+def _without_effect(model: Gemma3) -> tuple[str, ...]:
+    """Return the names of modules behind a norm of gain 0, whose layers are the identity until it has moved."""
+    branches = {
+        "post_attention_norm": ("attention.", "pre_attention_norm."),
+        "post_mlp_norm": ("mlp.", "pre_mlp_norm."),
+    }
+    found: list[str] = []
+    for name, parameter in model.named_parameters():
+        block, _, norm = name.removesuffix(".weight").rpartition(".")
+        if norm in branches and not bool(full_tensor((1 + parameter.detach()).norm())):
+            found += [f"{block}.{each}" for each in branches[norm]]
+    return tuple(found)
 
 
 def expected_first_loss(model: Gemma3, targets: Tensor) -> float:

@@ -34,6 +34,8 @@ class Start(NamedTuple):
             advice = f"train.start = {self.name} decides the shape and the tokenizer; leave these settings out"
             raise RecipeError("\n  ".join([advice, *problems]))
         own = {key: getattr(recipe.model, key) for key in _OWN}
+        if self._adds_layers(recipe):
+            own["num_hidden_layers"] = recipe.model.num_hidden_layers
         tokenizer = recipe.tokenizer.replace(vocab_size=self._ids)
         return recipe.replace(model=Gemma3Config(**self.model.config.model_dump() | own), tokenizer=tokenizer)
 
@@ -46,20 +48,36 @@ class Start(NamedTuple):
             raise RecipeError(f"data.train = {prepared_folder(recipe.data)}: {advice}")
 
     def copy_weights(self, model: Gemma3, copy: Callable[[Tensor, Tensor], object]) -> None:
-        """Write the weights into a model of the same shape, by `copy(parameter, full values)`."""
+        """Write the weights into a model of the same shape, or of more layers, by `copy(parameter, full values)`.
+
+        The norms after attention and MLP of a further layer get gain 1 + w = 0, so that it is the identity and the
+        model's logits are those of the one it starts from; the rest of the layer keeps the weights it has.
+        """
         weights = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                copy(parameter, weights[name].detach().float())
+                if name in weights:
+                    copy(parameter, weights[name].detach().float())
+                elif name.endswith(("post_attention_norm.weight", "post_mlp_norm.weight")):
+                    copy(parameter, torch.full(parameter.shape, -1.0, dtype=torch.float32))
+
+    def adds_layers_to(self, model: Gemma3) -> bool:
+        """Whether a model has more layers than the one it starts from."""
+        return model.config.num_hidden_layers > self.model.config.num_hidden_layers
 
     @property
     def _ids(self) -> int:
         # Google's 1B has a token without an embedding, which no text is encoded to.
         return min(self.tokenizer.vocab_size, self.model.config.vocab_size)
 
+    def _adds_layers(self, recipe: Recipe) -> bool:
+        given = recipe.model.num_hidden_layers
+        return "num_hidden_layers" in recipe.model.model_fields_set and given > self.model.config.num_hidden_layers
+
     def _contradictions(self, recipe: Recipe) -> Iterator[Problem]:
         config = self.model.config
-        for key in sorted(recipe.model.model_fields_set - _OWN):
+        deeper = {"num_hidden_layers"} if self._adds_layers(recipe) else set()
+        for key in sorted(recipe.model.model_fields_set - _OWN - deeper):
             given, own = getattr(recipe.model, key), getattr(config, key)
             if given != own:
                 yield Problem(f"model.{key}", given, f"the model has {own!r}")
