@@ -65,6 +65,8 @@ def gemmule(
     """Grow your own Gemma 3: from raw text to a trained, measured language model.
 
     Start with:  gemmule train recipes/story.toml
+
+    Your own text:  gemmule grow FOLDER
     """
 
 

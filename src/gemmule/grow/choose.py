@@ -33,7 +33,7 @@ _COMPILE_SECONDS = 30.0
 _VALIDATIONS, _SHORT = (6, 12), 3.0
 # Repetition from which a run needs dropout and watches its validation, and dropout by epochs.
 _REPEATED = 2.0
-_DROPOUT = ((2.0, 0.0), (6.0, 0.1), (math.inf, 0.2))
+_DROPOUT = ((4.0, 0.0), (10.0, 0.1), (math.inf, 0.2))
 # Most epochs over a text: later ones are worth little, and memorize.
 _MOST_EPOCHS = 40.0
 # Learning rate of AdamW at which a published model of so many parameters goes on learning.
