@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from gemmule.errors import TokenizerError
 from gemmule.tokenizer.chat import END, START
-from gemmule.tokenizer.pieces import merge_pairs
+from gemmule.tokenizer.pieces import WORD_MARK, merge_pairs
 from gemmule.tokenizer.settings import BYTES
 from gemmule.tokenizer.tokenizer import Tokenizer
 
@@ -67,8 +67,8 @@ def choose_ids(
     """Return the ids to keep in ascending order: those that occur `min_count` times, and what goes with them.
 
     With them go their closure over merges, all bytes, bos, eos, pad, unk and mask, what the post-processor adds, the
-    turn markers with the pieces around them, and special tokens of the chat template. `size` adds the first of the
-    others until there are so many; TokenizerError names the range of sizes where it is outside.
+    mark of a space, the turn markers with the pieces around them, and special tokens of the chat template. `size` adds
+    the first of the others until there are so many; TokenizerError names the range of sizes where it is outside.
     """
     vocabulary = _Vocabulary(tokenizer)
     used = {token for token, count in counts.items() if count >= min_count}
@@ -166,6 +166,7 @@ class _Vocabulary:
         named = [own.bos_id, own.eos_id, own.pad_id, own.unk_id, own.start_of_turn_id, own.end_of_turn_id]
         mask = own.config.get("mask_token")
         contents = [model.get("unk_token"), mask.get("content") if isinstance(mask, dict) else mask or "<mask>"]
+        contents.append(WORD_MARK)  # in bytes, a space would be decoded as U+2581
         added_ids = {token["content"]: number for number, token in self._added.items()}
         named += [self._ids.get(content, added_ids.get(content)) for content in contents]
         templates = "\n".join(own.chat_templates.values())
