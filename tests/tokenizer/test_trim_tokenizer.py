@@ -36,7 +36,7 @@ def google_like(own: Tokenizer) -> Tokenizer:
     merges = [[part.replace(" ", WORD_MARK) for part in pair] for pair in own.description["model"]["merges"]]
     first = {"Sequence": {"id": "A", "type_id": 0}}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    description = {
+    description: dict[str, Any] = {
         "version": "1.0",
         "truncation": {"max_length": 9, "stride": 0, "strategy": "LongestFirst", "direction": "Right"},
         "padding": None,
@@ -77,7 +77,7 @@ def google_like(own: Tokenizer) -> Tokenizer:
         "processor_class": "Gemma3Processor",
         "added_tokens_decoder": {
             str(token["id"]): {name: token[name] for name in ("content", *flags, "special")}
-            for token in description["added_tokens"]  # type: ignore[attr-defined]
+            for token in description["added_tokens"]
         },
         "boi_token": "<start_of_image>",
         "extra_special_tokens": {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},

@@ -233,7 +233,7 @@ def _trim_config(config: Mapping[str, Any], removed: set[str], new_ids: Mapping[
         content = token.get("content") if isinstance(token, dict) else token
         return not (isinstance(content, str) and content in removed)
 
-    trimmed = {}
+    trimmed: dict[str, Any] = {}
     for key, value in config.items():
         if key == "added_tokens_decoder":
             kept = ((int(old), token) for old, token in value.items() if old.isdecimal() and int(old) in new_ids)
