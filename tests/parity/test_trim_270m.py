@@ -1,7 +1,6 @@
 """Google's 270M trimmed to stories: real weights, the real vocabulary, the whole command."""
 
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,16 +20,15 @@ pytestmark = [
     pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning", "default::UserWarning"),
 ]
 
-TINYSTORIES = Path(__file__).parents[2] / ".." / "shared" / "data" / "tinystories" / "train.txt"
+TINYSTORIES = Path(__file__).parents[3] / "shared" / "data" / "tinystories" / "train.txt"
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A megabyte of TinyStories where it is at hand, else of the storybook."""
-    given = Path(os.environ.get("GEMMULE_TINYSTORIES", TINYSTORIES))
     text = "\n<|endoftext|>\n".join(story.text for story in stories(1000, seed=6))
-    if given.is_file():
-        with given.open(encoding="utf-8") as file:
+    if TINYSTORIES.is_file():
+        with TINYSTORIES.open(encoding="utf-8") as file:
             text = file.read(1 << 20).rpartition("<|endoftext|>")[0]
     path = tmp_path_factory.mktemp("corpus") / "train.txt"
     path.write_text(text, encoding="utf-8")
