@@ -138,9 +138,11 @@ def test_standard_input_and_the_storybook(tiny_run: Path, tmp_path: Path) -> Non
     ended = gemmule("trim", tiny_run, "--corpus", "-", "--out", tmp_path / "a", "--json", given=b"Mia found the key.")
     assert ended.code == 0, ended.err
     assert json.loads(ended.out)["corpus"]["documents"] == 1
-    ended = gemmule("trim", tiny_run, "--corpus", "storybook:20", "--out", tmp_path / "b", "--json")
-    assert json.loads(ended.out)["corpus"]["documents"] == 20
-    assert json.loads(ended.out)["positions"] == 256
+    words = ["--corpus", "storybook:20", "--held-out", "storybook:20", "--out", tmp_path / "b", "--json"]
+    figures = json.loads(gemmule("trim", tiny_run, *words).out)
+    assert figures["corpus"]["documents"] == figures["held_out"]["documents"] == 20
+    assert figures["corpus"]["tokens_before"] != figures["held_out"]["tokens_before"], "other stories are held out"
+    assert figures["positions"] == 256
 
 
 def test_warnings_of_reading_come_once(tiny_run: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from gemmule.reading import local_path
 
 if TYPE_CHECKING:
     from gemmule.data.settings import DataSettings
+    from gemmule.data.sources import Split
     from gemmule.formats.trim import TrimmedModel
     from gemmule.model.gemma3 import Gemma3
     from gemmule.tokenizer import Tokenizer
@@ -73,8 +74,12 @@ def trim(
     if output_exists(out):
         raise OutputError(f"--out {out}: already exists and is not empty; choose a new or empty folder")
     with Screen() as screen, logged_to(screen):
-        given = (corpus, held_out) if held_out is not None else (corpus,)
-        texts = [_Text(screen, *text_settings(local_path(model), name, separator, column)[:1]) for name in given]
+        sources: dict[Split, str | None] = {"train": corpus, "validation": held_out}
+        texts = [
+            _Text(screen, text_settings(local_path(model), source, separator, column)[0], split)
+            for split, source in sources.items()
+            if source is not None
+        ]
         network, tokenizer, found = load_with_path(model)
         refuse_nonfinite_weights(network, model)
         check_trimmable(tokenizer)
@@ -94,12 +99,12 @@ def trim(
 class _Text:
     """The cleaned documents of a SOURCE, read several times."""
 
-    def __init__(self, screen: Screen, settings: "DataSettings") -> None:
+    def __init__(self, screen: Screen, settings: "DataSettings", split: "Split") -> None:
         from gemmule.data.dataset import prepared_folder
         from gemmule.errors import SourceError
 
         self.name = ", ".join(settings.train)
-        self._screen, self._settings = screen, settings
+        self._screen, self._settings, self._split = screen, settings, split
         if folder := prepared_folder(settings):
             raise SourceError(f"{folder}: is a prepared dataset; name the text that it was made from")
 
@@ -110,7 +115,7 @@ class _Text:
         from gemmule.evaluate.text import clean_texts
 
         documents, tally = 0, Counter[str]()
-        for stored in clean_texts(self._settings, tally, "train"):
+        for stored in clean_texts(self._settings, tally, self._split):
             documents += 1
             self._screen.progress(f"{label} {self.name}", documents, None)
             yield stored.text
