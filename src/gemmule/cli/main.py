@@ -26,6 +26,7 @@ from gemmule.cli.report import report
 from gemmule.cli.serve import serve
 from gemmule.cli.settings import settings
 from gemmule.cli.train import train
+from gemmule.cli.trim import trim
 from gemmule.errors import GemmuleError
 from gemmule.processes import Terminated, exit_without_finalization, prepare_process, terminated_as_interrupted
 from gemmule.reading import local_path
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "import": import_,
     "export": export,
+    "trim": trim,
 }
 
 INTERRUPTED, TERMINATED = 130, 143  # 128 and the number of the signal

@@ -21,7 +21,7 @@ from gemmule.data.intermediate import StoredText
 from gemmule.data.report import counted, describe_tally
 from gemmule.data.settings import DataSettings
 from gemmule.data.shards import Tokens
-from gemmule.data.sources import read_sources
+from gemmule.data.sources import Split, read_sources
 from gemmule.errors import DatasetError, RecipeError, SourceError
 from gemmule.evaluate.log_probabilities import LONGEST_ROW, score_batches
 from gemmule.model.gemma3 import Gemma3
@@ -305,8 +305,8 @@ def _decoded(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[StoredText]:
         yield StoredText(text, len(text.encode()))
 
 
-def clean_texts(settings: DataSettings, tally: Counter[str]) -> Iterator[StoredText]:
+def clean_texts(settings: DataSettings, tally: Counter[str], split: Split = "validation") -> Iterator[StoredText]:
     """Yield the documents of `settings.train`, cleaned as for training; what is dropped is counted in the tally."""
-    for document in read_sources(settings.train, settings, "validation"):
+    for document in read_sources(settings.train, settings, split):
         if clean := clean_document(document, settings, tally):
             yield StoredText(clean.text, len(clean.text.encode()))

@@ -11,7 +11,7 @@ from typing import Any
 
 from gemmule.errors import TokenizerError
 from gemmule.tokenizer import Tokenizer
-from gemmule.tokenizer.pieces import BYTE_TOKEN, WORD_MARK
+from gemmule.tokenizer.pieces import BYTE_TOKEN, WORD_MARK, merge_pairs
 
 # llama.cpp's token types.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -99,7 +99,7 @@ def write_vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:
     tokens = [f"[UNUSED{number}]" for number in range(count)]
     types, scores = [UNUSED] * count, [0.0] * count
     rank: dict[str, int] = {}
-    for index, (left, right) in enumerate(_pairs(model["merges"])):
+    for index, (left, right) in enumerate(merge_pairs(model["merges"])):
         rank.setdefault(left + right, index)
     for token, number in model["vocab"].items():
         tokens[number] = token if marked or BYTE_TOKEN.fullmatch(token) else token.replace(" ", WORD_MARK)
@@ -179,13 +179,6 @@ def _merges(pieces: Sequence[str]) -> Iterator[tuple[str, str]]:
                 if room < 0:
                     raise TokenizerError(f"{_PREFIX}tokens: too many merges between {len(pieces)} pieces")
                 yield left, right
-
-
-def _pairs(merges: Sequence[Any]) -> Iterator[tuple[str, str]]:
-    """Yield merges as pairs, also where they are strings with a space between, as in older files."""
-    for merge in merges:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        yield left, right
 
 
 def _added(number: int, token: str, special: bool) -> dict[str, Any]:

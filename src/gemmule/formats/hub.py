@@ -18,6 +18,8 @@ FILES = [
     "tokenizer_config.json",
     "chat_template.jinja",
     "README.md",  # names the license
+    "LICENSE*",
+    "NOTICE*",
 ]
 
 

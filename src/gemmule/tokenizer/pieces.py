@@ -1,7 +1,7 @@
 """The bytes of text of each token, from the decoder in tokenizer.json."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 WORD_MARK = "\u2581"  # SentencePiece's visible space
@@ -34,6 +34,13 @@ class Pieces:
         if self._byte_of and all(character in self._byte_of for character in token):
             return bytes(self._byte_of[character] for character in token)
         return (token.replace(WORD_MARK, " ") if self._marked else token).encode()
+
+
+def merge_pairs(merges: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    """Yield merges as pairs, also where they are strings with a space between, as in older files."""
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        yield left, right
 
 
 def _flatten(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

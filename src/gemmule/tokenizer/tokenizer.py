@@ -111,6 +111,11 @@ class Tokenizer:
         return self.bos_id is not None and self._library.encode("").ids[:1] == [self.bos_id]
 
     @property
+    def config(self) -> Mapping[str, Any]:
+        """The contents of tokenizer_config.json, with the chat template."""
+        return self._config
+
+    @property
     def chat_template(self) -> str | None:
         """The default chat template (Jinja), or None."""
         return self.chat_templates.get("default")
