@@ -1,10 +1,12 @@
 """`gemmule grow`: one command from a text to a model, a recipe with reasons, and what is said where it cannot."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from gemmule.cli.grow import _name_of
 from gemmule.data.dataset import open_dataset
 from gemmule.run_folder import RunFolder
 from gemmule.settings import read_comments, read_recipe
@@ -77,12 +79,42 @@ def test_plan_stops_after_the_recipe_which_train_follows(letters: Path, tmp_path
     assert read_comments(out / "recipe.toml"), "the reasons are still there"
 
 
-def test_another_plan_in_the_same_folder_uses_the_prepared_text(letters: Path, tmp_path: Path) -> None:
+def test_another_plan_in_the_same_folder_reads_the_text_again(letters: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "run", tmp_path / "text.txt"
+    write_text(text, 100)
+    assert gemmule("grow", text, "--minutes", 1, "--out", out, "--plan").code == 0
+    before = open_dataset(out / "data").train.bytes
+    write_text(text, 60, seed=3)
+    assert gemmule("grow", text, "--minutes", 30, "--out", out, "--plan").code == 0
+    assert open_dataset(out / "data").train.bytes < before
+    assert gemmule("grow", letters, "--minutes", 30, "--out", out, "--plan").code == 0
+    recipe = read_recipe(out / "recipe.toml", Recipe)
+    assert (recipe.data.train, recipe.train.minutes) == ((str(letters),), 30)
+
+
+def test_folders_with_other_files_are_left_alone(letters: Path, tmp_path: Path) -> None:
+    (tmp_path / "own" / "data").mkdir(parents=True)
+    (tmp_path / "own" / "data" / "dataset.json").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for out, sentence in (("own", "holds other files and no run"), ("file", "is a file")):
+        refused = gemmule("grow", letters, "--out", tmp_path / out, "--plan")
+        assert (refused.code, sentence in refused.err) == (2, True)
+    assert (tmp_path / "own" / "data" / "dataset.json").read_text() == "precious"
+
+
+def test_a_plan_that_fails_leaves_nothing_behind(letters: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    for arguments in ((tmp_path / "empty.txt",), (letters, "--size", "1k")):
+        assert gemmule("grow", *arguments, "--out", tmp_path / "run", "--plan").code == 2
+        assert not (tmp_path / "run").exists()
+
+
+def test_what_was_set_by_hand_is_said_to_be(letters: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    gemmule("grow", letters, "--minutes", 1, "--out", out, "--plan")
-    again = gemmule("grow", letters, "--minutes", 30, "--out", out, "--plan")
-    assert "was prepared before and is used" in again.err
-    assert read_recipe(out / "recipe.toml", Recipe).train.minutes == 30
+    ended = gemmule("grow", letters, "--out", out, "--plan", "--json", "--set", "train.context=64")
+    assert json.loads(ended.out) == {"run": str(out), "recipe": str(out / "recipe.toml")}
+    assert "train.context = 64: set by --set" in ended.err
+    assert read_comments(out / "recipe.toml")["train.context"] == "set by --set"
 
 
 def test_a_finished_run_is_trained_longer_or_left_alone(grown: tuple[Path, str], letters: Path) -> None:
@@ -91,6 +123,9 @@ def test_a_finished_run_is_trained_longer_or_left_alone(grown: tuple[Path, str],
     assert refused.code == 2
     for advice in ("--resume", f"gemmule grow {out}", f"--start {out} --out NEW"):
         assert advice in refused.err
+    for option in ("--size", "--start"):
+        ended = gemmule("grow", out, option, "5m")
+        assert (ended.code, f"leaves {option} without effect" in ended.err) == (2, True)
     longer = gemmule("grow", out, "--minutes", 0.05)
     assert longer.code == 0, longer.err
     assert "extending the run by 0.05 minutes: from step 4" in longer.err
@@ -120,6 +155,7 @@ def test_the_weights_of_a_model_learn_another_text(tiny_run: Path, letters: Path
         (("TEXT", "--start", "RUN", "--size", "1m"), "--size: has no effect beside --start"),
         (("TEXT", "--set", "train.stpes=1"), "did you mean train.steps?"),
         (("TEXT", "--set", "data.holdout=2"), "data.holdout"),
+        (("TEXT", "--set", "data.train=other.txt"), "the text is what SOURCE names"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(
@@ -133,10 +169,28 @@ def test_what_cannot_be_is_said_in_a_sentence(
 
 
 def test_a_text_of_a_few_bytes_is_said_to_be_too_little(tmp_path: Path) -> None:
-    (tmp_path / "poem.txt").write_text("Roses are red, violets are blue.\n" * 30)
-    ended = gemmule("grow", tmp_path / "poem.txt", "--out", tmp_path / "run", "--plan")
+    (tmp_path / "poem.txt").write_text("Roses are red, violets are blue, sugar is sweet, and so are you.\n" * 5)
+    ended = gemmule("grow", tmp_path / "poem.txt", "--out", tmp_path / "run", "--minutes", 0.05)
     assert ended.code == 0, ended.err
     assert "bytes of text are enough to learn its characters" in ended.err
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_a_run_that_has_not_ended_is_to_be_finished_first(grown: tuple[Path, str], tmp_path: Path) -> None:
+    out = shutil.copytree(grown[0], tmp_path / "run")
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] < 3))
+    ended = gemmule("grow", out, "--minutes", 1)
+    assert ended.code == 2
+    assert f"finish it first by gemmule train {out}/recipe.toml --out {out} --resume" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("docs/*.md", "docs"), ("letters/", "letters"), ("a/b.jsonl.gz", "b"), ("hf:owner/name", "name"), ("-", "grown")],
+)
+def test_a_run_is_named_after_its_source(source: str, name: str) -> None:
+    assert _name_of(source) == name
 
 
 def test_under_torchrun_the_recipe_is_to_be_written_first(letters: Path, monkeypatch: pytest.MonkeyPatch) -> None:

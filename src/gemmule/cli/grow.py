@@ -2,13 +2,15 @@
 
 import re
 import shlex
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemmule.cli.options import finite
+from gemmule.cli.options import finite, refuse_others
 from gemmule.cli.screen import Screen, logged_to, note, print_json
 from gemmule.cli.train import follow
 from gemmule.errors import OutputError, UserError
@@ -24,6 +26,7 @@ _NOTE = "Chosen by `gemmule grow`. A recipe like any other: edit it, and train w
 
 
 def grow(
+    context: typer.Context,
     source: Annotated[
         list[str],
         typer.Argument(
@@ -60,15 +63,18 @@ def grow(
 
         gemmule grow runs/letters --minutes 5
     """
+    from gemmule.data.dataset import open_dataset
+
     _check_single_process()
     if finished := _run_to_extend(source):
+        refuse_others(context, f"{source[0]}, a run to train longer,", {"source", "minutes", "as_json"})
         _extend(finished, minutes, as_json)
         return
     run = RunFolder(out or Path("runs") / _name_of(source[0]))
     _check_free(run)
-    _check_names(overrides or [])
+    _check_settings(overrides or [])
     budget = _budget(minutes, size)
-    with Screen() as screen, logged_to(screen):
+    with Screen() as screen, logged_to(screen), _nothing_left_behind(run):
         if start is None:
             recipe = _plan_from_scratch(source, run, budget, overrides or [], screen)
         else:
@@ -76,7 +82,9 @@ def grow(
         screen.print(f"recipe: {run.recipe}, with the reasons")
     again = shlex.join(["gemmule", "train", str(run.recipe), "--out", str(run.path), "--resume"])
     if plan:
-        typer.echo(f"train it by:  {again}", err=True)
+        typer.echo(f"{open_dataset(run.data, verify=False).report}\ntrain it by:  {again}", err=True)
+        if as_json:
+            print_json({"run": str(run.path), "recipe": str(run.recipe)})
         return
     summary = follow(recipe, run, again, resume=True)
     if summary is None:
@@ -106,40 +114,80 @@ def _run_to_extend(source: Sequence[str]) -> RunFolder | None:
 def _extend(run: RunFolder, minutes: float, as_json: bool) -> None:
     """Train a finished run longer."""
     from gemmule.settings import read_recipe
-    from gemmule.train.open_run import Extension
+    from gemmule.train.open_run import Extension, stopped_early
     from gemmule.train.recipe import Recipe
 
+    recipe, step = read_recipe(run.recipe, Recipe, warn=note), run.read_metrics()[-1]["step"]
     again = shlex.join(["gemmule", "train", str(run.recipe), "--out", str(run.path), "--resume"])
-    summary = follow(read_recipe(run.recipe, Recipe, warn=note), run, again, longer=Extension(minutes=minutes))
+    if step < recipe.train.steps and stopped_early(run, recipe) is None:
+        raise UserError(
+            f"{run.path}: a run that has not ended, after step {step:,} of {recipe.train.steps:,}; finish it first by "
+            f"{again}"
+        )
+    summary = follow(recipe, run, again, longer=Extension(minutes=minutes))
     if summary is not None and as_json:
         print_json(summary)
 
 
 def _check_free(run: RunFolder) -> None:
-    """Raise OutputError where the folder has a run already, and name what could be done with it."""
-    if not run.metrics.is_file():
-        return
-    path = shlex.quote(str(run.path))
-    raise OutputError(
-        f"--out {run.path}: holds a run already; resume it with gemmule train {path}/recipe.toml --out {path} "
-        f"--resume, train it longer with gemmule grow {path}, continue it on other text with gemmule grow SOURCE "
-        f"--start {path} --out NEW, or name another folder"
+    """Raise OutputError where the folder has a run, and say what could be done with it, or has other files.
+
+    What an earlier plan has left there, a recipe and its data, is planned anew.
+    """
+    if run.path.exists() and not run.path.is_dir():
+        raise OutputError(f"--out {run.path}: is a file; name a new or empty folder")
+    names = (
+        {entry.name for entry in run.path.iterdir() if not entry.name.endswith(".partial")}
+        if run.path.exists()
+        else set()
     )
+    if run.metrics.name in names:
+        path = shlex.quote(str(run.path))
+        raise OutputError(
+            f"--out {run.path}: holds a run already; resume it with gemmule train {path}/recipe.toml --out {path} "
+            f"--resume, train it longer with gemmule grow {path}, continue it on other text with gemmule grow SOURCE "
+            f"--start {path} --out NEW, or name another folder"
+        )
+    if names - {run.recipe.name, run.data.name} or names == {run.data.name}:
+        raise OutputError(f"--out {run.path}: holds other files and no run; name a new or empty folder")
+    if run.data.name in names:
+        shutil.rmtree(run.data)
 
 
-def _check_names(overrides: Sequence[str]) -> None:
-    """Raise RecipeError for settings that do not exist, before the text is read."""
+@contextmanager
+def _nothing_left_behind(run: RunFolder) -> Iterator[None]:
+    """Where planning fails, remove what it has made; what a preparation can resume from stays."""
+    try:
+        yield
+    except BaseException:
+        if not run.recipe.is_file():
+            shutil.rmtree(run.data, ignore_errors=True)
+            with suppress(OSError):  # it is not empty, or not there
+                run.path.rmdir()
+        raise
+
+
+def _check_settings(overrides: Sequence[str]) -> None:
+    """Raise RecipeError for settings that do not exist, UserError for the text, before any is read."""
     from gemmule.fields import find_field
     from gemmule.settings import check_recipe
     from gemmule.train.recipe import Recipe
 
-    unknown = [each for each in overrides if not find_field(Recipe, each.partition("=")[0].strip().split("."))]
+    keys = {each: _key_of(each) for each in overrides}
+    unknown = [each for each, key in keys.items() if not find_field(Recipe, key.split("."))]
     check_recipe({"data": {"train": "text"}, "train": {"steps": 1}}, Recipe, "of --set", unknown)
+    if "data.train" in keys.values():
+        raise UserError("--set data.train: the text is what SOURCE names; leave the setting out")
+
+
+def _key_of(override: str) -> str:
+    return override.partition("=")[0].strip()
 
 
 def _name_of(source: str) -> str:
     """Return the name of a run for a SOURCE."""
-    last = re.split(r"[/:]", source.rstrip("/"))[-1] or source
+    parts = [part for part in re.split(r"[/:]", source) if part and not set(part) & set("*?[")]
+    last = parts[-1] if parts else source
     stem = last.partition(".")[0] if not last.startswith(".") else last
     return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "grown"
 
@@ -165,6 +213,7 @@ def _plan_from_scratch(
     from gemmule.runtime import choose_device
     from gemmule.tokenizer import TokenizerSettings
 
+    data, why = _data_settings(sources)
     screen.progress("measuring this machine", 0, None)
     speed = measure(choose_device("auto"))
     reasons: dict[str, str] = {}
@@ -173,12 +222,10 @@ def _plan_from_scratch(
         vocab_size, reasons["tokenizer.vocab_size"] = choose_vocabulary(text_bytes, budget, speed)
         return TokenizerSettings(vocab_size=vocab_size)
 
-    data, why = _data_settings(sources)
     dataset = _prepared(data, vocabulary, run, overrides, screen)
     choice = choose(dataset.report.train, dataset.tokenizer.vocab_size, budget, speed)
     choice.reasons.update(reasons, **why)
     choice.table["tokenizer"] = {"vocab_size": dataset.tokenizer.vocab_size}
-    screen.print(str(dataset.report))
     return _write(choice, data, dataset, speed, run, overrides, screen)
 
 
@@ -193,14 +240,13 @@ def _plan_from_model(
 
     if budget.parameters is not None:
         raise UserError("--size: has no effect beside --start, whose model has a size; leave it out")
+    data, why = _data_settings(sources)
     model, tokenizer, _ = load_with_path(start)
     speed = measure(choose_device("auto"))
-    data, why = _data_settings(sources)
     dataset = _prepared(data, tokenizer, run, overrides, screen)
     choice = choose_continuation(model.config, dataset.report.train, budget, speed)
     choice.reasons.update(why)
     choice.table["train"]["start"] = start
-    screen.print(str(dataset.report))
     return _write(choice, data, dataset, speed, run, overrides, screen)
 
 
@@ -209,10 +255,10 @@ def _data_settings(sources: Sequence[str]) -> tuple[dict[str, Any], dict[str, st
     from gemmule.grow.choose import holdout_for
     from gemmule.grow.source import size_of
 
-    size = size_of(sources)
-    data = {"train": list(sources), "holdout": holdout_for(size or 10**9), "mask_documents": True}
+    holdout, reason = holdout_for(size_of(sources))
+    data = {"train": list(sources), "holdout": holdout, "mask_documents": True}
     reasons = {
-        "data.holdout": "50 KB of the text, between 1 and 10 %",
+        "data.holdout": reason,
         "data.mask_documents": "attention does not cross documents, as in generation",
     }
     return data, reasons
@@ -221,8 +267,7 @@ def _data_settings(sources: Sequence[str]) -> tuple[dict[str, Any], dict[str, st
 def _prepared(
     data: dict[str, Any], vocabulary: Any, run: RunFolder, overrides: Sequence[str], screen: Screen
 ) -> "Dataset":
-    """Prepare the text in the run folder, or open what an earlier call has prepared there."""
-    from gemmule.data.dataset import DATASET_FILE, open_dataset
+    """Prepare the text in the run folder."""
     from gemmule.data.prepare import prepare_dataset
     from gemmule.data.settings import DataSettings
     from gemmule.settings import Settings, check_recipe
@@ -230,11 +275,8 @@ def _prepared(
     class Data(Settings):
         data: DataSettings
 
-    own = [change for change in overrides if change.startswith("data.")]
+    own = [change for change in overrides if _key_of(change).startswith("data.")]
     settings = check_recipe({"data": data}, Data, "of the options", own).data
-    if (run.data / DATASET_FILE).is_file():
-        screen.print(f"{run.data}: was prepared before and is used; remove it to read the text again")
-        return open_dataset(run.data)
     return prepare_dataset(settings, vocabulary, run.data, screen.progress, workers=None)
 
 
@@ -259,6 +301,7 @@ def _write(
         table["train"]["sample_prompts"] = prompts
         choice.reasons["train.sample_prompts"] = "beginnings of held-out documents"
     recipe = check_recipe(table, Recipe, "chosen by grow", overrides)
+    choice.reasons.update((_key_of(override), "set by --set") for override in overrides)
     for sentence in choice.warnings:
         screen.print(f"warning: {sentence}")
     screen.print(str(speed))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
-from gemmule.data.report import LENGTHS, SplitReport
+from gemmule.data.report import LENGTHS, SplitReport, counted
 from gemmule.errors import RecipeError
 from gemmule.grow.law import LAW, Law
 from gemmule.grow.machine import COMPILED, Speed, block_parameters, parameters
@@ -25,8 +25,12 @@ _WIDTH_PER_LAYER = (24, 96)
 _PARAMETERS_PER_BYTE = 5.0
 # Tokens of an optimizer step, and how many steps a run should have for it.
 _TOKENS_PER_STEP, _STEPS = (2048, 65_536), 300
+# Bytes that are held out, where they are between 1 and 10 % of the text, and the fewest of a very short one.
+_HELD_OUT, _LEAST_HELD_OUT = 50_000, 77
 # Contexts, and the share of documents that fit into the one that is chosen.
 _CONTEXTS, _FITTING = (128, 256, 512, 1024), 0.75
+# The context where most documents are longer than all of these, as a book is.
+_LONG_DOCUMENTS = 256
 # Seconds that compiling takes before the first step.
 _COMPILE_SECONDS = 30.0
 # Validations of a short run and of others, and the minutes of a short one.
@@ -64,7 +68,7 @@ def choose_vocabulary(text_bytes: int, budget: Budget, speed: Speed, law: Law = 
     """Return the vocabulary size for a training text, and the reason."""
     best: dict[int, float] = {}
     for size in _VOCABULARIES:
-        text = _Text(text_bytes, text_bytes / _BYTES_PER_TOKEN[size], 256)
+        text = _Text(text_bytes, text_bytes / _BYTES_PER_TOKEN[size], _LONG_DOCUMENTS, "")
         if size == _VOCABULARIES[0] or size * _BYTES_PER_ENTRY <= text_bytes:
             found = [_Plan.of(config, text, budget, speed) for config in _candidates(size, text, budget.parameters)]
             best[size] = min((plan.loss(text, law) for plan in found), default=math.inf)
@@ -74,14 +78,24 @@ def choose_vocabulary(text_bytes: int, budget: Budget, speed: Speed, law: Law = 
     return size, reason if len(best) > 1 else "the text is too short for more entries to be seen often enough"
 
 
-def holdout_for(text_bytes: int) -> float:
-    """Return the share of a text that is held out: 50 KB or 1 %, and a tenth at most."""
-    return round(min(0.1, max(0.01, 50_000 / max(1, text_bytes))), 3)
+def holdout_for(text_bytes: int | None) -> tuple[float, str]:
+    """Return the share of a text that is held out, and the reason; None is a text of unknown size."""
+    if text_bytes is None:
+        return 0.01, "1 % of a text whose size is not known before it is read"
+    share = _HELD_OUT / max(1, text_bytes)
+    if share < 0.01:
+        return 0.01, f"1 %, which is more than {_HELD_OUT:,} bytes"
+    if share <= 0.1:
+        return round(share, 3), f"about {_HELD_OUT:,} bytes"
+    least = _LEAST_HELD_OUT / max(1, text_bytes)
+    if least > 0.1:
+        return round(min(0.5, least), 3), f"about {_LEAST_HELD_OUT} bytes, the least that measures anything"
+    return 0.1, f"10 %, at most; {_HELD_OUT:,} bytes would be more"
 
 
 def choose(train: SplitReport, vocab_size: int, budget: Budget, speed: Speed, law: Law = LAW) -> Choice:
     """Choose a recipe for a prepared text; RecipeError where no shape has about the wanted number of parameters."""
-    text = _Text(train.bytes, train.tokens, choose_context(train))
+    text = _Text(train.bytes, train.tokens, *choose_context(train))
     candidates = list(_candidates(vocab_size, text, budget.parameters))
     if not candidates:
         least = parameters(_config(_WIDTHS[0], _LAYERS[0], vocab_size))
@@ -95,7 +109,9 @@ def choose(train: SplitReport, vocab_size: int, budget: Budget, speed: Speed, la
 
 def choose_continuation(config: Gemma3Config, train: SplitReport, budget: Budget, speed: Speed) -> Choice:
     """Choose how a model that exists learns a prepared text (continued pretraining)."""
-    text = _Text(train.bytes, train.tokens, min(choose_context(train), config.max_position_embeddings))
+    text = _Text(train.bytes, train.tokens, *choose_context(train))
+    if text.context > config.max_position_embeddings:
+        text = text._replace(context=config.max_position_embeddings, why="the longest that the model can take")
     plan = _Plan.of(config, text, budget, speed)._replace(compiled=False)
     rate = _CONTINUED_RATE * (_CONTINUED_PARAMETERS / parameters(config)) ** 0.5
     steps, epochs = plan.steps, plan.tokens / text.tokens
@@ -117,6 +133,7 @@ class _Text(NamedTuple):
     bytes: float
     tokens: float
     context: int
+    why: str  # of the context
 
 
 class _Plan(NamedTuple):
@@ -140,7 +157,7 @@ class _Plan(NamedTuple):
             if min(steps, most) >= _STEPS or batch_size * text.context <= _TOKENS_PER_STEP[0]:
                 break
             batch_size //= 2
-        taken = max(1.0, min(steps, most))
+        taken = min(steps, most)
         return cls(config, batch_size, compiled, taken, taken * batch_size * text.context, steps > most)
 
     def loss(self, text: _Text, law: Law) -> float:
@@ -149,14 +166,17 @@ class _Plan(NamedTuple):
         return law.loss(block_parameters(self.config), self.config.vocab_size, seen, text.bytes)
 
 
-def choose_context(train: SplitReport) -> int:
-    """Return the sequence length into which most documents fit, within bounds."""
-    counted = 0
+def choose_context(train: SplitReport) -> tuple[int, str]:
+    """Return the sequence length into which most documents fit, within bounds, and the reason."""
+    if train.tokens <= 2 * _CONTEXTS[0]:
+        return max(1, train.tokens // 2), f"half of the text, which has {train.tokens:,} tokens"
+    fitting = 0
     for bound, count in zip(LENGTHS[1:], train.lengths, strict=False):
-        counted += count
-        if counted >= _FITTING * train.kept:
-            return next((each for each in _CONTEXTS if each >= bound), 256)
-    return 256
+        fitting += count
+        found = next((each for each in _CONTEXTS if bound <= each < train.tokens), None)
+        if fitting >= _FITTING * train.kept and found:
+            return found, f"at least {_FITTING:.0%} of the documents have at most so many tokens"
+    return _LONG_DOCUMENTS, "most documents are longer than any context of the rule; they are read in parts"
 
 
 def _candidates(vocab_size: int, text: _Text, wanted: int | None) -> Iterator[Gemma3Config]:
@@ -207,17 +227,21 @@ def _recipe(plan: _Plan, train: SplitReport, text: _Text, budget: Budget) -> Cho
     if dropout:
         table["model"]["dropout"] = dropout
     reasons = _reasons(plan, text, budget) | {
-        "model.hidden_size": f"{parameters(config):,} parameters: of the shapes that the text allows, the lowest loss "
-        "by the scaling law in this time",
-        "model.dropout": f"{epochs:.1f} epochs over the same text",
+        "model.hidden_size": f"{parameters(config):,} parameters"
+        + (
+            ": of the shapes that the text allows, the lowest loss by the scaling law in this time"
+            if budget.parameters is None
+            else f", about the {budget.parameters:,} that were asked for"
+        ),
+        "model.dropout": f"about {epochs:.1f} epochs over the same text, as estimated",
         "optimizer.name": "Muon for the blocks' matrices, AdamW for embedding and norms: fewer steps to the same loss",
-        "optimizer.momentum": f"averages about {memory:.0f} steps of {steps:,.0f}",
+        "optimizer.momentum": f"averages about {memory:.0f} steps of about {steps:,.0f}, as estimated",
     }
     return Choice(table, _given(reasons, table), steps, epochs, tuple(_warnings(train, steps, budget)))
 
 
 def _train_table(plan: _Plan, text: _Text, budget: Budget) -> dict[str, Any]:
-    every = max(1, round(plan.steps / (_VALIDATIONS[budget.minutes > _SHORT])))
+    every = max(1, round(plan.steps / _VALIDATIONS[budget.minutes > _SHORT]))
     return {
         "minutes": budget.minutes, "steps": math.ceil(plan.steps) if plan.capped else 100_000,
         "batch_size": plan.batch_size, "context": text.context, "validate_every": every, "checkpoint_every": every,
@@ -232,13 +256,11 @@ def _reasons(plan: _Plan, text: _Text, budget: Budget) -> dict[str, str]:
     return {
         "train.minutes": "at most; train.steps ends the run before" if plan.capped else "as asked",
         "train.steps": ending if plan.capped else "more than fit into the minutes, by which they are counted",
-        "train.batch_size": f"so that there are some {plan.steps:,.0f} steps in {budget.minutes:g} minutes",
-        "train.context": f"{_FITTING:.0%} of the documents have at most so many tokens"
-        if text.context in _CONTEXTS
-        else "the longest that the model can take",
-        "train.compile": f"saves {COMPILED:.0%} of a step and takes {_COMPILE_SECONDS:.0f} s before the first one",
-        "train.validate_every": f"{_VALIDATIONS[budget.minutes > _SHORT]} validations",
-        "train.early_stopping": f"{epochs:.1f} epochs: the text is memorized at some point",
+        "train.batch_size": f"about {plan.steps:,.0f} steps, as estimated; a smaller batch makes noisier ones",
+        "train.context": text.why,
+        "train.compile": f"saves about {COMPILED:.0%} of a step and takes about {_COMPILE_SECONDS:.0f} s, as assumed",
+        "train.validate_every": f"about {_VALIDATIONS[budget.minutes > _SHORT]} validations, as estimated",
+        "train.early_stopping": f"about {epochs:.1f} epochs, as estimated: the text is memorized at some point",
     }
 
 
@@ -253,9 +275,10 @@ def _warnings(train: SplitReport, steps: float, budget: Budget) -> Iterator[str]
             f"{train.bytes:,} bytes of text are enough to learn its characters and most frequent words, not to write "
             "new sentences; some hundred thousand are a start"
         )
-    if steps < FEW_STEPS:
+    # A text that is read often enough in fewer steps is short, and longer training would not help.
+    if steps < FEW_STEPS and train.bytes >= LITTLE_TEXT:
         minutes = math.ceil(budget.minutes * FEW_STEPS / steps)
         yield (
-            f"only about {steps:.0f} steps fit into {budget.minutes:g} minutes on this machine, which teach little: "
-            f"samples will hardly have words; use --minutes {minutes} or more"
+            f"only about {counted(round(steps), 'step')} of this model fit into the time on this machine, which teach "
+            f"little: samples will hardly have words; use --minutes {minutes:,} or more"
         )

@@ -74,8 +74,10 @@ def block_parameters(config: Gemma3Config) -> int:
 
 
 def parameters(config: Gemma3Config) -> int:
-    """Count the parameters in the matrices of all blocks and in the embedding, which is the head as well."""
-    return block_parameters(config) + config.vocab_size * config.hidden_size
+    """Count all parameters of a model whose embedding is the head as well."""
+    width, layers = config.hidden_size, config.num_hidden_layers
+    norms = layers * (4 * width + 2 * config.head_dim) + width
+    return block_parameters(config) + config.vocab_size * width + norms
 
 
 def layer_flops(config: Gemma3Config, context: int) -> float:

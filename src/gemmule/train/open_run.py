@@ -79,7 +79,7 @@ def claim_run(
             return
         if not run.metrics.is_file():
             raise OutputError(f"--out {out}: has no run to extend yet; train it without --extend first")
-        longer = extend.apply(followed, _stopped_early(run, followed))
+        longer = extend.apply(followed, stopped_early(run, followed))
         length = f"{extend.minutes:g} minutes" if extend.steps is None else f"{extend.steps:,} steps"
         log.info(
             f"extending the run by {length}: from step {longer.schedule.restart_step:,} on the learning rate warms up "
@@ -88,7 +88,7 @@ def claim_run(
         yield longer
 
 
-def _stopped_early(run: RunFolder, recipe: Recipe) -> int | None:
+def stopped_early(run: RunFolder, recipe: Recipe) -> int | None:
     """Return the step at which early stopping has ended a run; None where it has not."""
     losses = {line["step"]: line["val_loss"] for line in run.read_metrics() if "val_loss" in line}
     if not losses:

@@ -179,9 +179,21 @@ def _write_resolved(recipe: ResolvedRecipe, run: RunFolder, position: Position) 
     """Write the recipe that repeats the run; where a resumed run changes it, keep the one of the steps before."""
     if position.step and differences(recipe, read_recipe(run.recipe, Recipe)):
         keep_recipe(run, position.step)
-    comments = read_comments(run.recipe)
+    comments = _comments_that_hold(recipe, run)
     with atomic_write(run.recipe) as temporary:
         write_recipe(recipe, temporary, "The recipe of this run, resolved: it repeats the run.", comments=comments)
+
+
+def _comments_that_hold(recipe: ResolvedRecipe, run: RunFolder) -> dict[str, str]:
+    """Return the comments of the run's recipe on settings that resolving has not changed."""
+    before = read_recipe(run.recipe, Recipe)
+    held = {}
+    for key, comment in read_comments(run.recipe).items():
+        section, _, name = key.partition(".")
+        one, other = (getattr(getattr(each, section, None), name, None) for each in (before, recipe))
+        if one == other:
+            held[key] = comment
+    return held
 
 
 def _train(
