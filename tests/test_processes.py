@@ -1,8 +1,9 @@
-"""Child processes import nothing from the current directory, which may be a folder somebody else filled."""
+"""Child processes import nothing from a folder that somebody else filled; signals end a process wherever they come."""
 
 import multiprocessing
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,39 @@ def test_ranks_of_a_run_end_in_that_way(size: str, codes: list[int], monkeypatch
     with pytest.raises(SystemExit):
         main.main()
     assert ended == codes
+
+
+# A signal that comes while the garbage collector calls back: Python prints what it raises there, and goes on.
+IGNORED = """
+import signal, sys, time, weakref
+from gemmule.processes import Terminated, terminated_as_interrupted
+
+class Thing:
+    pass
+
+def callback(_):
+    signal.raise_signal(signal.{name})
+
+try:
+    with terminated_as_interrupted():
+        thing = Thing()
+        reference = weakref.ref(thing, callback)
+        del thing
+        print("ignored", flush=True)
+        time.sleep(20)
+except Terminated:
+    print("terminated")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize(("name", "said"), [("SIGINT", "interrupted"), ("SIGTERM", "terminated")])
+def test_a_signal_that_python_ignored_is_raised_again(name: str, said: str) -> None:
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", IGNORED.format(name=name)], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert done.stdout.split() == ["ignored", said]
+    assert "Exception ignored" not in done.stderr
+    assert time.monotonic() - began < 15

@@ -91,6 +91,9 @@ def exit_without_finalization(code: int) -> NoReturn:
     os._exit(code)
 
 
+_LATER = 0.02  # seconds until a signal whose exception was ignored is sent again
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM came."""
 
@@ -99,18 +102,35 @@ class Terminated(KeyboardInterrupt):
 def terminated_as_interrupted() -> Iterator[None]:
     """Let SIGTERM end the block with an exception, as Ctrl-C does, so that no process or temporary file is left.
 
-    Where something else handles or ignores SIGTERM already, or outside the main thread, nothing is changed.
+    Either is raised again where Python ignored it, as it does in callbacks of the garbage collector. Where something
+    else handles or ignores SIGTERM already, or outside the main thread, nothing is changed.
     """
+    main, ignored_before = threading.main_thread(), sys.unraisablehook
+
+    def raise_again(ignored: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(ignored.exc_value, KeyboardInterrupt):
+            ignored_before(ignored)
+            return
+        number = signal.SIGINT
+        if isinstance(ignored.exc_value, Terminated):
+            number = signal.SIGTERM
+            signal.signal(number, terminate)
+        # Later, since this is called from within the callback.
+        timer = threading.Timer(_LATER, signal.pthread_kill, (main.ident, number))
+        timer.daemon = True
+        timer.start()
 
     def terminate(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the cleaning
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    if threading.current_thread() is not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
     signal.signal(signal.SIGTERM, terminate)
+    sys.unraisablehook = raise_again
     try:
         yield
     finally:
+        sys.unraisablehook = ignored_before
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

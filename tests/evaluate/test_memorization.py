@@ -156,7 +156,8 @@ def test_figures_are_those_of_a_count_by_hand(dataset_of: DatasetOf) -> None:
     assert (found.more_than_held_out, found.searched) == (None, 1.0)
     assert str(found) == (
         "memorization: 25.0% of the 8-grams in 3 generated texts occur in the training text (0.0% of those in held-out "
-        "text); the longest copied span has 9 words (5); whether that is more than in held-out text is not known: it "
+        "text); the longest copied span has 9 words (5 in held-out text); "
+        "whether that is more than in held-out text is not known: it "
         "needs 10 texts of 8 words"
     )
 
@@ -197,7 +198,7 @@ def test_what_cannot_be_compared_is_said(dataset_of: DatasetOf) -> None:
     alone = Comparison([TRAIN[0]] * 12, dataset).search()
     assert str(alone) == (
         "memorization: 100.0% of the 8-grams in 12 generated texts occur in the training text (held-out text is too "
-        "short to compare with); the longest copied span has 12 words (fewer than 5)"
+        "short to compare with); the longest copied span has 12 words (fewer than 5 in held-out text)"
     )
     assert str(Comparison([], dataset).search()).endswith(
         "the tokenizer begins no text with bos, from which to generate one"

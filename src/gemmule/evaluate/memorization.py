@@ -95,7 +95,7 @@ class Memorization(NamedTuple):
         return (
             f"memorization: {self.generated.share:.1%} of the {NGRAM}-grams in {texts} occur in the training text"
             f"{searched} ({yardstick}); the longest copied span has {_words(self.generated.longest_span)} words "
-            f"({_words(self.held_out.longest_span)}){self._verdict()}"
+            f"({_words(self.held_out.longest_span)} in held-out text){self._verdict()}"
         )
 
     def _verdict(self) -> str:
