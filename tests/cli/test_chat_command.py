@@ -49,6 +49,10 @@ def test_a_pipe_gets_the_models_words_alone(tiny_run: Path, tmp_path: Path) -> N
     assert (mine.author, mine.text) == ("user", "Mia found")
 
 
+def test_quit_ends_a_session(tiny_run: Path) -> None:
+    assert told(tiny_run, "/set seed 3", "Mia found", "/quit", "The owl") == told(tiny_run, "/set seed 3", "Mia found")
+
+
 def test_each_reply_has_all_that_repeats_it(tiny_run: Path, tmp_path: Path) -> None:
     _, its = pieces(tiny_run, tmp_path, "/set temperature 0.5", "Mia found")
     assert its.author == "model"

@@ -33,6 +33,7 @@ HELP = """/set              the settings, with their values
 /load FILE [N]    continue what was kept here or exported by the page of `gemmule serve`; N is a text of several
 /tokens           tokens of the context that are used, cached and left, and tokens per second
 /help             this list
+/quit             ends, as Ctrl-D does
 A line that ends in a backslash continues in the next one; a block of lines stands between triple quotes.
 // begins a text with a slash. Ctrl-C stops a reply, Ctrl-D ends."""
 
@@ -53,11 +54,13 @@ class Session:
             "save": self.save,
             "load": self.load,
             "tokens": self.show_tokens,
+            "quit": self.quit,
         }
+        self._over = False
 
     def run(self) -> None:
-        """Read messages and answer them until the input ends; without a terminal the first error ends it, too."""
-        while True:
+        """Read messages and answer them until the input ends, or /quit; without a terminal the first error ends it, too."""
+        while not self._over:
             try:
                 message = self.terminal.read_message()
                 if message is None:
@@ -96,6 +99,10 @@ class Session:
             self._add_words(_joined(before, text))
         else:
             self._reply()
+
+    def quit(self, _given: str) -> None:
+        """End the session."""
+        self._over = True
 
     def set_setting(self, given: str) -> None:
         """Change a setting, or show all; RecipeError where the value cannot be."""
