@@ -59,7 +59,7 @@ class Session:
         self._over = False
 
     def run(self) -> None:
-        """Read messages and answer them until the input ends, or /quit; without a terminal the first error ends it, too."""
+        """Read messages and answer them until the input ends, or /quit; without a terminal the first error ends it."""
         while not self._over:
             try:
                 message = self.terminal.read_message()
