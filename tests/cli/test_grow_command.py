@@ -96,10 +96,15 @@ def test_folders_with_other_files_are_left_alone(letters: Path, tmp_path: Path) 
     (tmp_path / "own" / "data").mkdir(parents=True)
     (tmp_path / "own" / "data" / "dataset.json").write_text("precious")
     (tmp_path / "file").write_text("precious")
-    for out, sentence in (("own", "holds other files and no run"), ("file", "is a file")):
+    (tmp_path / "project" / "data").mkdir(parents=True)
+    (tmp_path / "project" / "data" / "dataset.json").write_text("precious")
+    (tmp_path / "project" / "recipe.toml").write_text("[data]\n")
+    other = "holds other files and no run"
+    for out, sentence in (("own", other), ("project", other), ("file", "is a file")):
         refused = gemmule("grow", letters, "--out", tmp_path / out, "--plan")
         assert (refused.code, sentence in refused.err) == (2, True)
-    assert (tmp_path / "own" / "data" / "dataset.json").read_text() == "precious"
+    for folder in ("own", "project"):
+        assert (tmp_path / folder / "data" / "dataset.json").read_text() == "precious"
 
 
 def test_a_plan_that_fails_leaves_nothing_behind(letters: Path, tmp_path: Path) -> None:

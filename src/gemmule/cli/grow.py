@@ -117,7 +117,8 @@ def _extend(run: RunFolder, minutes: float, as_json: bool) -> None:
     from gemmule.train.open_run import Extension, stopped_early
     from gemmule.train.recipe import Recipe
 
-    recipe, step = read_recipe(run.recipe, Recipe, warn=note), run.read_metrics()[-1]["step"]
+    recipe, lines = read_recipe(run.recipe, Recipe, warn=note), run.read_metrics()
+    step = lines[-1]["step"] if lines else 0
     again = shlex.join(["gemmule", "train", str(run.recipe), "--out", str(run.path), "--resume"])
     if step < recipe.train.steps and stopped_early(run, recipe) is None:
         raise UserError(
@@ -148,10 +149,18 @@ def _check_free(run: RunFolder) -> None:
             f"--resume, train it longer with gemmule grow {path}, continue it on other text with gemmule grow SOURCE "
             f"--start {path} --out NEW, or name another folder"
         )
-    if names - {run.recipe.name, run.data.name} or names == {run.data.name}:
+    if names and (names - {run.recipe.name, run.data.name} or not _is_plan(run)):
         raise OutputError(f"--out {run.path}: holds other files and no run; name a new or empty folder")
-    if run.data.name in names:
-        shutil.rmtree(run.data)
+    shutil.rmtree(run.data, ignore_errors=True)
+
+
+def _is_plan(run: RunFolder) -> bool:
+    """Whether a folder has a recipe of `gemmule grow` that was not followed yet, and no data but what that prepared."""
+    try:
+        written = run.recipe.read_text(encoding="utf-8").startswith(f"# {_NOTE}")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return written and (not run.data.exists() or (run.data / "dataset.json").is_file())
 
 
 @contextmanager
