@@ -101,6 +101,10 @@ class RunFolder:
         """The checkpoint of a step."""
         return self.checkpoints / f"step-{step:08d}"
 
+    def names(self) -> set[str]:
+        """Return the names in the folder, without those of work that is not finished."""
+        return {file.name for file in self.path.iterdir() if not file.name.endswith(".partial")}
+
     def trained_context(self) -> int | None:
         """Return the sequence length of training (`train.context`); None where the recipe cannot be read."""
         try:

@@ -12,7 +12,7 @@ import typer
 
 from gemmule.cli.options import finite, refuse_others
 from gemmule.cli.screen import Screen, logged_to, note, print_json
-from gemmule.cli.train import follow
+from gemmule.cli.train import command_to_resume, follow
 from gemmule.errors import OutputError, UserError
 from gemmule.run_folder import RunFolder
 
@@ -80,7 +80,7 @@ def grow(
         else:
             recipe = _plan_from_model(source, run, start, budget, overrides or [], screen)
         screen.print(f"recipe: {run.recipe}, with the reasons")
-    again = shlex.join(["gemmule", "train", str(run.recipe), "--out", str(run.path), "--resume"])
+    again = command_to_resume(run.recipe, run, [], [])
     if plan:
         typer.echo(f"{open_dataset(run.data, verify=False).report}\ntrain it by:  {again}", err=True)
         if as_json:
@@ -119,7 +119,7 @@ def _extend(run: RunFolder, minutes: float, as_json: bool) -> None:
 
     recipe, lines = read_recipe(run.recipe, Recipe, warn=note), run.read_metrics()
     step = lines[-1]["step"] if lines else 0
-    again = shlex.join(["gemmule", "train", str(run.recipe), "--out", str(run.path), "--resume"])
+    again = command_to_resume(run.recipe, run, [], [])
     if step < recipe.train.steps and stopped_early(run, recipe) is None:
         raise UserError(
             f"{run.path}: a run that has not ended, after step {step:,} of {recipe.train.steps:,}; finish it first by "
@@ -137,11 +137,7 @@ def _check_free(run: RunFolder) -> None:
     """
     if run.path.exists() and not run.path.is_dir():
         raise OutputError(f"--out {run.path}: is a file; name a new or empty folder")
-    names = (
-        {entry.name for entry in run.path.iterdir() if not entry.name.endswith(".partial")}
-        if run.path.exists()
-        else set()
-    )
+    names = run.names() if run.path.exists() else set()
     if run.metrics.name in names:
         path = shlex.quote(str(run.path))
         raise OutputError(
@@ -150,17 +146,21 @@ def _check_free(run: RunFolder) -> None:
             f"--start {path} --out NEW, or name another folder"
         )
     if names and (names - {run.recipe.name, run.data.name} or not _is_plan(run)):
-        raise OutputError(f"--out {run.path}: holds other files and no run; name a new or empty folder")
+        from gemmule.train.open_run import not_a_run
+
+        raise not_a_run(run.path)
     shutil.rmtree(run.data, ignore_errors=True)
 
 
 def _is_plan(run: RunFolder) -> bool:
     """Whether a folder has a recipe of `gemmule grow` that was not followed yet, and no data but what that prepared."""
+    from gemmule.data.dataset import DATASET_FILE
+
     try:
         written = run.recipe.read_text(encoding="utf-8").startswith(f"# {_NOTE}")
     except (OSError, UnicodeDecodeError):
         return False
-    return written and (not run.data.exists() or (run.data / "dataset.json").is_file())
+    return written and (not run.data.exists() or (run.data / DATASET_FILE).is_file())
 
 
 @contextmanager

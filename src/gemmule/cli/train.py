@@ -72,7 +72,7 @@ def train(
     from gemmule.train.recipe import Recipe
 
     run, longer = RunFolder(out or Path("runs") / recipe.stem), None if extend is None else _read_extension(extend)
-    again = _command_to_resume(recipe, run, overrides or [], track or [])
+    again = command_to_resume(recipe, run, overrides or [], track or [])
     launched = launch_environment()
     is_main = launched is None or launched.rank == 0
     settings = read_recipe(recipe, Recipe, overrides or [], warn=note if is_main else lambda _: None)
@@ -142,7 +142,8 @@ def _read_extension(text: str) -> "Extension":
     return Extension(minutes=number) if found[2] else Extension(steps=int(number))
 
 
-def _command_to_resume(recipe: Path, run: RunFolder, overrides: list[str], track: list[str]) -> str:
+def command_to_resume(recipe: Path, run: RunFolder, overrides: list[str], track: list[str]) -> str:
+    """Return the command that resumes a run."""
     launcher = ["torchrun", "...", "-m"] if "TORCHELASTIC_RUN_ID" in os.environ else []
     changes = [part for item in overrides for part in ("--set", item)]
     changes += [part for name in track for part in ("--track", name)]

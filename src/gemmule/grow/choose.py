@@ -52,8 +52,7 @@ class Choice:
 
     table: dict[str, dict[str, Any]]
     reasons: dict[str, str]
-    steps: float  # that fit into the time, as estimated
-    epochs: float
+    epochs: float  # as estimated
     warnings: tuple[str, ...]
 
 
@@ -114,7 +113,6 @@ def choose_continuation(config: Gemma3Config, train: SplitReport, budget: Budget
         text = text._replace(context=config.max_position_embeddings, why="the longest that the model can take")
     plan = _Plan.of(config, text, budget, speed)._replace(compiled=False)
     rate = _CONTINUED_RATE * (_CONTINUED_PARAMETERS / parameters(config)) ** 0.5
-    steps, epochs = plan.steps, plan.tokens / text.tokens
     table: dict[str, dict[str, Any]] = {
         "train": _train_table(plan, text, budget) | {"early_stopping": 4, "final_model": "best"},
         "optimizer": {"name": "adamw", "learning_rate": float(f"{rate:.1e}"), "weight_decay": 0.0},
@@ -126,7 +124,7 @@ def choose_continuation(config: Gemma3Config, train: SplitReport, budget: Budget
         f"fewer, by the square root; this model has {parameters(config):,}",
         "schedule.warmup_share": "the optimizer begins without memory",
     }
-    return Choice(table, _given(reasons, table), steps, epochs, tuple(_warnings(train, steps, budget)))
+    return Choice(table, _given(reasons, table), plan.epochs, tuple(_warnings(train, plan.steps, budget)))
 
 
 class _Text(NamedTuple):
@@ -143,7 +141,7 @@ class _Plan(NamedTuple):
     batch_size: int
     compiled: bool
     steps: float
-    tokens: float  # of training
+    epochs: float
     capped: bool  # by the epochs, before the time is up
 
     @classmethod
@@ -157,12 +155,12 @@ class _Plan(NamedTuple):
             if min(steps, most) >= _STEPS or batch_size * text.context <= _TOKENS_PER_STEP[0]:
                 break
             batch_size //= 2
-        taken = min(steps, most)
-        return cls(config, batch_size, compiled, taken, taken * batch_size * text.context, steps > most)
+        epochs = _MOST_EPOCHS * min(1.0, steps / most)
+        return cls(config, batch_size, compiled, min(steps, most), epochs, steps > most)
 
     def loss(self, text: _Text, law: Law) -> float:
         """Return the predicted loss above the floor of the text."""
-        seen = self.tokens * text.bytes / text.tokens
+        seen = self.epochs * text.bytes
         return law.loss(block_parameters(self.config), self.config.vocab_size, seen, text.bytes)
 
 
@@ -211,7 +209,7 @@ def _config(width: int, layers: int, vocab_size: int) -> Gemma3Config:
 
 
 def _recipe(plan: _Plan, train: SplitReport, text: _Text, budget: Budget) -> Choice:
-    config, steps, epochs = plan.config, plan.steps, plan.tokens / text.tokens
+    config, steps, epochs = plan.config, plan.steps, plan.epochs
     dropout = next(rate for bound, rate in _DROPOUT if epochs <= bound)
     memory = min(20.0, max(5.0, steps / 150))
     stopping = {"early_stopping": 4, "final_model": "best"} if epochs > _REPEATED else {}
@@ -237,7 +235,7 @@ def _recipe(plan: _Plan, train: SplitReport, text: _Text, budget: Budget) -> Cho
         "optimizer.name": "Muon for the blocks' matrices, AdamW for embedding and norms: fewer steps to the same loss",
         "optimizer.momentum": f"averages about {memory:.0f} steps of about {steps:,.0f}, as estimated",
     }
-    return Choice(table, _given(reasons, table), steps, epochs, tuple(_warnings(train, steps, budget)))
+    return Choice(table, _given(reasons, table), epochs, tuple(_warnings(train, steps, budget)))
 
 
 def _train_table(plan: _Plan, text: _Text, budget: Budget) -> dict[str, Any]:
@@ -251,8 +249,7 @@ def _train_table(plan: _Plan, text: _Text, budget: Budget) -> dict[str, Any]:
 
 
 def _reasons(plan: _Plan, text: _Text, budget: Budget) -> dict[str, str]:
-    epochs = plan.tokens / text.tokens
-    ending = f"{epochs:.0f} epochs of the text: later ones would memorize it"
+    ending = f"{plan.epochs:.0f} epochs of the text: later ones would memorize it"
     return {
         "train.minutes": "at most; train.steps ends the run before" if plan.capped else "as asked",
         "train.steps": ending if plan.capped else "more than fit into the minutes, by which they are counted",
@@ -260,7 +257,7 @@ def _reasons(plan: _Plan, text: _Text, budget: Budget) -> dict[str, str]:
         "train.context": text.why,
         "train.compile": f"saves about {COMPILED:.0%} of a step and takes about {_COMPILE_SECONDS:.0f} s, as assumed",
         "train.validate_every": f"about {_VALIDATIONS[budget.minutes > _SHORT]} validations, as estimated",
-        "train.early_stopping": f"about {epochs:.1f} epochs, as estimated: the text is memorized at some point",
+        "train.early_stopping": f"about {plan.epochs:.1f} epochs, as estimated: the text is memorized at some point",
     }
 
 

@@ -6,8 +6,8 @@ in bits per byte, N parameters outside the embedding, V the size of the vocabula
 text that training is worth: each further epoch over the same text adds less (Hoffmann et al., arXiv 2203.15556;
 Muennighoff et al., arXiv 2305.16264). Bytes and not tokens, so that vocabularies can be compared.
 
-The constants are fitted to this repository's own runs (`fit`, docs/scaling.md); the floor depends on the text, and
-nothing that is chosen depends on it.
+docs/scaling.md says which of the constants were fitted to which runs, and which are assumed. The floor depends on the
+text, and nothing that is chosen depends on it.
 """
 
 import itertools
@@ -46,7 +46,8 @@ class Law(NamedTuple):
         return self.a * parameters**-self.alpha + self.b * worth**-self.beta + self.c * vocab_size**-self.gamma
 
 
-# Fitted by benchmarks/scaling_runs.py to benchmarks/results/scaling_runs.json.
+# Provisional: a, b, c and gamma by hand from ten runs in docs/log.md, the others assumed. `fit` will replace them by
+# those of benchmarks/results/scaling_runs.json once the sweep of benchmarks/scaling_runs.py has been run.
 LAW = Law(alpha=0.3, beta=0.3, gamma=0.4, r=8.0, a=22.7, b=54.6, c=1.98)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from gemmule.model.config import Gemma3Config
 from gemmule.train.autotune import Precision, Trial, settle_precision, time_layer_and_head
+from gemmule.train.muon import ITERATIONS
 
 # Widths that are timed, the narrowest first, until the time is up.
 _WIDTHS = (128, 256, 512, 1024, 2048)
@@ -18,8 +19,6 @@ _ROWS, _CONTEXT, _VOCABULARY = 4, 256, 4096
 _GPU_ROWS = 64
 # Share of a step's time that compiled blocks save, as measured for the recipes of this repository (docs/log.md).
 COMPILED = 0.3
-# Steps of the Newton-Schulz iteration of Muon.
-_ITERATIONS = 5
 
 
 class Speed(NamedTuple):
@@ -94,7 +93,7 @@ def head_flops(config: Gemma3Config) -> float:
 
 def muon_flops(config: Gemma3Config) -> float:
     """Count the floating-point operations of Muon's update of all blocks."""
-    one = sum(_ITERATIONS * (4 * short * short * long + 2 * short**3) for short, long in matrices(config))
+    one = sum(ITERATIONS * (4 * short * short * long + 2 * short**3) for short, long in matrices(config))
     return float(config.num_hidden_layers * one)
 
 

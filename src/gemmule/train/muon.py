@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 # Of a polynomial a x + b x^3 + c x^5 that pulls singular values from (0, 1] to about 1 in five applications; Jordan's.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
-_ITERATIONS = 5
+ITERATIONS = 5
 # Elements that are stacked at once: larger matrices gain nothing from company, and copies of all would take memory.
 _STACKED = 2**24
 
@@ -21,7 +21,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     """Return U V^T, roughly, for each U S V^T of matrices (number, rows, columns), by Newton-Schulz iteration."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(_ITERATIONS):
+    for _ in range(ITERATIONS):
         gram = x @ x.mT if wide else x.mT @ x
         polynomial = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
         x = torch.baddbmm(x, *((polynomial, x) if wide else (x, polynomial)), beta=_A)

@@ -68,7 +68,7 @@ def claim_run(
     """
     require_utf8(out, lambda message: OutputError(f"--out {message}"))
     if out.exists() and not out.is_dir():
-        raise _not_a_run(out)
+        raise not_a_run(out)
     with as_output_error(out):
         out.mkdir(parents=True, exist_ok=True)
     with directory_lock(out):
@@ -98,9 +98,9 @@ def stopped_early(run: RunFolder, recipe: Recipe) -> int | None:
 
 
 def _recipe_to_follow(recipe: Recipe, run: RunFolder, resume: bool, allow_changes: bool) -> Recipe:
-    names = {file.name for file in run.path.iterdir() if not file.name.endswith(".partial")}
+    names = run.names()
     if names and run.recipe.name not in names:
-        raise _not_a_run(run.path)
+        raise not_a_run(run.path)
     if names - {run.recipe.name}:
         if not resume:
             advice = f"resume it with --resume, name another folder, or remove it (rm -r {run.path})"
@@ -140,7 +140,8 @@ def _with_changes(known: Recipe, given: Recipe) -> Recipe:
     return known.replace(optimizer=given.optimizer, schedule=schedule, train=train)
 
 
-def _not_a_run(out: Path) -> OutputError:
+def not_a_run(out: Path) -> OutputError:
+    """Return the error of an output folder that holds something else than a run."""
     return OutputError(f"--out {out}: holds other files and no run; name a new or empty folder")
 
 

@@ -164,7 +164,7 @@ def build(recipe: Recipe, runtime: Runtime, start: Start | None = None) -> Train
     settings = recipe.train
 
     def init(model: Gemma3, copy: Callable[[Tensor, Tensor], object]) -> None:
-        if start is None or start.adds_layers_to(model):
+        if start is None or start.adds_layers(model.config):
             init_weights(model, derive_seed(settings.seed, "weights"), settings.damp_branches, copy)
         if start is not None:
             start.copy_weights(model, copy)

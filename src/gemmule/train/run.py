@@ -177,18 +177,18 @@ def _restore(run: RunFolder, state: TrainState, dataset: Dataset) -> None:
 
 def _write_resolved(recipe: ResolvedRecipe, run: RunFolder, position: Position) -> None:
     """Write the recipe that repeats the run; where a resumed run changes it, keep the one of the steps before."""
-    if position.step and differences(recipe, read_recipe(run.recipe, Recipe)):
+    before = read_recipe(run.recipe, Recipe)
+    if position.step and differences(recipe, before):
         keep_recipe(run, position.step)
-    comments = _comments_that_hold(recipe, run)
+    comments = _comments_that_hold(recipe, before, read_comments(run.recipe))
     with atomic_write(run.recipe) as temporary:
         write_recipe(recipe, temporary, "The recipe of this run, resolved: it repeats the run.", comments=comments)
 
 
-def _comments_that_hold(recipe: ResolvedRecipe, run: RunFolder) -> dict[str, str]:
-    """Return the comments of the run's recipe on settings that resolving has not changed."""
-    before = read_recipe(run.recipe, Recipe)
+def _comments_that_hold(recipe: ResolvedRecipe, before: Recipe, comments: dict[str, str]) -> dict[str, str]:
+    """Return the comments on settings that resolving has not changed."""
     held = {}
-    for key, comment in read_comments(run.recipe).items():
+    for key, comment in comments.items():
         section, _, name = key.partition(".")
         one, other = (getattr(getattr(each, section, None), name, None) for each in (before, recipe))
         if one == other:

@@ -34,7 +34,7 @@ class Start(NamedTuple):
             advice = f"train.start = {self.name} decides the shape and the tokenizer; leave these settings out"
             raise RecipeError("\n  ".join([advice, *problems]))
         own = {key: getattr(recipe.model, key) for key in _OWN}
-        if self._adds_layers(recipe):
+        if self.adds_layers(recipe.model):
             own["num_hidden_layers"] = recipe.model.num_hidden_layers
         tokenizer = recipe.tokenizer.replace(vocab_size=self._ids)
         return recipe.replace(model=Gemma3Config(**self.model.config.model_dump() | own), tokenizer=tokenizer)
@@ -61,22 +61,19 @@ class Start(NamedTuple):
                 elif name.endswith(("post_attention_norm.weight", "post_mlp_norm.weight")):
                     copy(parameter, torch.full(parameter.shape, -1.0, dtype=torch.float32))
 
-    def adds_layers_to(self, model: Gemma3) -> bool:
-        """Whether a model has more layers than the one it starts from."""
-        return model.config.num_hidden_layers > self.model.config.num_hidden_layers
+    def adds_layers(self, config: Gemma3Config) -> bool:
+        """Whether a config sets more layers than the model has that training starts from."""
+        own = self.model.config.num_hidden_layers
+        return "num_hidden_layers" in config.model_fields_set and config.num_hidden_layers > own
 
     @property
     def _ids(self) -> int:
         # Google's 1B has a token without an embedding, which no text is encoded to.
         return min(self.tokenizer.vocab_size, self.model.config.vocab_size)
 
-    def _adds_layers(self, recipe: Recipe) -> bool:
-        given = recipe.model.num_hidden_layers
-        return "num_hidden_layers" in recipe.model.model_fields_set and given > self.model.config.num_hidden_layers
-
     def _contradictions(self, recipe: Recipe) -> Iterator[Problem]:
         config = self.model.config
-        deeper = {"num_hidden_layers"} if self._adds_layers(recipe) else set()
+        deeper = {"num_hidden_layers"} if self.adds_layers(recipe.model) else set()
         for key in sorted(recipe.model.model_fields_set - _OWN - deeper):
             given, own = getattr(recipe.model, key), getattr(config, key)
             if given != own:
