@@ -19,8 +19,8 @@ story: .venv/ready ## train a Gemma 3 on the embedded corpus (CPU, minutes), dra
 test: .venv/ready-dev ## the quick tests, about three minutes
 	$(PYTEST) -m "not slow"
 
-test-all: .venv/ready-all ## every test: also parity with transformers and llama.cpp, Google's weights, memory, whole runs
-	$(PYTEST)
+test-all: test .venv/ready-all ## also the slow tests: parity with transformers and llama.cpp, Google's weights, memory, whole runs
+	$(PYTEST) -m slow
 
 coverage: .venv/ready-dev ## branch coverage of the quick tests, which must not fall below its floor in pyproject.toml
 	$(PYTEST) -m "not slow" --cov --cov-report=term

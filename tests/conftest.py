@@ -29,6 +29,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Print a failure at once: a run that is stopped by a time limit prints no summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = crash.message if crash else report.longreprtext[-2000:]
+        print(f"\n{report.when} of {report.nodeid} failed: {message}", flush=True)  # noqa: T201
+
+
 @pytest.fixture
 def messages() -> Iterator[list[str]]:
     """What Gemmule logs in the test, from INFO up."""

@@ -10,6 +10,8 @@ from serving import Served
 
 openai: Any = pytest.importorskip("openai", reason="openai is not installed")
 
+pytestmark = pytest.mark.slow  # the extra clients is not installed by `make test`
+
 
 @pytest.fixture
 def client(server: Served) -> Iterator[Any]:
