@@ -22,50 +22,19 @@ from typing import Any, NamedTuple
 
 from gemmule.data.dataset import open_dataset
 from gemmule.grow.law import Run, fit
-from gemmule.grow.machine import block_parameters
-from gemmule.model.config import Gemma3Config
+from gemmule.grow.shapes import block_parameters, shape
 from gemmule.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/scaling_runs.json"
 
 
-class Shape(NamedTuple):
-    """What decides the cost of a token outside the embedding."""
-
-    hidden_size: int
-    layers: int
-    intermediate_size: int
-    head_dim: int = 64
-
-    def config(self, vocab_size: int) -> Gemma3Config:
-        """Return the model's config."""
-        return Gemma3Config(
-            vocab_size=vocab_size,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.layers,
-            intermediate_size=self.intermediate_size,
-            head_dim=self.head_dim,
-            num_attention_heads=self.hidden_size // self.head_dim,
-            query_pre_attn_scalar=self.head_dim,
-            sliding_window_pattern=min(self.layers, 4),
-            sliding_window=128,
-        )
-
-
-TINY = Shape(96, 3, 384, 32)
-SMALL = Shape(128, 4, 512)
-MEDIUM = Shape(192, 4, 768)
-BASE = Shape(256, 4, 768)  # of tinystories-cpu.toml
-WIDE = Shape(384, 4, 1152)
-DEEP = Shape(256, 8, 768)
-
-
 class Case(NamedTuple):
     """One run."""
 
     corpus: str  # KB of the training text, or a SOURCE of the storybook
-    shape: Shape
+    width: int
+    layers: int
     vocab_size: int
     steps: int
     batch_size: int = 32
@@ -77,27 +46,32 @@ class Case(NamedTuple):
     seed: int = 0
 
 
+TINY, SMALL, MEDIUM, BASE, WIDE, DEEP = (96, 3), (128, 4), (192, 4), (256, 4), (384, 4), (256, 8)
+STORYBOOK = "storybook:20000"
+
+
 def cases() -> list[Case]:
     """Return the runs, the most useful first."""
-    found = [Case("15000", shape, 4096, steps) for steps, shape in product((75, 150, 300), (SMALL, MEDIUM, BASE))]
+    found = [Case("15000", *size, 4096, steps) for steps, size in product((75, 150, 300), (SMALL, MEDIUM, BASE))]
     found += [
-        Case("200", shape, 1024, steps, dropout=dropout)
-        for shape, steps, dropout in product((TINY, SMALL), (50, 100, 200), (0.0, 0.2))
+        Case("200", *size, 1024, steps, dropout=dropout)
+        for size, steps, dropout in product((TINY, SMALL), (50, 100, 200), (0.0, 0.2))
     ]
     found += [
-        Case("2000", shape, 2048, steps, dropout=dropout)
-        for shape, steps, dropout in product((SMALL, BASE), (100, 200, 400), (0.0, 0.1))
+        Case("2000", *size, 2048, steps, dropout=dropout)
+        for size, steps, dropout in product((SMALL, BASE), (100, 200, 400), (0.0, 0.1))
     ]
-    found += [Case("15000", BASE, size, 150) for size in (2048, 8192)]
-    found += [Case("15000", shape, 4096, 150) for shape in (WIDE, DEEP)]
-    found += [Case("15000", SMALL, size, 150) for size in (1024, 2048)]
-    found += [Case("15000", BASE, 4096, 300, batch_size=16), Case("15000", BASE, 4096, 75, batch_size=64)]
+    found += [Case("15000", *BASE, entries, 150) for entries in (2048, 8192)]
+    found += [Case("15000", *size, 4096, 150) for size in (WIDE, DEEP)]
+    found += [Case("15000", *SMALL, entries, 150) for entries in (1024, 2048)]
+    found += [Case(STORYBOOK, *size, 512, steps) for size, steps in product((TINY, SMALL, BASE), (75, 150))]
+    found += [Case("15000", *BASE, 4096, 300, batch_size=16), Case("15000", *BASE, 4096, 75, batch_size=64)]
     return found
 
 
 def trained(case: Case, data: Path, threads: int) -> dict[str, Any]:
     """Train, and return the case with its results."""
-    shape, config = case.shape, case.shape.config(case.vocab_size).model_dump(exclude_unset=True)
+    config = shape(case.width, case.layers, case.vocab_size).model_dump(exclude_unset=True)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder) / "run")
         settings = {
@@ -123,7 +97,7 @@ def trained(case: Case, data: Path, threads: int) -> dict[str, Any]:
         scores = {line["step"]: line["val_bits_per_byte"] for line in lines if "val_bits_per_byte" in line}
         best = min(scores, key=scores.__getitem__)
     return {
-        **case._asdict(), "shape": shape._asdict(), "bytes": report.bytes, "tokens": report.tokens,
+        **case._asdict(), "bytes": report.bytes, "tokens": report.tokens,
         "train_loss": lines[-1]["loss"], "bits_per_byte": scores[case.steps], "best": scores[best], "best_step": best,
     }  # fmt: skip
 
@@ -147,7 +121,7 @@ def prepared(case: Case, train: Path, validation: Path, folder: Path) -> Path:
 
 def print_fit(rows: list[dict[str, Any]]) -> None:
     """Fit the law, and print its constants and how far each run is from it."""
-    runs = [as_run(row) for row in rows]
+    runs = best_runs(rows)
     found = fit(runs)
     print(found.law, found.floors, f"error {found.error:.4f}", sep="\n")
     for run in runs:
@@ -155,22 +129,25 @@ def print_fit(rows: list[dict[str, Any]]) -> None:
         print(f"{run.bits_per_byte:.4f} {predicted - run.bits_per_byte:+.4f} {run}")
 
 
+def best_runs(rows: list[dict[str, Any]]) -> list[Run]:
+    """Return the results to fit: of runs that differ in dropout or batch alone, the best."""
+    best: dict[Any, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: -row["best"]):
+        best[row["corpus"], row["width"], row["layers"], row["vocab_size"], row["steps"] * row["batch_size"]] = row
+    return [as_run(row) for row in best.values()]
+
+
 def as_run(row: dict[str, Any]) -> Run:
     """Return a result as the fit takes it."""
-    config = Shape(**row["shape"]).config(row["vocab_size"])
+    parameters = block_parameters(shape(row["width"], row["layers"], row["vocab_size"]))
     seen = row["best_step"] * row["batch_size"] * row["context"] * row["bytes"] / row["tokens"]
-    return Run(row["corpus"], block_parameters(config), row["vocab_size"], seen, row["bytes"], row["best"])
+    return Run(row["corpus"], parameters, row["vocab_size"], seen, row["bytes"], row["best"])
 
 
 def write_beginning(text: Path, out: Path, kilobytes: int) -> None:
     """Write the whole stories in the first kilobytes of a text."""
     beginning = text.read_bytes()[: 1000 * kilobytes]
     out.write_bytes(beginning[: beginning.rindex(b"<|endoftext|>")])
-
-
-def key_of(row: dict[str, Any]) -> str:
-    """Return what makes a run the same run."""
-    return json.dumps([row[name] for name in Case._fields])
 
 
 def main() -> None:
@@ -192,8 +169,8 @@ def main() -> None:
         return
     if options.train is None or options.validation is None:
         parser.error("--train and --validation are needed, or --fit")
-    known = {key_of(row) for row in rows}
-    missing = [case for case in cases() if key_of({**case._asdict(), "shape": case.shape._asdict()}) not in known]
+    known = {Case(*(row[name] for name in Case._fields)) for row in rows}
+    missing = [case for case in cases() if case not in known]
     missing = [case for case in missing if options.corpus in (None, case.corpus)]
     lock = Lock()
 

@@ -16,7 +16,8 @@ from gemmule.grow.choose import (
     choose_vocabulary,
     holdout_for,
 )
-from gemmule.grow.machine import Speed, measure, parameters
+from gemmule.grow.machine import Speed, measure
+from gemmule.grow.shapes import parameters
 from gemmule.model.config import Gemma3Config
 from gemmule.model.init import meta_model
 from gemmule.settings import check_recipe

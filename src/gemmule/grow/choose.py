@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from gemmule.data.report import LENGTHS, SplitReport, counted
 from gemmule.errors import RecipeError
 from gemmule.grow.law import LAW, Law
-from gemmule.grow.machine import COMPILED, Speed, block_parameters, parameters
+from gemmule.grow.machine import COMPILED, Speed
+from gemmule.grow.shapes import block_parameters, parameters, shape
 from gemmule.model.config import Gemma3Config
 from gemmule.settings import Problem
 
@@ -97,8 +98,8 @@ def choose(train: SplitReport, vocab_size: int, budget: Budget, speed: Speed, la
     text = _Text(train.bytes, train.tokens, *choose_context(train))
     candidates = list(_candidates(vocab_size, text, budget.parameters))
     if not candidates:
-        least = parameters(_config(_WIDTHS[0], _LAYERS[0], vocab_size))
-        most = parameters(_config(_WIDTHS[-1], _LAYERS[-1], vocab_size))
+        least = parameters(shape(_WIDTHS[0], _LAYERS[0], vocab_size))
+        most = parameters(shape(_WIDTHS[-1], _LAYERS[-1], vocab_size))
         advice = f"no shape has about so many parameters with {vocab_size:,} tokens; use {least:,} to {most:,}"
         raise RecipeError(str(Problem("--size", budget.parameters, advice)))
     plans = [_Plan.of(config, text, budget, speed) for config in candidates]
@@ -183,29 +184,12 @@ def _candidates(vocab_size: int, text: _Text, wanted: int | None) -> Iterator[Ge
     for width, layers in product(_WIDTHS, _LAYERS):
         if not _WIDTH_PER_LAYER[0] <= width / layers <= _WIDTH_PER_LAYER[1]:
             continue
-        config = _config(width, layers, vocab_size)
+        config = shape(width, layers, vocab_size)
         size = parameters(config)
         allowed = smallest or size <= _PARAMETERS_PER_BYTE * text.bytes
         if allowed if wanted is None else abs(size / wanted - 1) <= 0.25:
             yield config
         smallest = False
-
-
-def _config(width: int, layers: int, vocab_size: int) -> Gemma3Config:
-    head_dim = 64 if width % 64 == 0 and width > 64 else 32
-    heads = width // head_dim
-    return Gemma3Config(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        sliding_window_pattern=min(layers, 6 if layers % 6 == 0 else 4),
-        num_attention_heads=heads,
-        num_key_value_heads=next(each for each in (heads // 4, 1) if each and heads % each == 0),
-        head_dim=head_dim,
-        query_pre_attn_scalar=head_dim,
-        sliding_window=128,
-    )
 
 
 def _recipe(plan: _Plan, train: SplitReport, text: _Text, budget: Budget) -> Choice:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from gemmule.grow.shapes import head_flops, layer_flops, muon_flops, shape
 from gemmule.model.config import Gemma3Config
 from gemmule.train.autotune import Precision, Trial, settle_precision, time_layer_and_head
-from gemmule.train.muon import ITERATIONS
 
 # Widths that are timed, the narrowest first, until the time is up.
 _WIDTHS = (128, 256, 512, 1024, 2048)
@@ -59,57 +59,9 @@ def measure(device: torch.device) -> Speed:
     return Speed(device, precision, layer, head)
 
 
-def matrices(config: Gemma3Config) -> list[tuple[int, int]]:
-    """Return the shapes of a block's matrices, the short side first."""
-    width, queries = config.hidden_size, config.num_attention_heads * config.head_dim
-    keys, inner = config.num_key_value_heads * config.head_dim, config.intermediate_size
-    shapes = [(queries, width), (width, queries), (keys, width), (keys, width), *3 * [(inner, width)]]
-    return [(min(shape), max(shape)) for shape in shapes]
-
-
-def block_parameters(config: Gemma3Config) -> int:
-    """Count the parameters in the matrices of all blocks."""
-    return config.num_hidden_layers * sum(short * long for short, long in matrices(config))
-
-
-def parameters(config: Gemma3Config) -> int:
-    """Count all parameters of a model whose embedding is the head as well."""
-    width, layers = config.hidden_size, config.num_hidden_layers
-    norms = layers * (4 * width + 2 * config.head_dim) + width
-    return block_parameters(config) + config.vocab_size * width + norms
-
-
-def layer_flops(config: Gemma3Config, context: int) -> float:
-    """Count the floating-point operations of a block for a token, forward and backward."""
-    products = 6 * sum(short * long for short, long in matrices(config))
-    span = min(context, config.sliding_window)
-    return products + 12 * config.num_attention_heads * config.head_dim * span / 2
-
-
-def head_flops(config: Gemma3Config) -> float:
-    """Count the floating-point operations of the head for a token, forward and backward."""
-    return 6.0 * config.vocab_size * config.hidden_size
-
-
-def muon_flops(config: Gemma3Config) -> float:
-    """Count the floating-point operations of Muon's update of all blocks."""
-    one = sum(ITERATIONS * (4 * short * short * long + 2 * short**3) for short, long in matrices(config))
-    return float(config.num_hidden_layers * one)
-
-
 def _trial(width: int, rows: int, device: torch.device) -> Trial:
-    config = Gemma3Config(
-        vocab_size=_VOCABULARY,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=1,
-        sliding_window_pattern=2,
-        num_attention_heads=width // 64,
-        num_key_value_heads=1,
-        head_dim=64,
-        query_pre_attn_scalar=64,
-        sliding_window=128,
-    )
+    # A layer with sliding-window attention, as most are.
+    config = shape(width, 1, _VOCABULARY).replace(sliding_window_pattern=2)
     return Trial(config, rows, _CONTEXT, True, device)
 
 
