@@ -123,6 +123,7 @@ def open_page(
     def opened(address: Path | str, width: int = 1100, **options: Any) -> Any:
         context = browser.new_context(viewport={"width": width, "height": 800}, **options)
         contexts.append(context)
+        context.set_default_timeout(120_000)  # milliseconds; a busy machine is not a failure
         page = context.new_page()
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))

@@ -99,7 +99,7 @@ exit_without_finalization(3)
 
 def test_a_process_can_end_without_the_interpreters_shutdown() -> None:
     """Threads are joined, exit functions run and output is flushed; the interpreter is not taken apart."""
-    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (3, "thread\nexit function\n", "")
 
 

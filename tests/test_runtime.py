@@ -212,7 +212,7 @@ def test_processes_that_start_again_never_meet_the_dead() -> None:
             first = _store_of_live_ranks(store, 0, 2)
             assert not first.check(["address"])
             first.set("address", generation)
-            assert late.result(timeout=10).get("address").decode() == generation
+            assert late.result(timeout=120).get("address").decode() == generation
 
 
 WAITING = """
@@ -236,7 +236,7 @@ def waiting(port: int, seconds: float) -> str:
     place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = os.environ | {name: str(value) for name, value in place.items()}
     command = [sys.executable, "-c", WAITING, str(seconds)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=True).stdout
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True).stdout
 
 
 @pytest.mark.slow

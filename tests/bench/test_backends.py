@@ -151,7 +151,7 @@ def test_a_stop_leaves_nothing_running(tmp_path: Path, number: signal.Signals) -
         assert time.monotonic() < end
         time.sleep(0.02)
     process.send_signal(number)
-    process.wait(timeout=30)
+    process.wait(timeout=120)
     child = int((tmp_path / "child").read_text())
     while _runs(child):
         assert time.monotonic() < end, "the child of the backend is still there"

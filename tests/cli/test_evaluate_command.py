@@ -285,7 +285,7 @@ def test_a_text_is_scored_without_temporary_files(tiny_run: Path, tmp_path: Path
     assert process.stdout.readline() == "waits\n"
     assert not list(tmp_path.glob("tmp*"))
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 143
     assert said.endswith("gemmule: stopped\n")
     assert not list(tmp_path.glob("tmp*"))

@@ -102,7 +102,7 @@ local(time.sleep, [0.0] + [0.1] * 30, 2, arm)
 
 
 def test_ctrl_c_ends_the_work_whenever_it_comes() -> None:
-    process = subprocess.run([sys.executable, "-c", AT_THE_WORST_MOMENT], stderr=subprocess.PIPE, timeout=60)
+    process = subprocess.run([sys.executable, "-c", AT_THE_WORST_MOMENT], stderr=subprocess.PIPE, timeout=300)
     assert process.returncode == -signal.SIGINT
     assert process.stderr.rstrip().endswith(b"KeyboardInterrupt")
 
@@ -160,10 +160,10 @@ def stop(number, frame):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
-    local(time.sleep, [0.0] + [60.0] * 3, 2, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    local(time.sleep, [0.0] + [600.0] * 3, 2, lambda _: os.kill(os.getpid(), signal.SIGTERM))
 """
 
 
 def test_sigterm_ends_the_work_as_ctrl_c_does() -> None:
-    process = subprocess.run([sys.executable, "-c", AT_SIGTERM], stderr=subprocess.PIPE, timeout=50, check=False)
+    process = subprocess.run([sys.executable, "-c", AT_SIGTERM], stderr=subprocess.PIPE, timeout=300, check=False)
     assert process.returncode == 7, process.stderr

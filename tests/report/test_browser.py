@@ -51,7 +51,7 @@ def three_file(folders: list[Path], page_file: Path) -> Path:
 
 def wait_for(page: Any, selector: str, text: str) -> None:
     """Wait until an element shows a text; the page's policy forbids playwright's own way."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while text not in page.inner_text(selector):
         assert time.monotonic() < end, f"{text} is not shown"
         page.wait_for_timeout(100)

@@ -35,7 +35,7 @@ def served(*folders: Path) -> Iterator[WatchServer]:
 
 
 def ask(server: WatchServer, method: str = "GET", path: str = "/", **headers: str) -> tuple[int, dict[str, str], bytes]:
-    connection = http.client.HTTPConnection(LOOPBACK, server.server_address[1], timeout=30)
+    connection = http.client.HTTPConnection(LOOPBACK, server.server_address[1], timeout=300)
     try:
         connection.request(method, path, headers={key.replace("_", "-"): value for key, value in headers.items()})
         response = connection.getresponse()

@@ -103,7 +103,7 @@ class Served:
         """Send a request, by default POST with JSON where there is a body."""
         content = raw if raw is not None else None if body is None else json.dumps(body).encode()
         given = dict({} if content is None else {"Content-Type": "application/json"}) | dict(headers or {})
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=300)
         try:
             connection.request(method or ("GET" if content is None else "POST"), path, content, given)
             response = connection.getresponse()

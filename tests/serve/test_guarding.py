@@ -245,7 +245,7 @@ def test_a_client_that_goes_away_while_it_sends_is_no_failure(locked: Served, ca
     with socket.create_connection(("127.0.0.1", locked.port)) as connection:
         connection.sendall(head.encode())
         time.sleep(0.1)
-    end = time.monotonic() + 5
+    end = time.monotonic() + 120
     while '"outcome": "cancelled"' not in locked.log[-1]:
         assert time.monotonic() < end
         time.sleep(0.02)

@@ -56,7 +56,7 @@ def test_the_llm_command_asks_and_continues(server: Served, tmp_path: Path) -> N
     def llm(*arguments: str) -> str:
         command = [sys.executable, "-m", "llm", *arguments]
         environment = os.environ | {"LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -80,7 +80,7 @@ def test_the_commands_with_curl_in_the_readme_work(model_folder: Path) -> None:
     with serving(model_folder, chat=True) as server:
         for command in curl_commands():
             here = command.replace("http://localhost:8000", server.server.address).replace('"story"', '"tiny"')
-            done = subprocess.run(["bash", "-ec", here], capture_output=True, text=True, check=False, timeout=60)
+            done = subprocess.run(["bash", "-ec", here], capture_output=True, text=True, check=False, timeout=300)
             assert done.returncode == 0, done.stderr
             assert '"choices"' in done.stdout, done.stdout
 

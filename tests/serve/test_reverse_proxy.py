@@ -69,7 +69,7 @@ class Proxied(NamedTuple):
 
 def begin(port: int, path: str, body: dict[str, Any] | None = None, **headers: str) -> HTTPResponse:
     """Send a request on a connection of its own, which the response closes."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = HTTPConnection("127.0.0.1", port, timeout=300)
     given = {"Content-Type": "application/json", "Connection": "close"} | headers
     connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body), given)
     return connection.getresponse()

@@ -19,7 +19,7 @@ def soak(model: Path, folder: Path, *options: str) -> dict[str, Any]:
     out = folder / "soak.json"
     command = [sys.executable, str(SCRIPT), str(model), "--log", str(folder / "log"), "--json", str(out)]
     command += ["--requests", "12", "--patience", "4", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=150)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert out.exists(), done.stderr
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     assert "Traceback" not in (folder / "log").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from gemmule.serve.engine_thread import HAND_OVER_SECONDS, EngineThread, Tokens
 from gemmule.serve.failures import ApiError
 from gemmule.serve.replies import Got, Part, Reply, join_parts
 from gemmule.tokenizer import Tokenizer
+from runs import wait_until
 
 LONG = 4000  # tokens: some seconds
 
@@ -48,7 +49,7 @@ def begin(server: Served, body: dict[str, Any]) -> socket.socket:
     """Send a completion, and return the connection after the first bytes of its answer."""
     content = json.dumps(body).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=300)
     connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
     return connection
 
@@ -57,13 +58,6 @@ def figure(server: Served, name: str) -> float:
     """Return a figure of /metrics."""
     found = re.search(rf"^{re.escape(name)} (\S+)$", server.ask("/metrics").body.decode(), re.MULTILINE)
     return float(found[1]) if found else 0.0
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def running(server: Served) -> float:
@@ -130,7 +124,7 @@ def test_a_client_that_takes_nothing_is_given_up(busy: Served) -> None:
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     wait_until(lambda: running(busy) == 2)
-    wait_until(lambda: any('"outcome": "cancelled"' in line for line in busy.log), 30)
+    wait_until(lambda: any('"outcome": "cancelled"' in line for line in busy.log))
     wait_until(lambda: running(busy) == 0)
     connection.close()
 
