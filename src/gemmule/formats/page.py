@@ -43,11 +43,13 @@ _SETTINGS: tuple[tuple[str, str, str, dict[str, object], str], ...] = (
     ),
     (
         "seed", "Seed", "", {"min": 0, "max": 2**53 - 1, "step": 1},
-        "The same seed repeats a text, also in `gemmule generate`. Empty draws one.",
+        "The same seed repeats a text, also in gemmule generate. Empty draws one.",
     ),
 )  # fmt: skip
 _PRIVACY = "Everything is computed in this page: it makes no request, and nothing that you write leaves it."
-_SITE_PRIVACY = "Everything is computed in this browser: only the model is fetched, and nothing that you write leaves it."
+_SITE_PRIVACY = (
+    "Everything is computed in this browser: only the model is fetched, and nothing that you write leaves it."
+)
 _PUBLISHING = """\
 # {name}
 
@@ -173,7 +175,9 @@ def _render(
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    style = "\n".join([_text("report/static/page.css"), _text("report/static/controls.css"), _text("formats/run/page.css")])
+    style = "\n".join(
+        [_text("report/static/page.css"), _text("report/static/controls.css"), _text("formats/run/page.css")]
+    )
     runtime, script = _text("formats/run/runtime.js"), _text("formats/run/page.js")
     wasm = files("gemmule").joinpath("formats/run/step.wasm").read_bytes()
     policy = {

@@ -24,7 +24,7 @@ _FLAGS = (
 
 
 def build_wasm(out: Path) -> None:
-    """Compile the engine's step.c and sample.c to WebAssembly; MissingExtra without ziglang, ModelError where it fails."""
+    """Compile step.c and sample.c to WebAssembly; MissingExtra without ziglang, ModelError where it fails."""
     sources = [files("gemmule").joinpath(name) for name in _SOURCES]
     try:
         import ziglang  # noqa: F401
