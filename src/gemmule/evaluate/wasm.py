@@ -1,6 +1,7 @@
 """A packed file in step.wasm, run by wasmtime: what a page computes, without a browser."""
 
 import ctypes
+import functools
 import json
 import struct
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ _NORMS = (
 )  # fmt: skip
 
 
+@functools.cache
 def _in_wasm(kind: Any) -> Any:
     """Return a type of ctypes as WebAssembly has it, with pointers of 32 bits."""
     if kind is ctypes.c_void_p or hasattr(kind, "contents"):
@@ -83,8 +85,9 @@ class WasmModel:
             self._put(np.asarray(numbers, dtype=np.int64).tobytes())
             for numbers in (ids, range(first, first + count), [0] * count, range(count))
         )
-        pages = (_in_wasm(BatchStruct._fields_[-1][1]))(*self._pages)
-        batch = self._put(bytes(_BATCH(count, 1, self._longest, tokens, positions, rows, count, outputs, pages)))
+        batch = self._put(
+            bytes(_BATCH(count, 1, self._longest, tokens, positions, rows, count, outputs, tuple(self._pages)))
+        )
         if failed := self._call("step", self._model, batch, self._workspace, self._logits):
             raise IndexError(f"step {failed}")
         for address in (tokens, positions, rows, outputs, batch):

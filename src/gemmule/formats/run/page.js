@@ -4,7 +4,7 @@
 const byId = (id) => document.getElementById(id);
 const NUMBERS = ["temperature", "top_k", "top_p", "min_p", "max_tokens", "seed"];
 
-const state = { port: null, chat: false, turns: [], reply: null, seed: 0 };
+const state = { port: null, failed: false, chat: false, turns: [], reply: null, seed: 0 };
 
 addEventListener("DOMContentLoaded", () => {
   byId("go").onclick = begin;
@@ -239,8 +239,10 @@ function problem(text) {
   if (text && state.port) byId("status").textContent = "";
 }
 
-/* The model cannot be used. */
+/* The model cannot be used; the first reason counts. */
 function fail(text) {
+  if (state.failed) return;
+  state.failed = true;
   problem(text);
   byId("loading").hidden = true;
   for (const button of document.querySelectorAll("main button")) button.disabled = true;
