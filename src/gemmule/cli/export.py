@@ -13,25 +13,36 @@ def export(
     model: Annotated[
         str, typer.Argument(help="A model folder, run folder, .gguf file or owner/name of the Hugging Face Hub.")
     ],
-    to: Annotated[Literal["hf", "gguf", "ollama"], typer.Option(help="Export format.")],
-    out: Annotated[Path, typer.Option(help="Output file (gguf) or folder (hf, ollama).")],
+    to: Annotated[Literal["hf", "gguf", "ollama", "c", "program"], typer.Option(help="Export format.")],
+    out: Annotated[Path, typer.Option(help="Output file (gguf, program) or folder (hf, ollama, c).")],
     dtype: Annotated[
-        Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"],
-        typer.Option(help="Data type of the weights: hf takes the first three; the last four need llama.cpp."),
-    ] = "bf16",
+        Literal[
+            "f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"
+        ]
+        | None,
+        typer.Option(
+            help="Data type of the weights: hf takes the first three, c and program f32, bf16 and int8, gguf and "
+            "ollama all but int8; the last four need llama.cpp.",
+            show_default="int8 for c and program, else bf16",
+        ),
+    ] = None,
+    target: Annotated[
+        Literal["linux-x86_64", "linux-aarch64", "macos-aarch64", "macos-x86_64", "windows-x86_64"] | None,
+        typer.Option(help="Machine that a program is for; without it this one, by its C compiler."),
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="Load the export with transformers or llama.cpp, compare logits, and write a certificate. An existing "
-            "export is verified if it equals what this command would write.",
+            help="Load the export with transformers or llama.cpp, or run the program, compare logits, and write a "
+            "certificate. An existing export is verified if it equals what this command would write.",
         ),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object with the certificate at the end.")
     ] = False,
 ) -> None:
-    """Export a model as a Hugging Face folder, a GGUF file (llama.cpp, LM Studio) or a folder for Ollama.
+    """Export a model as a Hugging Face folder, a GGUF file (llama.cpp, LM Studio), for Ollama, or as a C program.
 
     Examples:
 
@@ -40,6 +51,10 @@ def export(
         gemmule export runs/story --to hf --out story-hf
 
         gemmule export runs/story --to ollama --out story-ollama
+
+        gemmule export runs/story --to c --out story-c
+
+        gemmule export runs/story --to program --target windows-x86_64 --out story.exe
     """
     from gemmule.errors import OutputError
     from gemmule.evaluate.certificate import CertificateError, certify, check_runtime, describe, write_certificate
@@ -47,24 +62,28 @@ def export(
         Export,
         certificate_path,
         check_export,
+        default_dtype,
         differing_files,
         export_model,
         output_exists,
         reopen,
     )
     from gemmule.formats.model_card import license_note, read_card
+    from gemmule.formats.program import PACKED, check_runnable
     from gemmule.model.finite import refuse_nonfinite_weights
     from gemmule.train.opening import load_with_path
 
-    runtime = "transformers" if to == "hf" else "llama.cpp"
+    dtype = dtype or default_dtype(to)
+    runtime = {"hf": "transformers", "c": "program", "program": "program"}.get(to, "llama.cpp")
     if verify:
         check_runtime(runtime)
+        check_runnable(target)
     present, advice = verify and output_exists(out), "choose a new file or folder"
-    check_export(to, out, dtype, exists=present)
+    check_export(to, out, dtype, exists=present, target=target)
     with Screen() as screen, logged_to(screen):
         network, tokenizer, found = load_with_path(model)
         refuse_nonfinite_weights(network, model)
-        exported = Export(network, tokenizer, dtype, read_card(found), _name(model, found))
+        exported = Export(network, tokenizer, dtype, read_card(found), _name(model, found), target)
         if note := license_note(exported.card, model):
             screen.print(note)
         if present:
@@ -77,10 +96,12 @@ def export(
             screen.print(f"wrote {artefact}: {dtype}, {_size(artefact) / 1e6:,.1f} MB")
         if to == "ollama":
             screen.print(f"add it to Ollama:  ollama create {out.name} -f {out / 'Modelfile'}")
+        if to == "c":
+            screen.print(f"run it:  make -C {out} && {out / 'story'} {out / PACKED}")
         summary: dict[str, Any] = {"artefact": str(artefact), "format": to, "dtype": dtype, "bytes": _size(artefact)}
         if verify:
             screen.progress("verifying", 0, None)
-            certificate = certify(artefact, runtime, dtype, (network, tokenizer), reopen(artefact))
+            certificate = certify(artefact, runtime, dtype, (network, tokenizer), reopen(artefact, tokenizer))
             proof = certificate_path(artefact)
             write_certificate(certificate, proof)
             screen.print(f"{describe(certificate)}\ncertificate: {proof}")

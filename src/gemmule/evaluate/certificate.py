@@ -1,5 +1,6 @@
 """Certificates of exports: logits and token ids of another runtime, compared with ours."""
 
+import copy
 import hashlib
 import json
 import platform
@@ -9,14 +10,20 @@ import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from gemmule.errors import GemmuleError, MissingExtra
+from gemmule.evaluate.foreign import greedy_ids
 from gemmule.files import atomic_write
-from gemmule.model.gemma3 import Gemma3
+from gemmule.formats.program import check_compiler
+from gemmule.inference.engine import encode_prompt, reply_to_all, stop_tokens
+from gemmule.inference.quantize import quantize
+from gemmule.inference.requests import Request
+from gemmule.inference.sampling import SamplingSettings
+from gemmule.model.gemma3 import Gemma3, last_logits
 from gemmule.processes import python_module_command
 from gemmule.storybook import stories
 from gemmule.tokenizer import Tokenizer
@@ -29,12 +36,13 @@ _LIBRARIES = {"transformers": ("transformers", "parity"), "llama.cpp": ("llama_c
 _PACKAGES = {"llama_cpp": "llama-cpp-python"}
 # Largest root mean square difference of logits, as a share of their standard deviation: llama.cpp rounds activations to
 # the type of the weights, where we compute in fp32.
-MOST_ROUNDING = {"f32": 0.002, "f16": 0.005, "bf16": 0.02, "q8_0": 0.05}
+MOST_ROUNDING = {"f32": 0.002, "int8": 0.002, "f16": 0.005, "bf16": 0.02, "q8_0": 0.05}
 MOST_ROUNDING_BELOW = 0.1  # of fewer bits
 # The least share of positions at which both hold the same token for the likeliest. Where we hold the two tokens for
 # as likely as rounding can tell, that is within so many root mean squares, either is right.
 LEAST_ARGMAX = 0.995
 _TIE = 4
+_PROMPT, _GREEDY = "Once upon a time", 256  # the greedy text of a program
 _MOST_LOGITS = 3 * 2**26  # held at once by each side, 0.8 GB: 768 positions of Google's vocabulary, whose window is 512
 
 
@@ -43,7 +51,10 @@ class CertificateError(GemmuleError):
 
 
 def check_runtime(runtime: str) -> None:
-    """Raise MissingExtra where the library that runs exports is not installed."""
+    """Raise MissingExtra where the library that runs exports is not installed, DeviceError without a C compiler."""
+    if runtime == "program":
+        check_compiler(None)
+        return
     library, extra = _LIBRARIES[runtime]
     if find_spec(library) is None:
         raise MissingExtra(_PACKAGES.get(library, library), extra, f"verifying with {runtime}")
@@ -74,8 +85,10 @@ def certify(
     margin = ours.max(1) - np.take_along_axis(ours, theirs.argmax(1)[:, None], 1)[:, 0]
     agreement = float((margin <= _TIE * rms).mean())
     share, most = rms / float(ours.std()), MOST_ROUNDING.get(dtype, MOST_ROUNDING_BELOW)
+    passed = agreement >= LEAST_ARGMAX and share <= most and same == len(strings)
+    greedy = _compare_greedy(artefact, dtype, exported, model, _TIE * rms) if runtime == "program" else None
     return {
-        "passed": agreement >= LEAST_ARGMAX and share <= most and same == len(strings),
+        "passed": passed and (greedy is None or greedy.equal),
         "artefact": artefact.name,
         "dtype": dtype,
         "runtime": {"name": runtime, "version": answer["version"]},
@@ -91,10 +104,39 @@ def certify(
         "logit_standard_deviation": float(ours.std()),
         "largest_logit_difference_to_the_exported_model": _largest(original, theirs),
         "tokenizer_agreement": f"{same} of {len(strings)} strings",
+        **({} if greedy is None else {"greedy_agreement": greedy.sentence}),
         "sha256": {name: _sha256(file) for name, file in _files(artefact)},
         "versions": {name: version(name) for name in ("gemmule", "torch", "tokenizers", "safetensors")}
         | {"python": platform.python_version()},
     }
+
+
+class _Greedy(NamedTuple):
+    equal: bool
+    sentence: str
+
+
+def _compare_greedy(
+    artefact: Path, dtype: str, exported: tuple[Gemma3, Tokenizer], reopened: Gemma3, rounding: float
+) -> _Greedy:
+    """Compare a program's greedy text with that of our engine, with int8 weights where the program has them.
+
+    Where they part, they are equal if our logits of the two tokens are within rounding of each other.
+    """
+    model, tokenizer = (quantize(copy.deepcopy(exported[0])) if dtype == "int8" else reopened), exported[1]
+    prompt = encode_prompt(model, tokenizer, _PROMPT)
+    count = min(_GREEDY, model.config.max_position_embeddings - len(prompt))
+    request = Request(tuple(prompt), count, SamplingSettings(temperature=0), 0, stops=stop_tokens(tokenizer))
+    ours, theirs = reply_to_all(model, [request])[0], greedy_ids(artefact, _PROMPT, count)
+    same = next((at for at, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), len(ours))
+    if same == len(ours) == len(theirs):
+        return _Greedy(True, f"{same} of {same} tokens")
+    if same == min(len(ours), len(theirs)):
+        return _Greedy(False, f"{same} of {len(ours)} tokens, where one of them ends")
+    with torch.inference_mode():
+        logits = reopened(torch.tensor([prompt + ours[:same]], dtype=torch.long), output_head=last_logits)[0, -1]
+    tied = float((logits[ours[same]] - logits[theirs[same]]).abs()) <= rounding
+    return _Greedy(tied, f"{same} of {len(ours)} tokens{', where two are equally likely' if tied else ''}")
 
 
 def write_certificate(certificate: dict[str, Any], path: Path) -> None:
@@ -112,7 +154,9 @@ def describe(certificate: dict[str, Any]) -> str:
         f"({certificate['argmax_agreement_beyond_rounding']:.2%} but for ties), logits within "
         f"{certificate['largest_logit_difference']:.1e} (their standard deviation is "
         f"{certificate['logit_standard_deviation']:.2f})\n"
-        f"the same tokens for {certificate['tokenizer_agreement']}: {'passed' if certificate['passed'] else 'FAILED'}"
+        f"the same tokens for {certificate['tokenizer_agreement']}"
+        + (f", greedy text the same for {certificate['greedy_agreement']}" if "greedy_agreement" in certificate else "")
+        + f": {'passed' if certificate['passed'] else 'FAILED'}"
     )
 
 
