@@ -8,22 +8,28 @@ import typer
 from gemmule.cli.screen import Screen, logged_to, print_json
 from gemmule.reading import local_path
 
+# What --verify runs an export with.
+_RUNTIMES = {
+    "hf": "transformers", "gguf": "llama.cpp", "ollama": "llama.cpp", "c": "program", "program": "program",
+    "html": "wasmtime", "web": "wasmtime",
+}  # fmt: skip
+
 
 def export(
     model: Annotated[
         str, typer.Argument(help="A model folder, run folder, .gguf file or owner/name of the Hugging Face Hub.")
     ],
-    to: Annotated[Literal["hf", "gguf", "ollama", "c", "program"], typer.Option(help="Export format.")],
-    out: Annotated[Path, typer.Option(help="Output file (gguf, program) or folder (hf, ollama, c).")],
+    to: Annotated[Literal["hf", "gguf", "ollama", "c", "program", "html", "web"], typer.Option(help="Export format.")],
+    out: Annotated[Path, typer.Option(help="Output file (gguf, program, html) or folder (hf, ollama, c, web).")],
     dtype: Annotated[
         Literal[
             "f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"
         ]
         | None,
         typer.Option(
-            help="Data type of the weights: hf takes the first three, c and program f32, bf16 and int8, gguf and "
-            "ollama all but int8; the last four need llama.cpp.",
-            show_default="int8 for c and program, else bf16",
+            help="Data type of the weights: hf takes the first three, gguf and ollama all but int8, the others f32, "
+            "bf16 and int8; the last four need llama.cpp.",
+            show_default="int8 for c, program, html and web, else bf16",
         ),
     ] = None,
     target: Annotated[
@@ -34,15 +40,15 @@ def export(
         bool,
         typer.Option(
             "--verify",
-            help="Load the export with transformers or llama.cpp, or run the program, compare logits, and write a "
-            "certificate. An existing export is verified if it equals what this command would write.",
+            help="Load the export with transformers or llama.cpp, run the program, or run the page in wasmtime and "
+            "node, compare logits, and write a certificate. An existing export is verified if it equals what this command would write.",
         ),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object with the certificate at the end.")
     ] = False,
 ) -> None:
-    """Export a model as a Hugging Face folder, a GGUF file (llama.cpp, LM Studio), for Ollama, or as a C program.
+    """Export a model as a Hugging Face folder, as GGUF (llama.cpp, LM Studio, Ollama), a C program or a web page.
 
     Examples:
 
@@ -55,6 +61,10 @@ def export(
         gemmule export runs/story --to c --out story-c
 
         gemmule export runs/story --to program --target windows-x86_64 --out story.exe
+
+        gemmule export runs/story --to html --out story.html --verify
+
+        gemmule export runs/story --to web --out site
     """
     from gemmule.errors import OutputError
     from gemmule.evaluate.certificate import CertificateError, certify, check_runtime, describe, write_certificate
@@ -74,7 +84,7 @@ def export(
     from gemmule.train.opening import load_with_path
 
     dtype = dtype or default_dtype(to)
-    runtime = {"hf": "transformers", "c": "program", "program": "program"}.get(to, "llama.cpp")
+    runtime = _RUNTIMES[to]
     if verify:
         check_runtime(runtime)
         check_runnable(target)
@@ -96,6 +106,8 @@ def export(
             screen.print(f"wrote {artefact}: {dtype}, {_size(artefact) / 1e6:,.1f} MB")
         if to == "ollama":
             screen.print(f"add it to Ollama:  ollama create {out.name} -f {out / 'Modelfile'}")
+        if to == "web":
+            screen.print(f"look at it:  python3 -m http.server -d {out}")
         if to == "c":
             screen.print(f"run it:  make -C {out} && {out / 'story'} {out / PACKED}")
         summary: dict[str, Any] = {"artefact": str(artefact), "format": to, "dtype": dtype, "bytes": _size(artefact)}

@@ -17,7 +17,9 @@ import torch
 
 from gemmule.errors import GemmuleError, MissingExtra
 from gemmule.evaluate.foreign import greedy_ids
+from gemmule.evaluate.page_runtime import greedy_texts
 from gemmule.files import atomic_write
+from gemmule.formats.page import write_certificate_text
 from gemmule.formats.program import check_compiler
 from gemmule.inference.engine import encode_prompt, reply_to_all, stop_tokens
 from gemmule.inference.quantize import quantize
@@ -32,7 +34,11 @@ STRINGS = 1000
 _ODD = ["  ", "   ", "\n", "\n\n", "\t", "\t\t", " \n", "\r\n", "\u200b", "Ünïcödé", "日本語", "Привет", "مرحبا"]
 _ODD += ["e\u0301", "\ua66e", "\U0001f984", "<b>", "</table>", "...", "-" * 40, "1234567", "3.14", "don't"]
 _ODD += ["def f(x):\n    return x", "<end_of_turn>", "http://a.b/c?d=e"]
-_LIBRARIES = {"transformers": ("transformers", "parity"), "llama.cpp": ("llama_cpp", "llama")}
+_LIBRARIES = {
+    "transformers": ("transformers", "parity"),
+    "llama.cpp": ("llama_cpp", "llama"),
+    "wasmtime": ("wasmtime", "verify"),
+}
 _PACKAGES = {"llama_cpp": "llama-cpp-python"}
 # Largest root mean square difference of logits, as a share of their standard deviation: llama.cpp rounds activations to
 # the type of the weights, where we compute in fp32.
@@ -42,7 +48,8 @@ MOST_ROUNDING_BELOW = 0.1  # of fewer bits
 # as likely as rounding can tell, that is within so many root mean squares, either is right.
 LEAST_ARGMAX = 0.995
 _TIE = 4
-_PROMPT, _GREEDY = "Once upon a time", 256  # the greedy text of a program
+_PROMPT, _GREEDY = "Once upon a time", 256  # the greedy text of a program or a page
+NOT_COMPARED = "nothing, because node is not installed"
 _MOST_LOGITS = 3 * 2**26  # held at once by each side, 0.8 GB: 768 positions of Google's vocabulary, whose window is 512
 
 
@@ -65,7 +72,8 @@ def certify(
 ) -> dict[str, Any]:
     """Compare an artefact in another runtime with what we read from it ourselves, and with what was exported.
 
-    Returns the certificate; raises MissingExtra without the runtime, CertificateError where that cannot open it.
+    A page then shows it. Returns the certificate; raises MissingExtra without the runtime, CertificateError where that
+    cannot open it.
     """
     check_runtime(runtime)
     model, tokenizer = reopened
@@ -77,17 +85,22 @@ def certify(
     if not np.isfinite(theirs).all() or not np.isfinite(ours).all():
         whose = runtime if np.isfinite(ours).all() else "Gemmule"
         raise CertificateError(f"{artefact}: {whose} computes logits from it that are NaN or infinite")
-    same = sum(
-        tokenizer.encode(text) == given and exported[1].encode(text) == given
-        for text, given in zip(strings, answer["encoded"], strict=True)
+    encoded = answer["encoded"]
+    same = (
+        None
+        if encoded is None
+        else sum(
+            tokenizer.encode(text) == given and exported[1].encode(text) == given
+            for text, given in zip(strings, encoded, strict=True)
+        )
     )
     rms = float(np.sqrt(np.square(ours - theirs).mean()))
     margin = ours.max(1) - np.take_along_axis(ours, theirs.argmax(1)[:, None], 1)[:, 0]
     agreement = float((margin <= _TIE * rms).mean())
     share, most = rms / float(ours.std()), MOST_ROUNDING.get(dtype, MOST_ROUNDING_BELOW)
-    passed = agreement >= LEAST_ARGMAX and share <= most and same == len(strings)
-    greedy = _compare_greedy(artefact, dtype, exported, model, _TIE * rms) if runtime == "program" else None
-    return {
+    passed = agreement >= LEAST_ARGMAX and share <= most and same in (None, len(strings))
+    greedy = _compare_greedy(artefact, runtime, dtype, exported, model, _TIE * rms)
+    certificate = {
         "passed": passed and (greedy is None or greedy.equal),
         "artefact": artefact.name,
         "dtype": dtype,
@@ -103,12 +116,14 @@ def certify(
         "largest_logit_difference": _largest(ours, theirs),
         "logit_standard_deviation": float(ours.std()),
         "largest_logit_difference_to_the_exported_model": _largest(original, theirs),
-        "tokenizer_agreement": f"{same} of {len(strings)} strings",
+        "tokenizer_agreement": NOT_COMPARED if same is None else f"{same} of {len(strings)} strings",
         **({} if greedy is None else {"greedy_agreement": greedy.sentence}),
-        "sha256": {name: _sha256(file) for name, file in _files(artefact)},
         "versions": {name: version(name) for name in ("gemmule", "torch", "tokenizers", "safetensors")}
         | {"python": platform.python_version()},
     }
+    if runtime == "wasmtime":
+        write_certificate_text(artefact, describe(certificate))
+    return certificate | {"sha256": {name: _sha256(file) for name, file in _files(artefact)}}
 
 
 class _Greedy(NamedTuple):
@@ -117,24 +132,36 @@ class _Greedy(NamedTuple):
 
 
 def _compare_greedy(
-    artefact: Path, dtype: str, exported: tuple[Gemma3, Tokenizer], reopened: Gemma3, rounding: float
-) -> _Greedy:
-    """Compare a program's greedy text with that of our engine, with int8 weights where the program has them.
-
-    Where they part, they are equal if our logits of the two tokens are within rounding of each other.
-    """
+    artefact: Path, runtime: str, dtype: str, exported: tuple[Gemma3, Tokenizer], reopened: Gemma3, rounding: float
+) -> _Greedy | None:
+    """Compare the greedy text of a program or page with that of our engine, with int8 weights where it has them."""
+    if runtime not in ("program", "wasmtime"):
+        return None
     model, tokenizer = (quantize(copy.deepcopy(exported[0])) if dtype == "int8" else reopened), exported[1]
-    prompt = encode_prompt(model, tokenizer, _PROMPT)
+    prompt, stops = encode_prompt(model, tokenizer, _PROMPT), stop_tokens(tokenizer)
     count = min(_GREEDY, model.config.max_position_embeddings - len(prompt))
-    request = Request(tuple(prompt), count, SamplingSettings(temperature=0), 0, stops=stop_tokens(tokenizer))
-    ours, theirs = reply_to_all(model, [request])[0], greedy_ids(artefact, _PROMPT, count)
+    request = Request(tuple(prompt), count, SamplingSettings(temperature=0), 0, stops=stops)
+    ours = reply_to_all(model, [request])[0]
+    if runtime == "program":
+        return _same_tokens(prompt, ours, greedy_ids(artefact, _PROMPT, count), reopened, rounding)
+    texts = greedy_texts(artefact, prompt, count, [*stops])
+    compared = {name: _same_tokens(prompt, ours, ids, reopened, rounding) for name, ids in texts.items()}
+    sentence = ", ".join(f"{greedy.sentence} in {name}" for name, greedy in compared.items())
+    return _Greedy(all(greedy.equal for greedy in compared.values()), sentence)
+
+
+def _same_tokens(prompt: list[int], ours: list[int], theirs: list[int], model: Gemma3, rounding: float) -> _Greedy:
+    """Compare two continuations of a prompt.
+
+    Where they part, they are equal if the model's logits of the two tokens are within rounding of each other.
+    """
     same = next((at for at, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), len(ours))
     if same == len(ours) == len(theirs):
         return _Greedy(True, f"{same} of {same} tokens")
     if same == min(len(ours), len(theirs)):
         return _Greedy(False, f"{same} of {len(ours)} tokens, where one of them ends")
     with torch.inference_mode():
-        logits = reopened(torch.tensor([prompt + ours[:same]], dtype=torch.long), output_head=last_logits)[0, -1]
+        logits = model(torch.tensor([prompt + ours[:same]], dtype=torch.long), output_head=last_logits)[0, -1]
     tied = float((logits[ours[same]] - logits[theirs[same]]).abs()) <= rounding
     return _Greedy(tied, f"{same} of {len(ours)} tokens{', where two are equally likely' if tied else ''}")
 

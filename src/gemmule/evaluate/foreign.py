@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gemmule.evaluate.page_runtime import run_page
 from gemmule.formats.program import PACKED, compile_program
 
-Answer = tuple[npt.NDArray[np.float32], list[list[int]], str]
+# Logits, the ids of each string (None where the runtime cannot say), the runtime's version.
+Answer = tuple[npt.NDArray[np.float32], list[list[int]] | None, str]
 
 
 def run_transformers(path: str, ids: list[int], strings: list[str]) -> Answer:
@@ -91,7 +93,12 @@ def _output(command: list[str], *options: str, given: bytes = b"") -> bytes:
     return ended.stdout
 
 
-RUNTIMES = {"transformers": run_transformers, "llama.cpp": run_llama_cpp, "program": run_program}
+RUNTIMES = {
+    "transformers": run_transformers,
+    "llama.cpp": run_llama_cpp,
+    "program": run_program,
+    "wasmtime": run_page,
+}
 
 
 def main() -> None:

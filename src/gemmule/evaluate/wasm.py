@@ -46,9 +46,11 @@ class WasmModel:
             import wasmtime
         except ImportError:
             raise MissingExtra("wasmtime", "verify", "verifying a page") from None
-        self._store = wasmtime.Store()
-        module = wasmtime.Module(self._store.engine, wasm)
+        self._engine = wasmtime.Engine()
+        self._store = wasmtime.Store(self._engine)
+        module = wasmtime.Module(self._engine, wasm)
         self._exports: Any = wasmtime.Instance(self._store, module, []).exports(self._store)
+        module.close()
         self._exports["_initialize"](self._store)
         (length,) = struct.unpack_from("<Q", packed, 56)
         self._header: dict[str, Any] = json.loads(packed[64 : 64 + length])
@@ -62,6 +64,11 @@ class WasmModel:
         self._pages = [self._make_pages(kind) for kind in (0, 1)]
         floats = self._call("workspace_floats", self._model, _CHUNK, self._longest)
         self._workspace, self._logits = self._allocate(4 * floats), self._allocate(4 * _CHUNK * self.vocabulary)
+
+    def close(self) -> None:
+        """Free its memory; wasmtime itself would do it when the process ends, with messages."""
+        self._store.close()
+        self._engine.close()
 
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the logits (T, V) after each of the ids, which begin a text."""

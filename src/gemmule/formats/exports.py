@@ -17,6 +17,7 @@ from gemmule.formats.k_quants import KINDS, check_quantizer, quantize
 from gemmule.formats.model_card import NO_CARD, ModelCard, write_card
 from gemmule.formats.packed import DTYPES as PACKED_DTYPES
 from gemmule.formats.packed import load_packed
+from gemmule.formats.page import is_page, load_page, page_digest, save_page, save_site
 from gemmule.formats.program import PACKED, check_compiler, write_program, write_sources
 from gemmule.model.finite import refuse_nonfinite_weights
 from gemmule.model.gemma3 import Gemma3
@@ -43,6 +44,8 @@ _DTYPES: dict[str, tuple[str, Collection[str]]] = {
     "ollama": ("GGUF", _GGUF_DTYPES),
     "c": ("a C program", PACKED_DTYPES),
     "program": ("a C program", PACKED_DTYPES),
+    "html": ("a page", PACKED_DTYPES),
+    "web": ("a page", PACKED_DTYPES),
 }
 CERTIFICATE = "certificate.json"
 
@@ -82,7 +85,7 @@ def check_export(to: str, out: Path, dtype: str, *, exists: bool = False, target
 
 def default_dtype(to: str) -> str:
     """Return the dtype of an export where none is given."""
-    return "int8" if to in ("c", "program") else "bf16"
+    return "int8" if _DTYPES[to][1] is PACKED_DTYPES else "bf16"
 
 
 def output_exists(out: Path) -> bool:
@@ -114,7 +117,10 @@ def differing_files(export: Export, to: str, out: Path) -> list[str]:
 
 def _digests(place: Path) -> Iterator[tuple[str, str]]:
     for file in [place] if place.is_file() else sorted(place.iterdir()):
-        yield file.name, sha256(file) if file.is_file() else "folder"
+        if is_page(file):
+            yield file.name, page_digest(file)
+        else:
+            yield file.name, sha256(file) if file.is_file() else "folder"
 
 
 def reopen(artefact: Path, tokenizer: Tokenizer) -> tuple[Gemma3, Tokenizer]:
@@ -122,6 +128,8 @@ def reopen(artefact: Path, tokenizer: Tokenizer) -> tuple[Gemma3, Tokenizer]:
 
     A packed file has the arrays of a tokenizer, which programs read, and no tokenizer.json: then it is the one given.
     """
+    if is_page(artefact):
+        return load_page(artefact).model, tokenizer
     if artefact.is_dir():
         if (artefact / PACKED).exists():
             return load_packed(artefact / PACKED).model, tokenizer
@@ -186,6 +194,16 @@ def _export_program(export: Export, out: Path) -> Path:
     return out
 
 
+def _export_html(export: Export, out: Path) -> Path:
+    save_page(export.model, export.tokenizer, out, export.dtype, _title(export, out), export.card.license)
+    return out
+
+
+def _export_web(export: Export, out: Path) -> Path:
+    save_site(export.model, export.tokenizer, out, export.dtype, _title(export, out), export.card.license)
+    return out
+
+
 def _title(export: Export, out: Path) -> str:
     return export.card.name or export.name or out.stem
 
@@ -230,4 +248,6 @@ EXPORTS: dict[str, Callable[[Export, Path], Path]] = {
     "ollama": _export_ollama,
     "c": _export_c,
     "program": _export_program,
+    "html": _export_html,
+    "web": _export_web,
 }

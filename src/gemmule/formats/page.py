@@ -7,6 +7,7 @@ request, in a folder all but those for the parts.
 import base64
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from gemmule.errors import ModelError
 from gemmule.files import as_output_error, atomic_folder, atomic_write
-from gemmule.formats.packed import save_packed
+from gemmule.formats.packed import Packed, load_packed, save_packed
 from gemmule.model.gemma3 import Gemma3
 from gemmule.tokenizer import Tokenizer
 
@@ -24,6 +25,7 @@ LARGEST_PAGE = 256 * 10**6
 EMBEDDED_PART = 12 * 2**20  # bytes, 16 MiB in base64; divisible by 3, so that only the last part is padded
 FETCHED_PART = 25 * 2**20  # the limit of some static hosts
 _BYTES = {"f32": 4, "bf16": 2, "int8": 1}
+_DOCTYPE = b"<!doctype html>"
 _PARTS, _CERTIFICATE = "<!-- parts -->", '<script type="application/json" id="certificate">'
 # Name, label, default, limits and meaning of the page's controls; the defaults are those of the commands.
 _SETTINGS: tuple[tuple[str, str, str, dict[str, object], str], ...] = (
@@ -121,6 +123,23 @@ def save_site(model: Gemma3, tokenizer: Tokenizer, out: Path, dtype: str, name: 
         text = "".join(_render(name, license_, parts, "'self'", _SITE_PRIVACY))
         (folder / INDEX).write_text(text, encoding="utf-8", newline="\n")
         (folder / README).write_text(_PUBLISHING.format(name=name, index=INDEX), encoding="utf-8")
+
+
+def is_page(path: Path) -> bool:
+    """Whether a path is a page, or a folder with one."""
+    file = page_file(path)
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(_DOCTYPE)) == _DOCTYPE
+
+
+def load_page(artefact: Path) -> Packed:
+    """Read the model of a page; ModelError where it is damaged."""
+    with tempfile.TemporaryDirectory() as folder:
+        packed = Path(folder) / "packed"
+        packed.write_bytes(read_page(artefact).packed)
+        return load_packed(packed)
 
 
 def page_file(artefact: Path) -> Path:
