@@ -41,7 +41,8 @@ def export(
         typer.Option(
             "--verify",
             help="Load the export with transformers or llama.cpp, run the program, or run the page in wasmtime and "
-            "node, compare logits, and write a certificate. An existing export is verified if it equals what this command would write.",
+            "node, compare logits, and write a certificate. An existing export is verified if it equals what this "
+            "command would write.",
         ),
     ] = False,
     as_json: Annotated[

@@ -360,6 +360,7 @@ class Model {
     this.vocabulary = new Vocabulary(this.header, (key, kind) => this.array(key, kind));
     this.positions = 0;  // that the KV cache has room for
     this.read = [];  // the tokens in it
+    this.written = 0;  // positions that were written since it was empty
     this.drawing = this.allocate(Number(this.wasm.draw_bytes(BigInt(this.header.vocab_size))));
     this.logits = this.allocate(4 * this.header.vocab_size);
   }
@@ -415,7 +416,7 @@ class Model {
     for (const address of this.cache ?? []) this.wasm.free(address);
     this.cache = [];
     this.read = [];
-    this.positions = 0;
+    this.positions = this.written = 0;
     const kept = (address) => (this.cache.push(address), address), longest = roundUp(Math.max(tokens, wanted), PAGE);
     this.batches = {};
     this.ring = this.header.windows.map((window) => {  // pages of each kind; behind the window they are used again
@@ -441,10 +442,11 @@ class Model {
   begin(tokens) {
     let common = 0;
     while (common < tokens.length - 1 && tokens[common] === this.read[common]) common++;
-    const window = this.header.windows[LOCAL], last = Math.floor(Math.max(0, this.read.length - 1) / PAGE);
+    const window = this.header.windows[LOCAL], last = Math.floor(Math.max(0, this.written - 1) / PAGE);
     const first = Math.floor(Math.max(0, common - window + 1) / PAGE);
     // Pages of the window before the next token may have been used again for later positions.
-    if (window && common < this.read.length && first + this.ring?.[LOCAL] <= last) common = 0;
+    if (window && first + this.ring[LOCAL] <= last) common = 0;
+    if (!common) this.written = 0;
     this.read.length = common;
     return common;
   }
@@ -458,6 +460,7 @@ class Model {
     const failed = this.wasm.step(this.struct, batch, this.workspace, this.logits);
     if (failed) throw new Error(`step ${failed}`);
     this.read.push(...tokens);
+    this.written = Math.max(this.written, this.read.length);
   }
 
   /* Draw a token from the logits. */
