@@ -1,6 +1,5 @@
 """The packed file: what is written is read again, and what is damaged is refused by name."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,46 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packed_files import SHAPES, altered, forged, model_of, rounded
 
 from gemmule.errors import ModelError, TokenizerError
-from gemmule.formats.packed import TRAILER, load_packed, save_packed
+from gemmule.formats.packed import DTYPES, TRAILER, load_packed, save_packed
 from gemmule.formats.packed_vocabulary import pack_vocabulary
-from gemmule.inference.quantize import quantize
-from gemmule.model.gemma3 import Gemma3
 from gemmule.tokenizer import Tokenizer
-from tiny import greatest_difference, lively_model, some_tokens, tiny_config
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {},
-    "window 1": {"sliding_window": 1},
-    "window 8": {"sliding_window": 8},
-    "no window": {"sliding_window": 2**53},
-    "one key head": {"num_key_value_heads": 1},
-    "untied": {"tie_word_embeddings": False},
-    "factor 8": {"rope_scaling_factor": 8.0},
-    "rows of odd lengths": {"hidden_size": 20, "intermediate_size": 37, "head_dim": 6},
-    "all local": {"sliding_window_pattern": 9},
-    "all global": {"sliding_window_pattern": 1},
-    "more ids than 16 bits": {"vocab_size": 65_600, "hidden_size": 8, "intermediate_size": 8},
-}
-EXACT = {"f32": 1e-5, "bf16": 1e-5, "int8": 1e-5}
+from tiny import greatest_difference, some_tokens
 
 
-def model_of(**changes: Any) -> Gemma3:
-    return lively_model(tiny_config(**{"vocab_size": 380} | changes))
-
-
-def rounded(model: Gemma3, dtype: str) -> Gemma3:
-    """Round the matrices of a model, which stays in fp32."""
-    if dtype == "int8":
-        return quantize(model)
-    for parameter in model.parameters():
-        if parameter.ndim > 1 and dtype == "bf16":
-            parameter.data = parameter.data.bfloat16().float()
-    return model
-
-
-@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_model_is_read_as_it_was_written(tiny_tokenizer: Tokenizer, tmp_path: Path, shape: str, dtype: str) -> None:
     model = model_of(**SHAPES[shape])
@@ -59,7 +28,7 @@ def test_a_model_is_read_as_it_was_written(tiny_tokenizer: Tokenizer, tmp_path: 
     tokens = some_tokens(model.config)
     with torch.no_grad():
         difference = greatest_difference(packed.model(tokens), rounded(model, dtype)(tokens))
-    assert difference < EXACT[dtype]
+    assert difference < 1e-5
 
 
 def test_the_scale_of_a_bf16_embedding_is_kept(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -127,17 +96,6 @@ def test_a_flipped_bit_is_refused_wherever_it_is(whole: bytes, tmp_path: Path) -
                 load_packed(path)
 
 
-def forged(whole: bytes, **changes: Any) -> bytes:
-    """Return the file with other entries in its header, and a checksum that fits."""
-    length = int.from_bytes(whole[56:64], "little")
-    header = json.loads(whole[64 : 64 + length]) | changes
-    text = json.dumps({k: v for k, v in header.items() if v is not ...}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 64)
-    rest = (64 + len(text) + len(whole) - 64 - length).to_bytes(8, "little") + len(text).to_bytes(8, "little")
-    rest += text + whole[64 + length :]
-    return whole[:16] + hashlib.sha256(rest).digest() + rest
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -170,15 +128,6 @@ def test_what_is_no_packed_file_is_named(tmp_path: Path) -> None:
         (tmp_path / "other").write_bytes(content)
         with pytest.raises(ModelError, match="other: is not a packed file, which begins with GEMMPACK"):
             load_packed(tmp_path / "other")
-
-
-def altered(tokenizer: Tokenizer, **changes: Any) -> Tokenizer:
-    """Return the tokenizer with other entries in its tokenizer.json; those of its model begin with `model_`."""
-    description = json.loads(json.dumps(tokenizer.description))
-    for key, value in changes.items():
-        place = description["model"] if key.startswith("model_") else description
-        place[key.removeprefix("model_")] = value
-    return Tokenizer(json.dumps(description), tokenizer.config)
 
 
 WORD = {"id": 380, "content": "the end", "special": False, "normalized": False}

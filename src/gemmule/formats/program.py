@@ -6,11 +6,12 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
-from gemmule.errors import DeviceError, MissingExtra, ModelError
-from gemmule.files import atomic_write
+from gemmule.errors import DeviceError, MissingExtra, ModelError, OutputError
+from gemmule.files import as_output_error, atomic_write
 from gemmule.formats.packed import ALIGNMENT, MAGIC, TRAILER, save_packed
 from gemmule.model.gemma3 import Gemma3
 from gemmule.processes import python_module_command
@@ -64,21 +65,30 @@ def write_program(
 ) -> None:
     """Write an executable file with the packed file at its end, for a target of TARGETS or this machine.
 
-    Raises as `check_compiler`, and ModelError where the compiler fails.
+    Raises OutputError, as `check_compiler`, and ModelError where the compiler fails.
     """
     check_compiler(target)
-    with tempfile.TemporaryDirectory() as private:
-        folder = Path(private)
-        write_sources(model, tokenizer, folder, dtype, name)
-        program, packed = compile_program(folder, target), folder / PACKED
-        with atomic_write(out) as temporary:
-            with temporary.open("wb") as file, program.open("rb") as code, packed.open("rb") as data:
-                shutil.copyfileobj(code, file)
-                file.write(bytes(-file.tell() % ALIGNMENT))
-                shutil.copyfileobj(data, file)
-                file.write(TRAILER.pack(packed.stat().st_size, MAGIC))
-            mode = temporary.stat().st_mode
-            temporary.chmod(mode | (mode & 0o444) >> 2)  # who may read it may run it
+    with ExitStack() as stack:
+        try:
+            with as_output_error(out):
+                private = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+                folder = Path(private)
+                write_sources(model, tokenizer, folder, dtype, name)
+        except OutputError as error:
+            raise OutputError(f"{out}: what it is made of cannot be written: {error}") from None
+        _join(compile_program(folder, target), folder / PACKED, out)
+
+
+def _join(program: Path, packed: Path, out: Path) -> None:
+    """Write a program with a packed file at its end."""
+    with atomic_write(out) as temporary:
+        with temporary.open("wb") as file, program.open("rb") as code, packed.open("rb") as data:
+            shutil.copyfileobj(code, file)
+            file.write(bytes(-file.tell() % ALIGNMENT))
+            shutil.copyfileobj(data, file)
+            file.write(TRAILER.pack(packed.stat().st_size, MAGIC))
+        mode = temporary.stat().st_mode
+        temporary.chmod(mode | (mode & 0o444) >> 2)  # who may read it may run it
 
 
 def compile_program(folder: Path, target: str | None = None) -> Path:
