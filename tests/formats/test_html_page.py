@@ -21,6 +21,7 @@ from gemmule.inference.sampling import STORYTELLING, uniform
 from gemmule.inference.text_stream import TextStream
 from gemmule.tokenizer import Tokenizer
 from gemmule.tokenizer.chat import CHAT_TEMPLATE, render_chat
+from runs import gemmule
 from tiny import lively_model, tiny_config
 
 RUN = Path(page.__file__).with_name("run")
@@ -272,3 +273,17 @@ def test_page_script_has_no_end_tag_and_no_address() -> None:
         assert "</script" not in text
         assert "<!--" not in text
         assert "http" not in text.replace("http.server", "").replace("plain HTTP", "")
+
+
+def test_bad_input_gets_a_sentence_and_writes_nothing(tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "there.html").write_text("mine")
+    for to, out, options, said in (
+        ("html", "x.html", ["--dtype", "q8_0"], "--dtype q8_0: a page takes f32, bf16, int8"),
+        ("web", "x", ["--target", "linux-x86_64"], "--target linux-x86_64: is for --to program"),
+        ("html", "there.html", [], "already exists"),
+    ):
+        ended = gemmule("export", tiny_run, "--to", to, "--out", tmp_path / out, *options)
+        assert ended.code == 2
+        assert said in ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["there.html"]
+    assert (tmp_path / "there.html").read_text() == "mine"
