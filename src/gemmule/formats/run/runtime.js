@@ -10,7 +10,7 @@ class Problem extends Error {}
 const ALIGNMENT = 64;
 const PAGE = 16;  // positions of a page of the KV cache, as in step.c
 const CHUNK = 8;  // tokens of a prompt that are read in one step; between steps a reply can be stopped
-const LOCAL = 0, KINDS = 2;
+const LOCAL = 0;
 
 /* ---- loading: base64, SHA-256 ---- */
 
@@ -182,14 +182,22 @@ class Queue {
 
 /* The prompt of a chat by Gemma's template; texts of the user never become special tokens. */
 function chatPrompt(header, vocabulary, turns) {
-  const ids = vocabulary.prompt(""), whitespace = /^[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+/;
-  const strip = (text) => [...[...text.replace(whitespace, "")].reverse().join("").replace(whitespace, "")].reverse().join("");
+  const ids = vocabulary.prompt("");
   for (const { role, text } of turns) {
     ids.push(header.start_of_turn, ...vocabulary.encode(`${role}\n`), ...vocabulary.encode(strip(text)));
     ids.push(header.end_of_turn, ...vocabulary.encode("\n"));
   }
   ids.push(header.start_of_turn, ...vocabulary.encode("model\n"));
   return ids;
+}
+
+/* A text without the white space around it, as Python's strip() has it. */
+function strip(text) {
+  const isSpace = (at) => /[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]/.test(text[at]);
+  let start = 0, end = text.length;
+  while (start < end && isSpace(start)) start++;
+  while (end > start && isSpace(end - 1)) end--;
+  return text.slice(start, end);
 }
 
 /* ---- the text of a reply ---- */
