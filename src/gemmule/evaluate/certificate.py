@@ -100,7 +100,7 @@ def certify(
     share, most = rms / float(ours.std()), MOST_ROUNDING.get(dtype, MOST_ROUNDING_BELOW)
     passed = agreement >= LEAST_ARGMAX and share <= most and same in (None, len(strings))
     greedy = _compare_greedy(artefact, runtime, dtype, exported, model, _TIE * rms)
-    certificate = {
+    certificate: dict[str, Any] = {
         "passed": passed and (greedy is None or greedy.equal),
         "artefact": artefact.name,
         "dtype": dtype,

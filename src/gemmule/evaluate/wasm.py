@@ -16,9 +16,7 @@ from gemmule.inference.pages import PAGE
 
 _CHUNK = 64  # tokens of a step
 _KINDS = ("f32", "bf16", "int8")
-_NORMS = (
-    "norm", "pre_attention_norm", "post_attention_norm", "pre_mlp_norm", "post_mlp_norm", "query_norm", "key_norm",
-)  # fmt: skip
+_NORMS = ("pre_attention_norm", "post_attention_norm", "pre_mlp_norm", "post_mlp_norm", "query_norm", "key_norm")
 
 
 @functools.cache
@@ -29,7 +27,8 @@ def _in_wasm(kind: Any) -> Any:
     if issubclass(kind, ctypes.Array):
         return _in_wasm(kind._type_) * kind._length_
     if issubclass(kind, ctypes.Structure):
-        fields = [(name, _in_wasm(member)) for name, member in kind._fields_]  # type: ignore[misc]
+        members: Any = kind._fields_
+        fields = [(name, _in_wasm(member)) for name, member in members]
         return type(kind.__name__, (ctypes.LittleEndianStructure,), {"_fields_": fields})
     return kind
 
@@ -139,7 +138,7 @@ class WasmModel:
             *(
                 _LAYER(
                     *(self._matrix(key, i, *shape) for key, shape in shapes.items()),
-                    *(self._place(key, i) for key in _NORMS[1:]),
+                    *(self._place(key, i) for key in _NORMS),
                     kind,
                     kinds[:i].count(kind) * self._layer_floats,
                 )
