@@ -390,20 +390,20 @@ class Model {
   describe() {
     const { header } = this, size = header.head_dim, width = header.hidden_size, inner = header.intermediate_size;
     const queries = header.num_attention_heads * size, keys = header.num_key_value_heads * size;
-    const kind = ["f32", "bf16", "int8"].indexOf(header.dtype);
+    const dtype = ["f32", "bf16", "int8"].indexOf(header.dtype);
     const matrix = (key, layer, rows, columns) => [
       pointer(this.place(key, layer)), pointer(header.dtype === "int8" ? this.place(`${key}_scales`, layer) : 0),
-      int64(rows), int64(columns), int64(kind),
+      int64(rows), int64(columns), int64(dtype),
     ];
     const norms = ["pre_attention_norm", "post_attention_norm", "pre_mlp_norm", "post_mlp_norm", "query_norm", "key_norm"];
-    const count = [0, 0], layer_numbers = 2 * keys * PAGE;
+    const count = [0, 0], layerNumbers = 2 * keys * PAGE;
     const layers = header.layer_kinds.map((kind, i) => [
       matrix("query", i, queries, width), matrix("key", i, keys, width), matrix("value", i, keys, width),
       matrix("output", i, width, queries), matrix("gate", i, inner, width), matrix("up", i, inner, width),
       matrix("down", i, width, inner), ...norms.map((key) => pointer(this.place(key, i))),
-      int64(kind), int64(layer_numbers * count[kind]++),
+      int64(kind), int64(layerNumbers * count[kind]++),
     ]);
-    this.page_numbers = count.map((layers) => layers * layer_numbers);  // numbers of a page, by kind
+    this.pageNumbers = count.map((layers) => layers * layerNumbers);  // numbers of a page, by kind
     const embedding = matrix("embedding", 0, header.vocab_size, width), frequencies = this.place("frequencies", 0);
     return [
       ...[width, header.num_attention_heads, header.num_key_value_heads, size, inner, layers.length].map(int64),
@@ -433,7 +433,7 @@ class Model {
     });
     this.pages = this.ring.map((pages, kind) => {
       const table = Int32Array.from({ length: longest / PAGE }, (_, page) => 1 + (page % pages));
-      const numbers = this.page_numbers[kind], bytes = 4 * numbers * (pages + 1), memory = kept(this.allocate(bytes));
+      const numbers = this.pageNumbers[kind], bytes = 4 * numbers * (pages + 1), memory = kept(this.allocate(bytes));
       this.view(Uint8Array, memory, bytes).fill(0);
       return [pointer(memory), int64(pages + 1), int64(numbers), pointer(kept(this.numbers(Int32Array, table)))];
     });
