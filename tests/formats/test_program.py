@@ -45,7 +45,7 @@ def sanitized(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("sanitized") / "story"
     flags = ["-O1", "-g", "-std=gnu11", "-ffp-contract=off", "-fsanitize=address,undefined,float-cast-overflow"]
     flags += ["-fno-sanitize-recover=all", "-Wno-unknown-pragmas"]
-    command = ["cc", *flags, "-o", str(target), "story.c", "draw.c", "-lm"]
+    command = ["cc", *flags, "-o", str(target), "story.c", "draw.c", "system.c", "-lm"]
     if subprocess.run(command, cwd=program.parent, capture_output=True, check=False).returncode:
         pytest.skip("the C compiler here has no sanitizers")
     return target

@@ -20,9 +20,10 @@ static void fail(const char *format, ...) {
     exit(2);
 }
 
-static void *allocate(uint64_t bytes) {
-    void *memory = bytes < SIZE_MAX / 2 ? calloc(bytes ? (size_t)bytes : 1, 1) : NULL;
-    if (!memory) fail("there is no memory for %llu bytes", (unsigned long long)bytes);
+/* Zeroed memory for `count` elements of `size` bytes. */
+static void *allocate(int64_t count, uint64_t size) {
+    void *memory = size < SIZE_MAX ? calloc(count ? (size_t)count : 1, size ? (size_t)size : 1) : NULL;
+    if (!memory) fail("there is no memory for %lld times %llu bytes", (long long)count, (unsigned long long)size);
     return memory;
 }
 
@@ -142,7 +143,7 @@ static Packed read_packed(FILE *file, const char *name) {
     uint8_t digest[32];
     int64_t start, length;
     find_packed(file, &start, &length);
-    uint8_t *bytes = allocate((uint64_t)length + 64);
+    uint8_t *bytes = allocate(length + 64, 1);
     bytes += 64 - (uintptr_t)bytes % 64;
     if (fseeko(file, start, SEEK_SET) || fread(bytes, 1, (size_t)length, file) != (size_t)length)
         fail("%s: cannot be read", name);
@@ -155,7 +156,7 @@ static Packed read_packed(FILE *file, const char *name) {
         fail("%s: is damaged: its length is not what it says", name);
     sha256(bytes + 48, (uint64_t)length - 48, digest);
     if (memcmp(digest, bytes + 16, 32)) fail("%s: is damaged: its SHA-256 is not that of its content", name);
-    char *text = allocate(header + 1);
+    char *text = allocate((int64_t)header + 1, 1);
     memcpy(text, bytes + 64, header);
     packed.header = text, packed.arrays = bytes + 64 + header, packed.size = length - 64 - (int64_t)header;
     return packed;
@@ -226,7 +227,7 @@ static Model find_model(const Packed *packed) {
             (float)find_number(packed, "rope_factors", kind, 1, 1e30),
         };
     find_whole(packed, "layer_kinds", m.layers - 1, LOCAL, GLOBAL); /* before memory is allocated for so many */
-    Layer *layers = allocate((uint64_t)m.layers * sizeof *layers);
+    Layer *layers = allocate(m.layers, sizeof *layers);
     int64_t count[KINDS] = {0};
     for (int64_t i = 0; i < m.layers; i++) {
         layers[i] = find_layer(packed, &m, i);

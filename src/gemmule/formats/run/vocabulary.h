@@ -75,14 +75,14 @@ static Vocabulary find_vocabulary(const Packed *packed) {
     check_ids(packed, v.character + 1, v.characters, 2, v.size);
     check_ids(packed, v.merge, 3 * v.merges, 1, v.size);
     for (v.mask = 15; v.mask < 2 * (uint64_t)v.merges; v.mask = 2 * v.mask + 1) {}
-    v.ranks = allocate((v.mask + 1) * sizeof *v.ranks);
+    v.ranks = allocate((int64_t)v.mask + 1, sizeof *v.ranks);
     memset(v.ranks, 0xff, (size_t)(v.mask + 1) * sizeof *v.ranks);
     for (int32_t i = 0; i < v.merges; i++) {
         uint64_t place = place_of(&v, v.merge[3 * i], v.merge[3 * i + 1]);
         while (v.ranks[place] >= 0) place = (place + 1) & v.mask;
         v.ranks[place] = i;
     }
-    v.first = allocate(256 * sizeof *v.first), v.next = allocate((uint64_t)v.added * sizeof *v.next);
+    v.first = allocate(256, sizeof *v.first), v.next = allocate(v.added, sizeof *v.next);
     memset(v.first, 0xff, 256 * sizeof *v.first);
     for (int32_t i = 0; i < v.added; i++) {
         if (!v.added_token[2 * i + 1]) check_ids(packed, v.added_token + 2 * i, 1, 1, v.size);
@@ -150,7 +150,7 @@ static Pair pop(Pair *heap, int64_t *count) {
 /* Encode a text without added tokens. */
 static void encode_piece(const Vocabulary *v, const uint8_t *text, int64_t size, Tokens *tokens) {
     if (!size) return;
-    int64_t *ids = allocate((uint64_t)size * 3 * sizeof *ids), *before = ids + size, *after = before + size;
+    int64_t *ids = allocate(size, 3 * sizeof *ids), *before = ids + size, *after = before + size;
     int64_t count = 0, pairs = 0;
     for (int64_t i = 0; i < size;) {
         uint32_t point = 0;
@@ -161,7 +161,7 @@ static void encode_piece(const Vocabulary *v, const uint8_t *text, int64_t size,
             for (int64_t b = 0; b < bytes; b++) ids[count++] = v->byte_tokens[text[i + b]];
         i += bytes;
     }
-    Pair *heap = allocate((uint64_t)count * 3 * sizeof *heap);
+    Pair *heap = allocate(count, 3 * sizeof *heap);
     for (int64_t i = 0; i < count; i++) {
         before[i] = i - 1, after[i] = i + 1;
         int32_t rank = i + 1 < count ? rank_of(v, ids[i], ids[i + 1]) : -1;
