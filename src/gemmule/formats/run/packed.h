@@ -61,7 +61,9 @@ static void hash_block(uint32_t state[8], const uint8_t *block) {
 }
 
 static void sha256(const uint8_t *bytes, uint64_t size, uint8_t digest[32]) {
-    uint32_t state[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+    uint32_t state[8] = {
+        0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19,
+    };
     uint8_t last[128] = {0};
     uint64_t whole = size / 64 * 64, rest = size - whole, end = rest < 56 ? 64 : 128;
     for (uint64_t i = 0; i < whole; i += 64) hash_block(state, bytes + i);
@@ -150,7 +152,8 @@ static Packed read_packed(FILE *file, const char *name) {
     if (length < 8 || memcmp(bytes, "GEMMPACK", 8)) fail("%s: is not a packed file, which begins with GEMMPACK", name);
     if (length < 64 || number_at(bytes + 48, 8) > (uint64_t)length)
         fail("%s: is truncated: it has %lld bytes", name, (long long)length);
-    if (number_at(bytes + 8, 8) != 1) fail("%s: is a packed file of another version; this program reads version 1", name);
+    if (number_at(bytes + 8, 8) != 1)
+        fail("%s: is a packed file of another version; this program reads version 1", name);
     uint64_t header = number_at(bytes + 56, 8);
     if (number_at(bytes + 48, 8) != (uint64_t)length || header % 64 || header > (uint64_t)length - 64)
         fail("%s: is damaged: its length is not what it says", name);

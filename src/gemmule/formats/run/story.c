@@ -53,7 +53,8 @@ static double uniform(uint64_t seed, uint64_t index) {
     uint64_t message[16] = {seed, 0, index};
     memcpy(v + 8, v, 8 * sizeof *v);
     /* Eight bytes of digest, no key; personalized as "gemmule-sampling"; 24 bytes in one block, the last one. */
-    v[0] ^= 0x01010008, v[6] ^= number_at((const uint8_t *)"gemmule-", 8), v[7] ^= number_at((const uint8_t *)"sampling", 8);
+    v[0] ^= 0x01010008;
+    v[6] ^= number_at((const uint8_t *)"gemmule-", 8), v[7] ^= number_at((const uint8_t *)"sampling", 8);
     uint64_t first = v[0];
     v[12] ^= 24, v[14] = ~v[14];
     for (int round = 0; round < 12; round++) {
@@ -176,7 +177,9 @@ static Options read_options(int count, char **arguments) {
         else if (!strcmp(name, "--encode")) options.encode = 1;
         else if (!strcmp(name, "--logits")) options.logits = 1;
         else if (strncmp(name, "--", 2)) {
-            if (options.file) fail("%s: one packed file is read, and %s is named already; a text is given by --prompt", name, options.file);
+            if (options.file)
+                fail("%s: one packed file is read, and %s is named already; a text is given by --prompt", name,
+                     options.file);
             options.file = name;
         } else if (value) {
             *value = 0;
@@ -235,7 +238,8 @@ static void generate(const Options *options, const Packed *packed, const Model *
         Text input = read_input();
         int64_t first = input.count >= 3 && !memcmp(input.bytes, "\xef\xbb\xbf", 3) ? 3 : 0; /* a byte order mark */
         for (int64_t i = first; i < input.count; i++)
-            if (input.bytes[i] != '\r' || i + 1 == input.count || input.bytes[i + 1] != '\n') add_bytes(&given, input.bytes + i, 1);
+            if (input.bytes[i] != '\r' || i + 1 == input.count || input.bytes[i + 1] != '\n')
+                add_bytes(&given, input.bytes + i, 1);
         if (given.count && given.bytes[given.count - 1] == '\n') given.count--;
     } else add_bytes(&given, options->prompt, (int64_t)strlen(options->prompt));
     for (int64_t i = 0; i < given.count;) {
@@ -248,7 +252,8 @@ static void generate(const Options *options, const Packed *packed, const Model *
     int64_t longest = find_whole(packed, "max_position_embeddings", -1, 1, 9007199254740992);
     if (!tokens.count) fail("the prompt is empty, and this model begins no text with bos: give it a word");
     if (tokens.count >= longest)
-        fail("the prompt has %lld tokens; this model's max_position_embeddings is %lld", (long long)tokens.count, (long long)longest);
+        fail("the prompt has %lld tokens; this model's max_position_embeddings is %lld", (long long)tokens.count,
+             (long long)longest);
     int64_t most = options->tokens < longest - tokens.count ? options->tokens : longest - tokens.count;
     Reader reader = begin(model, tokens.count + most - 1, 1);
     char *workspace = allocate(draw_bytes(v->size), 1);
@@ -259,7 +264,8 @@ static void generate(const Options *options, const Packed *packed, const Model *
             count = count < CHUNK ? count : CHUNK;
             read_tokens(&reader, tokens.ids + read, read, count, 0);
         }
-        int64_t token = draw_token(reader.logits, v->size, &options->sampling, uniform(options->seed, (uint64_t)i), workspace);
+        double number = uniform(options->seed, (uint64_t)i);
+        int64_t token = draw_token(reader.logits, v->size, &options->sampling, number, workspace);
         if (token < 0) fail("%s: the model's logits are not finite, so its weights are damaged", packed->name);
         append(&tokens, token);
         if (is_stop(packed, token)) break;

@@ -95,15 +95,17 @@ static Vocabulary find_vocabulary(const Packed *packed) {
 
 /* ---- encoding ---- */
 
-/* Bytes of the UTF-8 character at the beginning of a text; 0 where there is none, and `*needed` bytes could begin one. */
+/* Bytes of the UTF-8 character at the beginning of a text; 0 where there is none, and then `*needed` bytes of it could
+   begin one. */
 static int character_at(const uint8_t *text, int64_t size, uint32_t *point, int *needed) {
-    int length = text[0] < 0x80 ? 1 : text[0] < 0xc2 ? 0 : text[0] < 0xe0 ? 2 : text[0] < 0xf0 ? 3 : text[0] < 0xf5 ? 4 : 0;
-    uint32_t value = length < 2 ? text[0] : text[0] & (0x7fu >> length);
+    uint8_t lead = text[0];
+    int length = lead < 0x80 ? 1 : lead < 0xc2 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : lead < 0xf5 ? 4 : 0;
+    uint32_t value = length < 2 ? lead : lead & (0x7fu >> length);
     *needed = 1;
     for (int i = 1; i < length; i++, *needed = i) {
         if (i >= size) return 0;
-        uint8_t low = i > 1 ? 0x80 : text[0] == 0xe0 ? 0xa0 : text[0] == 0xf0 ? 0x90 : 0x80;
-        uint8_t high = i > 1 ? 0xbf : text[0] == 0xed ? 0x9f : text[0] == 0xf4 ? 0x8f : 0xbf;
+        uint8_t low = i > 1 ? 0x80 : lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
+        uint8_t high = i > 1 ? 0xbf : lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
         if (text[i] < low || text[i] > high) return 0;
         value = value << 6 | (text[i] & 0x3f);
     }
@@ -190,8 +192,8 @@ static int32_t added_at(const Vocabulary *v, const char *text, int64_t size) {
     int64_t longest = 0;
     for (int32_t i = v->first[(uint8_t)*text]; i >= 0; i = v->next[i]) {
         int64_t length = v->added_starts[i + 1] - v->added_starts[i];
-        if (length <= longest || length > size || memcmp(text, v->added_texts + v->added_starts[i], (size_t)length)) continue;
-        best = i, longest = length;
+        const char *added = v->added_texts + v->added_starts[i];
+        if (length > longest && length <= size && !memcmp(text, added, (size_t)length)) best = i, longest = length;
     }
     return best;
 }
@@ -232,7 +234,7 @@ static void add_bytes(Text *text, const char *bytes, int64_t count) {
     text->count += count;
 }
 
-/* Move complete characters from `bytes` to `text`; what is no UTF-8 becomes U+FFFD, also an incomplete rest at the end. */
+/* Move complete characters from `bytes` to `text`; what is no UTF-8 becomes U+FFFD, as an incomplete rest at the end. */
 static void decode(Text *bytes, Text *text, int at_end) {
     int64_t i = 0;
     while (i < bytes->count) {
