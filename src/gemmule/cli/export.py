@@ -17,8 +17,8 @@ Dtype = Annotated[
     Literal["f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"]
     | None,
     typer.Option(
-        help="Data type of the weights: hf takes the first three; c and program f32, bf16 and int8, gguf and ollama all "
-        "but int8; the last four need llama.cpp. The default is int8 for c and program, else bf16.",
+        help="Data type of the weights: hf takes the first three; c and program f32, bf16 and int8; gguf and ollama "
+        "all but int8, of which the last four need llama.cpp. The default is int8 for c and program, else bf16.",
     ),
 ]
 Target = Annotated[
