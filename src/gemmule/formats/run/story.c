@@ -24,6 +24,7 @@
 static Text read_input(void) {
     Text text = {0};
     char part[65536];
+    add_bytes(&text, "", 0);
     for (size_t count; (count = fread(part, 1, sizeof part, stdin));) add_bytes(&text, part, (int64_t)count);
     return text;
 }
@@ -234,6 +235,7 @@ static int is_stop(const Packed *packed, int64_t token) {
 
 static void generate(const Options *options, const Packed *packed, const Model *model, const Vocabulary *v) {
     Text given = {0}, bytes = {0}, reply = {0};
+    add_bytes(&given, "", 0), add_bytes(&bytes, "", 0), add_bytes(&reply, "", 0);
     if (!strcmp(options->prompt, "-")) {
         Text input = read_input();
         int64_t first = input.count >= 3 && !memcmp(input.bytes, "\xef\xbb\xbf", 3) ? 3 : 0; /* a byte order mark */

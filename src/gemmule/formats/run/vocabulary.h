@@ -60,7 +60,7 @@ static Vocabulary find_vocabulary(const Packed *packed) {
     };
     int64_t bytes = find_whole(packed, "token_text_bytes", -1, 0, UINT32_MAX);
     int64_t added_bytes = find_whole(packed, "added_text_bytes", -1, 0, UINT32_MAX);
-    v.bos = find_whole(packed, "bos", -1, NO_TOKEN, (double)v.size - 1);
+    v.bos = find_whole(packed, "bos", -1, NO_TOKEN, v.size - 1);
     v.token_starts = find_array(packed, "token_starts", 0, v.size + 1, 4);
     v.token_texts = find_array(packed, "token_texts", 0, bytes, 1);
     v.character = find_array(packed, "characters", 0, 2 * v.characters, 4);
@@ -225,7 +225,7 @@ typedef struct {
 } Text;
 
 static void add_bytes(Text *text, const char *bytes, int64_t count) {
-    if (text->count + count > text->room) {
+    if (!text->bytes || text->count + count > text->room) {
         text->room = 2 * (text->count + count) + 64;
         text->bytes = realloc(text->bytes, (size_t)text->room);
         if (!text->bytes) fail("there is no memory for the text");
@@ -234,7 +234,7 @@ static void add_bytes(Text *text, const char *bytes, int64_t count) {
     text->count += count;
 }
 
-/* Move complete characters from `bytes` to `text`. What is no UTF-8 becomes U+FFFD, so an incomplete rest at the end. */
+/* Move complete characters from `bytes` to `text`; what is no UTF-8 becomes U+FFFD, at the end an incomplete rest too. */
 static void decode(Text *bytes, Text *text, int at_end) {
     int64_t i = 0;
     while (i < bytes->count) {
