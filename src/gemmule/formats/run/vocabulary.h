@@ -234,7 +234,7 @@ static void add_bytes(Text *text, const char *bytes, int64_t count) {
     text->count += count;
 }
 
-/* Move complete characters from `bytes` to `text`; what is no UTF-8 becomes U+FFFD, at the end an incomplete rest too. */
+/* Move complete characters from `bytes` to `text`; what is no UTF-8 becomes U+FFFD, at the end an incomplete rest. */
 static void decode(Text *bytes, Text *text, int at_end) {
     int64_t i = 0;
     while (i < bytes->count) {
