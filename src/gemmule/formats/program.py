@@ -29,7 +29,8 @@ TARGETS = {
 
 _SOURCES = Path(__file__).with_name("run")
 _KERNELS = Path(__file__).parents[1] / "inference" / "native"  # the engine's own
-_FILES = [_SOURCES / name for name in ("Makefile", "story.c", "draw.c", "draw.h", "packed.h", "vocabulary.h")]
+_UNITS = ("story.c", "draw.c", "system.c")  # what is compiled; they include the others
+_FILES = [_SOURCES / name for name in ("Makefile", *_UNITS, "draw.h", "packed.h", "system.h", "vocabulary.h")]
 _FILES += [_KERNELS / name for name in ("step.c", "sample.c")]
 # As for the engine, so that sums are the same; not for this processor alone.
 _FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas")
@@ -98,7 +99,7 @@ def compile_program(folder: Path, target: str | None = None) -> Path:
         [*_compiler()] if target is None else [*python_module_command("ziglang", "cc"), "-target", TARGETS[target]]
     )
     libraries = ["-lm", "-lshell32"] if target == "windows-x86_64" else ["-lm"]
-    command += [*_FLAGS, "-s", "-o", program.name, "story.c", "draw.c", *libraries]
+    command += [*_FLAGS, "-s", "-o", program.name, *_UNITS, *libraries]
     try:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=_TIMEOUT)
     except (OSError, subprocess.SubprocessError) as error:

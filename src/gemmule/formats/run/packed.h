@@ -20,9 +20,10 @@ static void fail(const char *format, ...) {
     exit(2);
 }
 
-static void *allocate(uint64_t bytes) {
-    void *memory = bytes < SIZE_MAX / 2 ? calloc(bytes ? (size_t)bytes : 1, 1) : NULL;
-    if (!memory) fail("there is no memory for %llu bytes", (unsigned long long)bytes);
+/* Zeroed memory for `count` elements of `size` bytes. */
+static void *allocate(int64_t count, uint64_t size) {
+    void *memory = size < SIZE_MAX ? calloc(count ? (size_t)count : 1, size ? (size_t)size : 1) : NULL;
+    if (!memory) fail("there is no memory for %lld times %llu bytes", (long long)count, (unsigned long long)size);
     return memory;
 }
 
@@ -60,7 +61,9 @@ static void hash_block(uint32_t state[8], const uint8_t *block) {
 }
 
 static void sha256(const uint8_t *bytes, uint64_t size, uint8_t digest[32]) {
-    uint32_t state[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+    uint32_t state[8] = {
+        0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19,
+    };
     uint8_t last[128] = {0};
     uint64_t whole = size / 64 * 64, rest = size - whole, end = rest < 56 ? 64 : 128;
     for (uint64_t i = 0; i < whole; i += 64) hash_block(state, bytes + i);
@@ -142,20 +145,21 @@ static Packed read_packed(FILE *file, const char *name) {
     uint8_t digest[32];
     int64_t start, length;
     find_packed(file, &start, &length);
-    uint8_t *bytes = allocate((uint64_t)length + 64);
+    uint8_t *bytes = allocate(length + 64, 1);
     bytes += 64 - (uintptr_t)bytes % 64;
     if (fseeko(file, start, SEEK_SET) || fread(bytes, 1, (size_t)length, file) != (size_t)length)
         fail("%s: cannot be read", name);
     if (length < 8 || memcmp(bytes, "GEMMPACK", 8)) fail("%s: is not a packed file, which begins with GEMMPACK", name);
     if (length < 64 || number_at(bytes + 48, 8) > (uint64_t)length)
         fail("%s: is truncated: it has %lld bytes", name, (long long)length);
-    if (number_at(bytes + 8, 8) != 1) fail("%s: is a packed file of another version; this program reads version 1", name);
+    if (number_at(bytes + 8, 8) != 1)
+        fail("%s: is a packed file of another version; this program reads version 1", name);
     uint64_t header = number_at(bytes + 56, 8);
     if (number_at(bytes + 48, 8) != (uint64_t)length || header % 64 || header > (uint64_t)length - 64)
         fail("%s: is damaged: its length is not what it says", name);
     sha256(bytes + 48, (uint64_t)length - 48, digest);
     if (memcmp(digest, bytes + 16, 32)) fail("%s: is damaged: its SHA-256 is not that of its content", name);
-    char *text = allocate(header + 1);
+    char *text = allocate((int64_t)header + 1, 1);
     memcpy(text, bytes + 64, header);
     packed.header = text, packed.arrays = bytes + 64 + header, packed.size = length - 64 - (int64_t)header;
     return packed;
@@ -226,7 +230,7 @@ static Model find_model(const Packed *packed) {
             (float)find_number(packed, "rope_factors", kind, 1, 1e30),
         };
     find_whole(packed, "layer_kinds", m.layers - 1, LOCAL, GLOBAL); /* before memory is allocated for so many */
-    Layer *layers = allocate((uint64_t)m.layers * sizeof *layers);
+    Layer *layers = allocate(m.layers, sizeof *layers);
     int64_t count[KINDS] = {0};
     for (int64_t i = 0; i < m.layers; i++) {
         layers[i] = find_layer(packed, &m, i);

@@ -2,71 +2,29 @@
 
    The forward pass is the engine's own step.c, sampling its sample.c (by draw.c), and a seed draws what
    `gemmule generate` draws with it. The packed file is named, or lies at the end of the program itself.
-   Build: cc -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -o story story.c draw.c -lm  (see Makefile) */
+   Build: cc -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -o story story.c draw.c system.c -lm */
 
 #if !defined(_GNU_SOURCE)
 #define _GNU_SOURCE
 #endif
 #define _FILE_OFFSET_BITS 64
+#if defined(_WIN32)
+#include <sched.h>
+#define sched_yield() 0 /* there is one thread; the function is in a library of its own */
+#endif
 #include "step.c"
 
 #include "draw.h"
 #include "packed.h"
+#include "system.h"
 #include "vocabulary.h"
 
 #include <errno.h>
 #include <time.h>
-#if defined(_WIN32)
-#include <fcntl.h>
-#include <io.h>
-#include <windows.h>
-#include <shellapi.h>
-#elif defined(__APPLE__)
-#include <mach-o/dyld.h>
-#endif
-
-/* ---- the system: arguments and names of files in UTF-8, the program's own file ---- */
-
-#if defined(_WIN32)
-static char *utf8_of(const wchar_t *wide) {
-    int size = WideCharToMultiByte(CP_UTF8, 0, wide, -1, NULL, 0, NULL, NULL);
-    char *text = allocate((uint64_t)size + 1);
-    WideCharToMultiByte(CP_UTF8, 0, wide, -1, text, size, NULL, NULL);
-    return text;
-}
-static void prepare_system(int *count, char ***arguments) {
-    SetConsoleOutputCP(CP_UTF8);
-    _setmode(_fileno(stdin), _O_BINARY), _setmode(_fileno(stdout), _O_BINARY);
-    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), count);
-    char **texts = allocate(((uint64_t)*count + 1) * sizeof *texts);
-    for (int i = 0; wide && i < *count; i++) texts[i] = utf8_of(wide[i]);
-    if (wide) *arguments = texts;
-}
-static FILE *open_file(const char *name) {
-    wchar_t wide[32768];
-    return MultiByteToWideChar(CP_UTF8, 0, name, -1, wide, 32768) ? _wfopen(wide, L"rb") : NULL;
-}
-static FILE *open_itself(void) {
-    wchar_t wide[32768];
-    return GetModuleFileNameW(NULL, wide, 32768) ? _wfopen(wide, L"rb") : NULL;
-}
-#else
-static void prepare_system(int *count, char ***arguments) { (void)count, (void)arguments; }
-static FILE *open_file(const char *name) { return fopen(name, "rb"); }
-static FILE *open_itself(void) {
-#if defined(__APPLE__)
-    char path[4096];
-    uint32_t size = sizeof path;
-    return _NSGetExecutablePath(path, &size) ? NULL : fopen(path, "rb");
-#else
-    return fopen("/proc/self/exe", "rb");
-#endif
-}
-#endif
-
 static Text read_input(void) {
     Text text = {0};
     char part[65536];
+    add_bytes(&text, "", 0);
     for (size_t count; (count = fread(part, 1, sizeof part, stdin));) add_bytes(&text, part, (int64_t)count);
     return text;
 }
@@ -96,7 +54,8 @@ static double uniform(uint64_t seed, uint64_t index) {
     uint64_t message[16] = {seed, 0, index};
     memcpy(v + 8, v, 8 * sizeof *v);
     /* Eight bytes of digest, no key; personalized as "gemmule-sampling"; 24 bytes in one block, the last one. */
-    v[0] ^= 0x01010008, v[6] ^= number_at((const uint8_t *)"gemmule-", 8), v[7] ^= number_at((const uint8_t *)"sampling", 8);
+    v[0] ^= 0x01010008;
+    v[6] ^= number_at((const uint8_t *)"gemmule-", 8), v[7] ^= number_at((const uint8_t *)"sampling", 8);
     uint64_t first = v[0];
     v[12] ^= 24, v[14] = ~v[14];
     for (int round = 0; round < 12; round++) {
@@ -129,13 +88,13 @@ static Reader begin(const Model *model, int64_t positions, int64_t outputs) {
         /* Behind the window pages are used again. */
         int64_t window = model->kinds[kind].window, used = pages;
         if (window && window < b->longest && (window + CHUNK) / PAGE + 2 < pages) used = (window + CHUNK) / PAGE + 2;
-        int32_t *table = allocate((uint64_t)pages * sizeof *table);
+        int32_t *table = allocate(pages, sizeof *table);
         for (int64_t i = 0; i < pages; i++) table[i] = (int32_t)(1 + i % used);
         int64_t floats = layers[kind] * 2 * model->groups * model->size * PAGE;
-        b->pages[kind] = (Pages){allocate((uint64_t)((used + 1) * floats) * sizeof(float)), used + 1, floats, table};
+        b->pages[kind] = (Pages){allocate(used + 1, (uint64_t)floats * sizeof(float)), used + 1, floats, table};
     }
-    reader.workspace = allocate((uint64_t)workspace_floats(model, CHUNK, b->longest) * sizeof(float));
-    reader.logits = allocate((uint64_t)(outputs * model->head.rows) * sizeof(float));
+    reader.workspace = allocate(workspace_floats(model, CHUNK, b->longest), sizeof(float));
+    reader.logits = allocate(outputs * model->head.rows, sizeof(float));
     return reader;
 }
 
@@ -219,7 +178,9 @@ static Options read_options(int count, char **arguments) {
         else if (!strcmp(name, "--encode")) options.encode = 1;
         else if (!strcmp(name, "--logits")) options.logits = 1;
         else if (strncmp(name, "--", 2)) {
-            if (options.file) fail("%s: one packed file is read, and %s is named already; a text is given by --prompt", name, options.file);
+            if (options.file)
+                fail("%s: one packed file is read, and %s is named already; a text is given by --prompt", name,
+                     options.file);
             options.file = name;
         } else if (value) {
             *value = 0;
@@ -262,23 +223,25 @@ static int show(const Options *options, const Text *text, int64_t *seen, int64_t
     return stopped;
 }
 
-static int is_stop(const Packed *packed, const Vocabulary *v, int64_t token) {
+static int is_stop(const Packed *packed, int64_t token) {
     const char *text = find_entry(packed, "stops");
     while (*text == '[' || *text == ',') {
         char *end;
         if (strtod(text + 1, &end) == (double)token && end > text + 1) return 1;
         text = end;
     }
-    return token < 0 || token >= v->size;
+    return 0;
 }
 
 static void generate(const Options *options, const Packed *packed, const Model *model, const Vocabulary *v) {
     Text given = {0}, bytes = {0}, reply = {0};
+    add_bytes(&given, "", 0), add_bytes(&bytes, "", 0), add_bytes(&reply, "", 0);
     if (!strcmp(options->prompt, "-")) {
         Text input = read_input();
         int64_t first = input.count >= 3 && !memcmp(input.bytes, "\xef\xbb\xbf", 3) ? 3 : 0; /* a byte order mark */
         for (int64_t i = first; i < input.count; i++)
-            if (input.bytes[i] != '\r' || i + 1 == input.count || input.bytes[i + 1] != '\n') add_bytes(&given, input.bytes + i, 1);
+            if (input.bytes[i] != '\r' || i + 1 == input.count || input.bytes[i + 1] != '\n')
+                add_bytes(&given, input.bytes + i, 1);
         if (given.count && given.bytes[given.count - 1] == '\n') given.count--;
     } else add_bytes(&given, options->prompt, (int64_t)strlen(options->prompt));
     for (int64_t i = 0; i < given.count;) {
@@ -291,10 +254,11 @@ static void generate(const Options *options, const Packed *packed, const Model *
     int64_t longest = find_whole(packed, "max_position_embeddings", -1, 1, 9007199254740992);
     if (!tokens.count) fail("the prompt is empty, and this model begins no text with bos: give it a word");
     if (tokens.count >= longest)
-        fail("the prompt has %lld tokens; this model's max_position_embeddings is %lld", (long long)tokens.count, (long long)longest);
+        fail("the prompt has %lld tokens; this model's max_position_embeddings is %lld", (long long)tokens.count,
+             (long long)longest);
     int64_t most = options->tokens < longest - tokens.count ? options->tokens : longest - tokens.count;
     Reader reader = begin(model, tokens.count + most - 1, 1);
-    char *workspace = allocate((uint64_t)draw_bytes(v->size));
+    char *workspace = allocate(draw_bytes(v->size), 1);
     if (!options->ids) fwrite(given.bytes, 1, (size_t)given.count, stdout), fflush(stdout);
     int64_t seen = 0, shown = 0, read = 0, prompt = tokens.count;
     for (int64_t i = 0; i < most; i++) {
@@ -302,10 +266,11 @@ static void generate(const Options *options, const Packed *packed, const Model *
             count = count < CHUNK ? count : CHUNK;
             read_tokens(&reader, tokens.ids + read, read, count, 0);
         }
-        int64_t token = draw_token(reader.logits, v->size, &options->sampling, uniform(options->seed, (uint64_t)i), workspace);
+        double number = uniform(options->seed, (uint64_t)i);
+        int64_t token = draw_token(reader.logits, v->size, &options->sampling, number, workspace);
         if (token < 0) fail("%s: the model's logits are not finite, so its weights are damaged", packed->name);
         append(&tokens, token);
-        if (is_stop(packed, v, token)) break;
+        if (is_stop(packed, token)) break;
         add_bytes(&bytes, v->token_texts + v->token_starts[token], v->token_starts[token + 1] - v->token_starts[token]);
         decode(&bytes, &reply, 0);
         if (!options->ids && show(options, &reply, &seen, &shown, 0)) {

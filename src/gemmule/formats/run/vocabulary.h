@@ -60,7 +60,7 @@ static Vocabulary find_vocabulary(const Packed *packed) {
     };
     int64_t bytes = find_whole(packed, "token_text_bytes", -1, 0, UINT32_MAX);
     int64_t added_bytes = find_whole(packed, "added_text_bytes", -1, 0, UINT32_MAX);
-    v.bos = find_whole(packed, "bos", -1, NO_TOKEN, (double)v.size - 1);
+    v.bos = find_whole(packed, "bos", -1, NO_TOKEN, v.size - 1);
     v.token_starts = find_array(packed, "token_starts", 0, v.size + 1, 4);
     v.token_texts = find_array(packed, "token_texts", 0, bytes, 1);
     v.character = find_array(packed, "characters", 0, 2 * v.characters, 4);
@@ -75,14 +75,14 @@ static Vocabulary find_vocabulary(const Packed *packed) {
     check_ids(packed, v.character + 1, v.characters, 2, v.size);
     check_ids(packed, v.merge, 3 * v.merges, 1, v.size);
     for (v.mask = 15; v.mask < 2 * (uint64_t)v.merges; v.mask = 2 * v.mask + 1) {}
-    v.ranks = allocate((v.mask + 1) * sizeof *v.ranks);
+    v.ranks = allocate((int64_t)v.mask + 1, sizeof *v.ranks);
     memset(v.ranks, 0xff, (size_t)(v.mask + 1) * sizeof *v.ranks);
     for (int32_t i = 0; i < v.merges; i++) {
         uint64_t place = place_of(&v, v.merge[3 * i], v.merge[3 * i + 1]);
         while (v.ranks[place] >= 0) place = (place + 1) & v.mask;
         v.ranks[place] = i;
     }
-    v.first = allocate(256 * sizeof *v.first), v.next = allocate((uint64_t)v.added * sizeof *v.next);
+    v.first = allocate(256, sizeof *v.first), v.next = allocate(v.added, sizeof *v.next);
     memset(v.first, 0xff, 256 * sizeof *v.first);
     for (int32_t i = 0; i < v.added; i++) {
         if (!v.added_token[2 * i + 1]) check_ids(packed, v.added_token + 2 * i, 1, 1, v.size);
@@ -95,15 +95,17 @@ static Vocabulary find_vocabulary(const Packed *packed) {
 
 /* ---- encoding ---- */
 
-/* Bytes of the UTF-8 character at the beginning of a text; 0 where there is none, and `*needed` bytes could begin one. */
+/* Bytes of the UTF-8 character at the beginning of a text; 0 where there is none, and then `*needed` bytes of it could
+   begin one. */
 static int character_at(const uint8_t *text, int64_t size, uint32_t *point, int *needed) {
-    int length = text[0] < 0x80 ? 1 : text[0] < 0xc2 ? 0 : text[0] < 0xe0 ? 2 : text[0] < 0xf0 ? 3 : text[0] < 0xf5 ? 4 : 0;
-    uint32_t value = length < 2 ? text[0] : text[0] & (0x7fu >> length);
+    uint8_t lead = text[0];
+    int length = lead < 0x80 ? 1 : lead < 0xc2 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : lead < 0xf5 ? 4 : 0;
+    uint32_t value = length < 2 ? lead : lead & (0x7fu >> length);
     *needed = 1;
     for (int i = 1; i < length; i++, *needed = i) {
         if (i >= size) return 0;
-        uint8_t low = i > 1 ? 0x80 : text[0] == 0xe0 ? 0xa0 : text[0] == 0xf0 ? 0x90 : 0x80;
-        uint8_t high = i > 1 ? 0xbf : text[0] == 0xed ? 0x9f : text[0] == 0xf4 ? 0x8f : 0xbf;
+        uint8_t low = i > 1 ? 0x80 : lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
+        uint8_t high = i > 1 ? 0xbf : lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
         if (text[i] < low || text[i] > high) return 0;
         value = value << 6 | (text[i] & 0x3f);
     }
@@ -150,7 +152,7 @@ static Pair pop(Pair *heap, int64_t *count) {
 /* Encode a text without added tokens. */
 static void encode_piece(const Vocabulary *v, const uint8_t *text, int64_t size, Tokens *tokens) {
     if (!size) return;
-    int64_t *ids = allocate((uint64_t)size * 3 * sizeof *ids), *before = ids + size, *after = before + size;
+    int64_t *ids = allocate(size, 3 * sizeof *ids), *before = ids + size, *after = before + size;
     int64_t count = 0, pairs = 0;
     for (int64_t i = 0; i < size;) {
         uint32_t point = 0;
@@ -161,7 +163,7 @@ static void encode_piece(const Vocabulary *v, const uint8_t *text, int64_t size,
             for (int64_t b = 0; b < bytes; b++) ids[count++] = v->byte_tokens[text[i + b]];
         i += bytes;
     }
-    Pair *heap = allocate((uint64_t)count * 3 * sizeof *heap);
+    Pair *heap = allocate(count, 3 * sizeof *heap);
     for (int64_t i = 0; i < count; i++) {
         before[i] = i - 1, after[i] = i + 1;
         int32_t rank = i + 1 < count ? rank_of(v, ids[i], ids[i + 1]) : -1;
@@ -190,8 +192,8 @@ static int32_t added_at(const Vocabulary *v, const char *text, int64_t size) {
     int64_t longest = 0;
     for (int32_t i = v->first[(uint8_t)*text]; i >= 0; i = v->next[i]) {
         int64_t length = v->added_starts[i + 1] - v->added_starts[i];
-        if (length <= longest || length > size || memcmp(text, v->added_texts + v->added_starts[i], (size_t)length)) continue;
-        best = i, longest = length;
+        const char *added = v->added_texts + v->added_starts[i];
+        if (length > longest && length <= size && !memcmp(text, added, (size_t)length)) best = i, longest = length;
     }
     return best;
 }
@@ -223,7 +225,7 @@ typedef struct {
 } Text;
 
 static void add_bytes(Text *text, const char *bytes, int64_t count) {
-    if (text->count + count > text->room) {
+    if (!text->bytes || text->count + count > text->room) {
         text->room = 2 * (text->count + count) + 64;
         text->bytes = realloc(text->bytes, (size_t)text->room);
         if (!text->bytes) fail("there is no memory for the text");
@@ -232,7 +234,7 @@ static void add_bytes(Text *text, const char *bytes, int64_t count) {
     text->count += count;
 }
 
-/* Move complete characters from `bytes` to `text`; what is no UTF-8 becomes U+FFFD, also an incomplete rest at the end. */
+/* Move complete characters from `bytes` to `text`; what is no UTF-8 becomes U+FFFD, at the end an incomplete rest. */
 static void decode(Text *bytes, Text *text, int at_end) {
     int64_t i = 0;
     while (i < bytes->count) {
