@@ -30,7 +30,8 @@ Verify = Annotated[
     typer.Option(
         "--verify",
         help="Load the export with transformers or llama.cpp, run the program, or run the page in wasmtime "
-        "and node; compare logits, and write a certificate. An existing export is verified if it equals what this command would write.",
+        "and node; compare logits, and write a certificate. An existing export is verified if it equals what this "
+        "command would write.",
     ),
 ]
 # What runs an export to verify it; llama.cpp the others.
