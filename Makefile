@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help env story test test-all coverage check format docs clean
+.PHONY: help env story test test-all coverage check format wasm docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ check: .venv/ready-dev ## formatting, lint, types, layers
 format: .venv/ready-dev ## put the code into its format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+wasm: .venv/ready-all ## make step.wasm of the pages again, after a change of step.c or sample.c
+	$(BIN)/python -m gemmule.formats.wasm src/gemmule/formats/run/step.wasm
 
 docs: .venv/ready-dev ## make docs/settings.md, and check that the documentation's links and commands exist
 	$(BIN)/gemmule settings --markdown > docs/settings.md

@@ -1,9 +1,11 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import gemmule as package
 from gemmule.evaluate import certificate
-from gemmule.formats import exports, k_quants
+from gemmule.formats import exports, k_quants, program
 from gemmule.formats.gguf_file import GgufFile
+from gemmule.formats.packed import load_packed
 from gemmule.tokenizer.chat import CHAT_TEMPLATE
 from runs import gemmule
 
@@ -113,7 +116,18 @@ def test_name_and_license_go_from_format_to_format(tiny_run: Path, tmp_path: Pat
     ("options", "sentence"),
     [
         (["--to", "hf", "--dtype", "q8_0"], "--dtype q8_0: a Hugging Face folder takes f32, f16, bf16"),
-        (["--to", "onnx"], "'onnx' is not one of 'hf', 'gguf', 'ollama'"),
+        (
+            ["--to", "gguf", "--dtype", "int8"],
+            "--dtype int8: GGUF takes f32, f16, bf16, q8_0, ",
+        ),
+        (["--to", "c", "--dtype", "q8_0"], "--dtype q8_0: a C program takes f32, bf16, int8"),
+        (["--to", "program", "--dtype", "f16"], "--dtype f16: a C program takes f32, bf16, int8"),
+        (["--to", "c", "--target", "linux-x86_64"], "--target linux-x86_64: is for --to program, and this is --to c"),
+        (
+            ["--to", "program", "--target", "amiga"],
+            "'amiga' is not one of 'linux-x86_64', 'linux-aarch64', 'macos-aarch64', 'macos-x86_64', 'windows-x86_64'",
+        ),
+        (["--to", "onnx"], "'onnx' is not one of 'hf', 'gguf', 'ollama', 'c', 'program'"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(
@@ -175,13 +189,19 @@ def test_a_model_that_holds_nan_is_refused_by_its_name(tiny_run: Path, tmp_path:
         ),
         (["--to", "gguf", "--dtype", "q4_k_m"], "llama_cpp", "llama-cpp-python, which is not installed: pip install"),
         (["--to", "gguf"], "gguf", "gguf, which is not installed: pip install 'gemmule[gguf]'"),
+        (
+            ["--to", "program", "--target", "linux-x86_64"],
+            "ziglang",
+            "--target linux-x86_64, unlike --to c, needs the library ziglang, which is not installed: pip install "
+            "'gemmule[program]'",
+        ),
     ],
 )
 def test_a_missing_library_is_told_before_anything_is_read_or_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], library: str, advice: str
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    for module in (certificate, k_quants):
+    for module in (certificate, k_quants, program):
         monkeypatch.setattr(module, "find_spec", lambda name: None if name == library else find_spec(name))
     ended = gemmule("export", tmp_path / "no model", *options, "--out", tmp_path / "out")
     assert ended.code == 2
@@ -193,8 +213,8 @@ def accepting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every runtime answer as we do, for tests of what is around it."""
 
     def answer(runtime: str, artefact: Path, ids: list[int], strings: list[str]) -> object:
-        model, tokenizer = exports.reopen(artefact)
-        logits = model(torch.tensor([ids]))[0].detach().numpy()
+        model, tokenizer = package.load(artefact)
+        logits = model.float()(torch.tensor([ids]))[0].detach().numpy()
         return {"encoded": [tokenizer.encode(text) for text in strings], "version": "1"}, logits
 
     monkeypatch.setattr(certificate, "check_runtime", lambda _: None)
@@ -265,8 +285,8 @@ def test_a_certificate_that_fails_makes_the_command_fail(
     pytest.importorskip("transformers", reason="transformers is not installed")
     whole = exports.reopen
 
-    def tampered(artefact: Path) -> object:
-        model, tokenizer = whole(artefact)
+    def tampered(*arguments: Any) -> object:
+        model, tokenizer = whole(*arguments)
         model.blocks[0].mlp.down.weight.data *= 3
         return model, tokenizer
 
@@ -276,3 +296,85 @@ def test_a_certificate_that_fails_makes_the_command_fail(
     assert ended.code == 1
     assert f"{out}: the certificate failed; see {out / 'certificate.json'}" in ended.err
     assert json.loads((out / "certificate.json").read_text())["passed"] is False
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler here")
+
+
+def test_a_program_needs_a_compiler_or_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler -O2")
+    for command in (["--to", "program"], ["--to", "c", "--verify"]):
+        ended = gemmule("export", tmp_path / "no model", *command, "--out", tmp_path / "out")
+        assert ended.code == 2
+        assert "no C compiler (no-such-compiler) was found; install one, name a --target, or use --to c" in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_that_cannot_run_here_is_not_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "find_spec", lambda _: True)
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    options = ["--to", "program", "--target", "windows-x86_64", "--verify"]
+    ended = gemmule("export", tmp_path / "no model", *options, "--out", tmp_path / "out")
+    assert ended.code == 2
+    assert "--verify runs the program, and this machine, linux-" in ended.err
+    assert "cannot run windows-x86_64; verify it there" in ended.err
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_quoted(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "cc --no-such-option")
+    ended = gemmule("export", tiny_run, "--to", "program", "--out", tmp_path / "out")
+    assert ended.code == 2
+    assert "cc did not compile the program: " in ended.err
+    assert "no-such-option" in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_is_not_byte_pair_encoding_is_not_packed(tiny_run: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_run / "model", tmp_path / "source")
+    description = json.loads((source / "tokenizer.json").read_text())
+    description["model"]["byte_fallback"] = False
+    (source / "tokenizer.json").write_text(json.dumps(description))
+    ended = gemmule("export", source, "--to", "c", "--out", tmp_path / "out")
+    assert ended.code == 2
+    assert "the model's tokenizer is byte-pair encoding without byte fallback; only byte-pair encoding " in ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["int8", "bf16", "f32"])
+@pytest.mark.parametrize("to", ["c", "program"])
+def test_a_verified_program_has_a_certificate(tiny_run: Path, tmp_path: Path, to: str, dtype: str) -> None:
+    out = tmp_path / "out"
+    ended = gemmule("export", tiny_run, "--to", to, "--out", out, "--dtype", dtype, "--verify", "--json")
+    assert ended.code == 0, ended.err
+    told = json.loads(exports.certificate_path(out).read_text())
+    assert told["passed"]
+    assert told["argmax_agreement"] == 1
+    assert told["largest_logit_difference"] <= (2e-3 if dtype == "int8" else 1e-4)
+    assert told["tokenizer_agreement"] == "1000 of 1000 strings"
+    same, _, total, _ = told["greedy_agreement"].split()
+    assert same == total
+    assert told["positions"] > 2 * told["window"]
+    again = gemmule("export", tiny_run, "--to", to, "--out", out, "--dtype", dtype, "--verify")
+    assert again.code == 0, again.err
+    if to == "program":
+        prompt = ["--prompt", "Mia", "--seed", "3"]
+        printed = subprocess.run([out, *prompt], capture_output=True, text=True, check=True).stdout
+        options = ["--int8"] if dtype == "int8" else []
+        if dtype != "bf16":
+            assert printed == gemmule("generate", tiny_run, *prompt, *options).out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", program.TARGETS)
+def test_a_program_is_made_for_every_target(tiny_run: Path, tmp_path: Path, target: str) -> None:
+    if find_spec("ziglang") is None:
+        pytest.skip("ziglang is not installed: pip install 'gemmule[program]'")
+    ended = gemmule("export", tiny_run, "--to", "program", "--target", target, "--out", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    magic = {"linux": b"\x7fELF", "macos": b"\xcf\xfa\xed\xfe", "windows": b"MZ"}[target.partition("-")[0]]
+    assert (tmp_path / "out").read_bytes().startswith(magic)
+    assert os.access(tmp_path / "out", os.X_OK)
+    assert load_packed(tmp_path / "out").dtype == "int8"

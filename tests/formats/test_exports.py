@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 import gemmule.formats.folder as folder_module
 from gemmule.errors import ModelError, OutputError
 from gemmule.files import reason_of
-from gemmule.formats import exports
-from gemmule.formats.exports import EXPORTS, Export, export_model
+from gemmule.formats import exports, program
+from gemmule.formats.exports import EXPORTS, Export, export_model, reopen
 from gemmule.formats.model_card import ModelCard
 from gemmule.formats.opening import open_model
 from gemmule.model.finite import nonfinite_weights
@@ -43,6 +43,18 @@ CALLS: list[tuple[Any, str]] = [
     *((library.GGUFWriter, f"write_{part}") for part in ("header_to_file", "kv_data_to_file", "ti_data_to_file")),
     (library.GGUFWriter, "write_tensor_data"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in for the C compiler, whose errors are no errors of the system; test_program.py has it."""
+
+    def compile_program(folder: Path, _: object = None) -> Path:
+        return folder / "story.c"
+
+    monkeypatch.setattr(program, "check_compiler", lambda _: None)
+    monkeypatch.setattr(exports, "check_compiler", lambda _: None)
+    monkeypatch.setattr(program, "compile_program", compile_program)
 
 
 def export_of(tokenizer: Tokenizer, dtype: str = "f32") -> Export:
@@ -111,7 +123,7 @@ def test_an_error_of_the_system_leaves_nothing_or_all(tiny_tokenizer: Tokenizer,
 def test_any_error_of_the_system_leaves_nothing_or_all(tiny_tokenizer: Tokenizer, tmp_path: Path, to: str) -> None:
     cases, faults = faults_of(tiny_tokenizer, to, tmp_path, CALLS, 1000)
     assert faults == []
-    assert cases >= {"hf": 30, "gguf": 100, "ollama": 100}[to]
+    assert cases >= {"hf": 30, "gguf": 100, "ollama": 100, "c": 30, "program": 20, "html": 10, "web": 20}[to]
 
 
 def what_is_wrong(tokenizer: Tokenizer, to: str, out: Path, failing: Failing) -> str | None:
@@ -131,7 +143,7 @@ def what_is_wrong(tokenizer: Tokenizer, to: str, out: Path, failing: Failing) ->
         return f"left {left}"
     if not out.exists():
         export_model(export_of(tokenizer), to, out)  # and the next one is not in its way
-    open_model(out / "model.gguf" if to == "ollama" else out)
+    reopen(out / "model.gguf" if to == "ollama" else out, tokenizer)
     return None
 
 
@@ -223,7 +235,7 @@ def test_k_quants_leave_no_whole_file(
 
 SLOW_EXPORT = """
 import sys, time
-from gemmule.formats import exports
+from gemmule.formats import exports, program
 exports.check_quantizer = lambda _: None
 def quantize(*_):
     print("quantizing", flush=True)

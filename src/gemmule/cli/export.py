@@ -1,37 +1,57 @@
 """`gemmule export MODEL`: write a model for other programs, and verify it there."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from gemmule.cli.screen import Screen, logged_to, print_json
 from gemmule.reading import local_path
 
+if TYPE_CHECKING:
+    from gemmule.formats.exports import Export
+
+
+Format = Annotated[Literal["hf", "gguf", "ollama", "c", "program", "html", "web"], typer.Option(help="Export format.")]
+Dtype = Annotated[
+    Literal["f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"]
+    | None,
+    typer.Option(
+        help="Data type of the weights: hf takes the first three; gguf and ollama all but int8, of which the last "
+        "four need llama.cpp; the others f32, bf16 and int8, which is their default. Of the first three it is bf16.",
+    ),
+]
+Target = Annotated[
+    Literal["linux-x86_64", "linux-aarch64", "macos-aarch64", "macos-x86_64", "windows-x86_64"] | None,
+    typer.Option(help="Machine that a program is for; without it this one, by its own C compiler."),
+]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Load the export with transformers or llama.cpp, run the program, or run the page in wasmtime "
+        "and node; compare logits, and write a certificate. An existing export is verified if it equals what this "
+        "command would write.",
+    ),
+]
+# What runs an export to verify it; llama.cpp the others.
+_RUNTIMES = {"hf": "transformers", "c": "program", "program": "program", "html": "wasmtime", "web": "wasmtime"}
+
 
 def export(
     model: Annotated[
         str, typer.Argument(help="A model folder, run folder, .gguf file or owner/name of the Hugging Face Hub.")
     ],
-    to: Annotated[Literal["hf", "gguf", "ollama"], typer.Option(help="Export format.")],
-    out: Annotated[Path, typer.Option(help="Output file (gguf) or folder (hf, ollama).")],
-    dtype: Annotated[
-        Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"],
-        typer.Option(help="Data type of the weights: hf takes the first three; the last four need llama.cpp."),
-    ] = "bf16",
-    verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify",
-            help="Load the export with transformers or llama.cpp, compare logits, and write a certificate. An existing "
-            "export is verified if it equals what this command would write.",
-        ),
-    ] = False,
+    to: Format,
+    out: Annotated[Path, typer.Option(help="Output file (gguf, program, html) or folder (hf, ollama, c, web).")],
+    dtype: Dtype = None,
+    target: Target = None,
+    verify: Verify = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object with the certificate at the end.")
     ] = False,
 ) -> None:
-    """Export a model as a Hugging Face folder, a GGUF file (llama.cpp, LM Studio) or a folder for Ollama.
+    """Export a model as a Hugging Face folder, as GGUF (llama.cpp, LM Studio, Ollama), a C program or a web page.
 
     Examples:
 
@@ -40,47 +60,46 @@ def export(
         gemmule export runs/story --to hf --out story-hf
 
         gemmule export runs/story --to ollama --out story-ollama
+
+        gemmule export runs/story --to c --out story-c
+
+        gemmule export runs/story --to program --target windows-x86_64 --out story.exe
+
+        gemmule export runs/story --to html --out story.html --verify
+
+        gemmule export runs/story --to web --out site
     """
-    from gemmule.errors import OutputError
     from gemmule.evaluate.certificate import CertificateError, certify, check_runtime, describe, write_certificate
     from gemmule.formats.exports import (
         Export,
         certificate_path,
         check_export,
-        differing_files,
-        export_model,
+        default_dtype,
         output_exists,
         reopen,
     )
     from gemmule.formats.model_card import license_note, read_card
+    from gemmule.formats.program import check_runnable
     from gemmule.model.finite import refuse_nonfinite_weights
     from gemmule.train.opening import load_with_path
 
-    runtime = "transformers" if to == "hf" else "llama.cpp"
+    dtype, runtime = dtype or default_dtype(to), _RUNTIMES.get(to, "llama.cpp")
     if verify:
         check_runtime(runtime)
-    present, advice = verify and output_exists(out), "choose a new file or folder"
-    check_export(to, out, dtype, exists=present)
+        check_runnable(target)
+    present = verify and output_exists(out)
+    check_export(to, out, dtype, exists=present, target=target)
     with Screen() as screen, logged_to(screen):
         network, tokenizer, found = load_with_path(model)
         refuse_nonfinite_weights(network, model)
-        exported = Export(network, tokenizer, dtype, read_card(found), _name(model, found))
+        exported = Export(network, tokenizer, dtype, read_card(found), _name(model, found), target)
         if note := license_note(exported.card, model):
             screen.print(note)
-        if present:
-            screen.progress("comparing with the existing export", 0, None)
-            if others := differing_files(exported, to, out):
-                raise OutputError(f"--out {out}: already exists, and {others[0]} differs from this export; {advice}")
-            artefact = out / "model.gguf" if to == "ollama" else out
-        else:
-            artefact = export_model(exported, to, out)
-            screen.print(f"wrote {artefact}: {dtype}, {_size(artefact) / 1e6:,.1f} MB")
-        if to == "ollama":
-            screen.print(f"add it to Ollama:  ollama create {out.name} -f {out / 'Modelfile'}")
+        artefact = _write(exported, to, out, screen, present)
         summary: dict[str, Any] = {"artefact": str(artefact), "format": to, "dtype": dtype, "bytes": _size(artefact)}
         if verify:
             screen.progress("verifying", 0, None)
-            certificate = certify(artefact, runtime, dtype, (network, tokenizer), reopen(artefact))
+            certificate = certify(artefact, runtime, dtype, (network, tokenizer), reopen(artefact, tokenizer))
             proof = certificate_path(artefact)
             write_certificate(certificate, proof)
             screen.print(f"{describe(certificate)}\ncertificate: {proof}")
@@ -89,6 +108,30 @@ def export(
                 raise CertificateError(f"{artefact}: the certificate failed; see {proof}")
     if as_json:
         print_json(summary)
+
+
+def _write(exported: "Export", to: str, out: Path, screen: Screen, present: bool) -> Path:
+    """Write an export, or compare it with the one that is present; return what the other program loads."""
+    from gemmule.errors import OutputError
+    from gemmule.formats.exports import differing_files, export_model
+    from gemmule.formats.program import PACKED
+
+    if present:
+        screen.progress("comparing with the existing export", 0, None)
+        if others := differing_files(exported, to, out):
+            difference = f"{others[0]} differs from this export; choose a new file or folder"
+            raise OutputError(f"--out {out}: already exists, and {difference}")
+        artefact = out / "model.gguf" if to == "ollama" else out
+    else:
+        artefact = export_model(exported, to, out)
+        screen.print(f"wrote {artefact}: {exported.dtype}, {_size(artefact) / 1e6:,.1f} MB")
+    if to == "ollama":
+        screen.print(f"add it to Ollama:  ollama create {out.name} -f {out / 'Modelfile'}")
+    if to == "c":
+        screen.print(f"run it:  make -C {out} && {out / 'story'} {out / PACKED}")
+    if to == "web":
+        screen.print(f"look at it:  python3 -m http.server -d {out}")
+    return artefact
 
 
 def _name(model: str, found: Path) -> str:

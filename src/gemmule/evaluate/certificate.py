@@ -1,5 +1,6 @@
 """Certificates of exports: logits and token ids of another runtime, compared with ours."""
 
+import copy
 import hashlib
 import json
 import platform
@@ -9,14 +10,22 @@ import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from gemmule.errors import GemmuleError, MissingExtra
+from gemmule.evaluate.foreign import greedy_ids
+from gemmule.evaluate.page_runtime import greedy_texts
 from gemmule.files import atomic_write
-from gemmule.model.gemma3 import Gemma3
+from gemmule.formats.page import write_certificate_text
+from gemmule.formats.program import check_compiler
+from gemmule.inference.engine import encode_prompt, reply_to_all, stop_tokens
+from gemmule.inference.quantize import quantize
+from gemmule.inference.requests import Request
+from gemmule.inference.sampling import SamplingSettings
+from gemmule.model.gemma3 import Gemma3, last_logits
 from gemmule.processes import python_module_command
 from gemmule.storybook import stories
 from gemmule.tokenizer import Tokenizer
@@ -25,16 +34,22 @@ STRINGS = 1000
 _ODD = ["  ", "   ", "\n", "\n\n", "\t", "\t\t", " \n", "\r\n", "\u200b", "Ünïcödé", "日本語", "Привет", "مرحبا"]
 _ODD += ["e\u0301", "\ua66e", "\U0001f984", "<b>", "</table>", "...", "-" * 40, "1234567", "3.14", "don't"]
 _ODD += ["def f(x):\n    return x", "<end_of_turn>", "http://a.b/c?d=e"]
-_LIBRARIES = {"transformers": ("transformers", "parity"), "llama.cpp": ("llama_cpp", "llama")}
+_LIBRARIES = {
+    "transformers": ("transformers", "parity"),
+    "llama.cpp": ("llama_cpp", "llama"),
+    "wasmtime": ("wasmtime", "verify"),
+}
 _PACKAGES = {"llama_cpp": "llama-cpp-python"}
 # Largest root mean square difference of logits, as a share of their standard deviation: llama.cpp rounds activations to
 # the type of the weights, where we compute in fp32.
-MOST_ROUNDING = {"f32": 0.002, "f16": 0.005, "bf16": 0.02, "q8_0": 0.05}
+MOST_ROUNDING = {"f32": 0.002, "int8": 0.002, "f16": 0.005, "bf16": 0.02, "q8_0": 0.05}
 MOST_ROUNDING_BELOW = 0.1  # of fewer bits
 # The least share of positions at which both hold the same token for the likeliest. Where we hold the two tokens for
 # as likely as rounding can tell, that is within so many root mean squares, either is right.
 LEAST_ARGMAX = 0.995
 _TIE = 4
+_PROMPT, _GREEDY = "Once upon a time", 256  # the greedy text of a program or a page
+NOT_COMPARED = "nothing, because node is not installed"
 _MOST_LOGITS = 3 * 2**26  # held at once by each side, 0.8 GB: 768 positions of Google's vocabulary, whose window is 512
 
 
@@ -43,7 +58,10 @@ class CertificateError(GemmuleError):
 
 
 def check_runtime(runtime: str) -> None:
-    """Raise MissingExtra where the library that runs exports is not installed."""
+    """Raise MissingExtra where the library that runs exports is not installed, DeviceError without a C compiler."""
+    if runtime == "program":
+        check_compiler(None)
+        return
     library, extra = _LIBRARIES[runtime]
     if find_spec(library) is None:
         raise MissingExtra(_PACKAGES.get(library, library), extra, f"verifying with {runtime}")
@@ -54,7 +72,8 @@ def certify(
 ) -> dict[str, Any]:
     """Compare an artefact in another runtime with what we read from it ourselves, and with what was exported.
 
-    Returns the certificate; raises MissingExtra without the runtime, CertificateError where that cannot open it.
+    A page then shows it. Returns the certificate; raises MissingExtra without the runtime, CertificateError where that
+    cannot open it.
     """
     check_runtime(runtime)
     model, tokenizer = reopened
@@ -66,16 +85,23 @@ def certify(
     if not np.isfinite(theirs).all() or not np.isfinite(ours).all():
         whose = runtime if np.isfinite(ours).all() else "Gemmule"
         raise CertificateError(f"{artefact}: {whose} computes logits from it that are NaN or infinite")
-    same = sum(
-        tokenizer.encode(text) == given and exported[1].encode(text) == given
-        for text, given in zip(strings, answer["encoded"], strict=True)
+    encoded = answer["encoded"]
+    same = (
+        None
+        if encoded is None
+        else sum(
+            tokenizer.encode(text) == given and exported[1].encode(text) == given
+            for text, given in zip(strings, encoded, strict=True)
+        )
     )
     rms = float(np.sqrt(np.square(ours - theirs).mean()))
     margin = ours.max(1) - np.take_along_axis(ours, theirs.argmax(1)[:, None], 1)[:, 0]
     agreement = float((margin <= _TIE * rms).mean())
     share, most = rms / float(ours.std()), MOST_ROUNDING.get(dtype, MOST_ROUNDING_BELOW)
-    return {
-        "passed": agreement >= LEAST_ARGMAX and share <= most and same == len(strings),
+    passed = agreement >= LEAST_ARGMAX and share <= most and same in (None, len(strings))
+    greedy = _compare_greedy(artefact, runtime, dtype, exported, model, _TIE * rms)
+    certificate: dict[str, Any] = {
+        "passed": passed and (greedy is None or greedy.equal),
         "artefact": artefact.name,
         "dtype": dtype,
         "runtime": {"name": runtime, "version": answer["version"]},
@@ -90,11 +116,54 @@ def certify(
         "largest_logit_difference": _largest(ours, theirs),
         "logit_standard_deviation": float(ours.std()),
         "largest_logit_difference_to_the_exported_model": _largest(original, theirs),
-        "tokenizer_agreement": f"{same} of {len(strings)} strings",
-        "sha256": {name: _sha256(file) for name, file in _files(artefact)},
+        "tokenizer_agreement": NOT_COMPARED if same is None else f"{same} of {len(strings)} strings",
+        **({} if greedy is None else {"greedy_agreement": greedy.sentence}),
         "versions": {name: version(name) for name in ("gemmule", "torch", "tokenizers", "safetensors")}
         | {"python": platform.python_version()},
     }
+    if runtime == "wasmtime":
+        write_certificate_text(artefact, describe(certificate))
+    return certificate | {"sha256": {name: _sha256(file) for name, file in _files(artefact)}}
+
+
+class _Greedy(NamedTuple):
+    equal: bool
+    sentence: str
+
+
+def _compare_greedy(
+    artefact: Path, runtime: str, dtype: str, exported: tuple[Gemma3, Tokenizer], reopened: Gemma3, rounding: float
+) -> _Greedy | None:
+    """Compare the greedy text of a program or page with that of our engine, with int8 weights where it has them."""
+    if runtime not in ("program", "wasmtime"):
+        return None
+    model, tokenizer = (quantize(copy.deepcopy(exported[0])) if dtype == "int8" else reopened), exported[1]
+    prompt, stops = encode_prompt(model, tokenizer, _PROMPT), stop_tokens(tokenizer)
+    count = min(_GREEDY, model.config.max_position_embeddings - len(prompt))
+    request = Request(tuple(prompt), count, SamplingSettings(temperature=0), 0, stops=stops)
+    ours = reply_to_all(model, [request])[0]
+    if runtime == "program":
+        return _same_tokens(prompt, ours, greedy_ids(artefact, _PROMPT, count), reopened, rounding)
+    texts = greedy_texts(artefact, prompt, count, [*stops])
+    compared = {name: _same_tokens(prompt, ours, ids, reopened, rounding) for name, ids in texts.items()}
+    sentence = ", ".join(f"{greedy.sentence} in {name}" for name, greedy in compared.items())
+    return _Greedy(all(greedy.equal for greedy in compared.values()), sentence)
+
+
+def _same_tokens(prompt: list[int], ours: list[int], theirs: list[int], model: Gemma3, rounding: float) -> _Greedy:
+    """Compare two continuations of a prompt.
+
+    Where they part, they are equal if the model's logits of the two tokens are within rounding of each other.
+    """
+    same = next((at for at, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), len(ours))
+    if same == len(ours) == len(theirs):
+        return _Greedy(True, f"{same} of {same} tokens")
+    if same == min(len(ours), len(theirs)):
+        return _Greedy(False, f"{same} of {len(ours)} tokens, where one of them ends")
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + ours[:same]], dtype=torch.long), output_head=last_logits)[0, -1]
+    tied = float((logits[ours[same]] - logits[theirs[same]]).abs()) <= rounding
+    return _Greedy(tied, f"{same} of {len(ours)} tokens{', where two are equally likely' if tied else ''}")
 
 
 def write_certificate(certificate: dict[str, Any], path: Path) -> None:
@@ -112,7 +181,9 @@ def describe(certificate: dict[str, Any]) -> str:
         f"({certificate['argmax_agreement_beyond_rounding']:.2%} but for ties), logits within "
         f"{certificate['largest_logit_difference']:.1e} (their standard deviation is "
         f"{certificate['logit_standard_deviation']:.2f})\n"
-        f"the same tokens for {certificate['tokenizer_agreement']}: {'passed' if certificate['passed'] else 'FAILED'}"
+        f"the same tokens for {certificate['tokenizer_agreement']}"
+        + (f", greedy text the same for {certificate['greedy_agreement']}" if "greedy_agreement" in certificate else "")
+        + f": {'passed' if certificate['passed'] else 'FAILED'}"
     )
 
 

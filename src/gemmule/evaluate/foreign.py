@@ -5,7 +5,12 @@ and `out`.json, the ids of each string and the runtime's version.
 """
 
 import json
+import shutil
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Answer = tuple[npt.NDArray[np.float32], list[list[int]], str]
+from gemmule.evaluate.page_runtime import run_page
+from gemmule.formats.program import PACKED, compile_program
+
+# Logits, the ids of each string (None where the runtime cannot say), the runtime's version.
+Answer = tuple[npt.NDArray[np.float32], list[list[int]] | None, str]
 
 
 def run_transformers(path: str, ids: list[int], strings: list[str]) -> Answer:
@@ -50,7 +59,46 @@ def run_llama_cpp(path: str, ids: list[int], strings: list[str]) -> Answer:
     return np.asarray(llama.scores[: len(ids)], dtype=np.float32), encoded, version("llama-cpp-python")
 
 
-RUNTIMES = {"transformers": run_transformers, "llama.cpp": run_llama_cpp}
+def run_program(path: str, ids: list[int], strings: list[str]) -> Answer:
+    """Run a C program, compiled where its source is given."""
+    with open_program(Path(path)) as command:
+        logits = np.frombuffer(_output(command, "--logits", given=" ".join(map(str, ids)).encode()), "<f4")
+        texts = b"".join(text.encode() + b"\0" for text in strings)
+        lines = _output(command, "--encode", given=texts).decode().splitlines()
+        return logits.reshape(len(ids), -1), [[*map(int, line.split())] for line in lines], version("gemmule")
+
+
+def greedy_ids(artefact: Path, prompt: str, count: int) -> list[int]:
+    """Return the ids that a C program continues a prompt with, the likeliest each time."""
+    with open_program(artefact) as command:
+        options = ("--ids", "--temperature", "0", "--tokens", str(count), "--prompt", prompt)
+        return [*map(int, _output(command, *options).split())]
+
+
+@contextmanager
+def open_program(artefact: Path) -> Iterator[list[str]]:
+    """Yield the command that runs an exported program; of a folder with its source it is compiled."""
+    if artefact.is_file():
+        yield [str(artefact.absolute())]
+        return
+    with tempfile.TemporaryDirectory() as private:
+        folder = Path(shutil.copytree(artefact, Path(private) / "source"))
+        yield [str(compile_program(folder)), str(artefact / PACKED)]
+
+
+def _output(command: list[str], *options: str, given: bytes = b"") -> bytes:
+    ended = subprocess.run([*command, *options], input=given, capture_output=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(ended.stderr.decode(errors="replace").strip() or f"exit code {ended.returncode}")
+    return ended.stdout
+
+
+RUNTIMES = {
+    "transformers": run_transformers,
+    "llama.cpp": run_llama_cpp,
+    "program": run_program,
+    "wasmtime": run_page,
+}
 
 
 def main() -> None:

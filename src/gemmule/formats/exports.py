@@ -1,7 +1,7 @@
 """Export formats: write a model for other programs, and load the export again."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -12,9 +12,13 @@ from gemmule.errors import ModelError, OutputError
 from gemmule.files import as_output_error, atomic_folder, atomic_write, sha256
 from gemmule.formats.folder import load_folder, save_folder
 from gemmule.formats.gguf import load_gguf, runtime_caveats, save_gguf
-from gemmule.formats.gguf_file import library
+from gemmule.formats.gguf_file import is_gguf, library
 from gemmule.formats.k_quants import KINDS, check_quantizer, quantize
 from gemmule.formats.model_card import NO_CARD, ModelCard, write_card
+from gemmule.formats.packed import DTYPES as PACKED_DTYPES
+from gemmule.formats.packed import load_packed
+from gemmule.formats.page import is_page, load_page, page_digest, save_page, save_site
+from gemmule.formats.program import PACKED, check_compiler, write_program, write_sources
 from gemmule.model.finite import refuse_nonfinite_weights
 from gemmule.model.gemma3 import Gemma3
 from gemmule.reading import path_kind, require_utf8
@@ -29,8 +33,20 @@ _FP16_LARGEST = torch.finfo(torch.float16).max
 # The largest weight per dtype; a quantized block has a scale in fp16 times an integer.
 _LARGEST = {
     "f32": torch.finfo(torch.float32).max, "bf16": torch.finfo(torch.bfloat16).max, "f16": _FP16_LARGEST,
+    "int8": torch.finfo(torch.float32).max,
     "q8_0": _FP16_LARGEST * 127, "q5_0": _FP16_LARGEST * 16, "q4_0": _FP16_LARGEST * 8,
 }  # fmt: skip
+_GGUF_DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", *KINDS)
+# What a format is called, and what its weights may be.
+_DTYPES: dict[str, tuple[str, Collection[str]]] = {
+    "hf": ("a Hugging Face folder", _FOLDER_DTYPES),
+    "gguf": ("GGUF", _GGUF_DTYPES),
+    "ollama": ("GGUF", _GGUF_DTYPES),
+    "c": ("a C program", PACKED_DTYPES),
+    "program": ("a C program", PACKED_DTYPES),
+    "html": ("a page", PACKED_DTYPES),
+    "web": ("a page", PACKED_DTYPES),
+}
 CERTIFICATE = "certificate.json"
 
 
@@ -42,23 +58,34 @@ class Export(NamedTuple):
     dtype: str
     card: ModelCard = NO_CARD
     name: str | None = None  # used where the card has none
+    target: str | None = None  # of a program; None is this machine
 
 
-def check_export(to: str, out: Path, dtype: str, *, exists: bool = False) -> None:
-    """Validate the options of an export before the model is loaded: dtype, libraries, output path.
+def check_export(to: str, out: Path, dtype: str, *, exists: bool = False, target: str | None = None) -> None:
+    """Validate the options of an export before the model is loaded: dtype, libraries, compiler, output path.
 
-    `exists` allows an export at `out`. Raises ModelError, MissingExtra or OutputError.
+    `exists` allows an export at `out`. Raises ModelError, MissingExtra, DeviceError or OutputError.
     """
+    kind, dtypes = _DTYPES[to]
+    if dtype not in dtypes:
+        raise ModelError(f"--dtype {dtype}: {kind} takes {', '.join(dtypes)}")
+    if target is not None and to != "program":
+        raise ModelError(f"--target {target}: is for --to program, and this is --to {to}")
     if to == "hf":
-        if dtype not in _FOLDER_DTYPES:
-            raise ModelError(f"--dtype {dtype}: a Hugging Face folder takes {', '.join(_FOLDER_DTYPES)}")
         require_utf8(out, lambda message: OutputError(f"--out {message}"))
-    else:
+    elif to == "program":
+        check_compiler(target)
+    elif to in ("gguf", "ollama"):
         library()
         if dtype in KINDS:
             check_quantizer(dtype)
     if not exists and output_exists(out):
         raise OutputError(f"--out {out}: already exists; choose a new file or folder")
+
+
+def default_dtype(to: str) -> str:
+    """Return the dtype of an export where none is given."""
+    return "int8" if _DTYPES[to][1] is PACKED_DTYPES else "bf16"
 
 
 def output_exists(out: Path) -> bool:
@@ -73,7 +100,7 @@ def export_model(export: Export, to: str, out: Path) -> Path:
 
     Raises as `check_export`, and ModelError for weights outside of the range of the dtype.
     """
-    check_export(to, out, export.dtype)
+    check_export(to, out, export.dtype, target=export.target)
     refuse_nonfinite_weights(export.model)
     _check_range(export, to)
     return EXPORTS[to](export, out)
@@ -90,12 +117,27 @@ def differing_files(export: Export, to: str, out: Path) -> list[str]:
 
 def _digests(place: Path) -> Iterator[tuple[str, str]]:
     for file in [place] if place.is_file() else sorted(place.iterdir()):
-        yield file.name, sha256(file) if file.is_file() else "folder"
+        if is_page(file):
+            yield file.name, page_digest(file)
+        else:
+            yield file.name, sha256(file) if file.is_file() else "folder"
 
 
-def reopen(artefact: Path) -> tuple[Gemma3, Tokenizer]:
-    """Load an export in fp32."""
-    model, tokenizer = load_folder(artefact) if artefact.is_dir() else load_gguf(artefact)
+def reopen(artefact: Path, tokenizer: Tokenizer) -> tuple[Gemma3, Tokenizer]:
+    """Load an export in fp32.
+
+    A packed file has the arrays of a tokenizer, which programs read, and no tokenizer.json: then it is the one given.
+    """
+    if is_page(artefact):
+        return load_page(artefact).model, tokenizer
+    if artefact.is_dir():
+        if (artefact / PACKED).exists():
+            return load_packed(artefact / PACKED).model, tokenizer
+        model, tokenizer = load_folder(artefact)
+    elif is_gguf(artefact):
+        model, tokenizer = load_gguf(artefact)
+    else:
+        return load_packed(artefact).model, tokenizer
     return model.float(), tokenizer
 
 
@@ -112,10 +154,10 @@ def _export_folder(export: Export, out: Path) -> Path:
 
 
 def _export_gguf(export: Export, out: Path) -> Path:
-    model, tokenizer, dtype, card, name = export
+    model, tokenizer, dtype, card = export[:4]
     for caveat in runtime_caveats(model.config):
         log.info(f"note: {caveat}")
-    card = card._replace(name=card.name or name or out.stem)
+    card = card._replace(name=_title(export, out))
     if dtype in KINDS:
         # A fixed name, so that the next export replaces the file of a killed one.
         unquantized = out.with_name(f".{out.name}.f32")
@@ -138,6 +180,32 @@ def _export_ollama(export: Export, out: Path) -> Path:
     if export.tokenizer.chat_template is not None and not _has_gemma_turns(export.tokenizer.chat_template):
         log.info("note: the chat template is not Gemma's; Ollama uses the most similar one that it knows")
     return out / "model.gguf"
+
+
+def _export_c(export: Export, out: Path) -> Path:
+    with atomic_folder(out, last="Makefile") as folder:
+        write_sources(export.model, export.tokenizer, folder, export.dtype, _title(export, out))
+    return out
+
+
+def _export_program(export: Export, out: Path) -> Path:
+    name = _title(export, out)
+    write_program(export.model, export.tokenizer, out, export.dtype, name, export.target)
+    return out
+
+
+def _export_html(export: Export, out: Path) -> Path:
+    save_page(export.model, export.tokenizer, out, export.dtype, _title(export, out), export.card.license)
+    return out
+
+
+def _export_web(export: Export, out: Path) -> Path:
+    save_site(export.model, export.tokenizer, out, export.dtype, _title(export, out), export.card.license)
+    return out
+
+
+def _title(export: Export, out: Path) -> str:
+    return export.card.name or export.name or out.stem
 
 
 def modelfile(model: Gemma3, tokenizer: Tokenizer) -> str:
@@ -178,4 +246,8 @@ EXPORTS: dict[str, Callable[[Export, Path], Path]] = {
     "hf": _export_folder,
     "gguf": _export_gguf,
     "ollama": _export_ollama,
+    "c": _export_c,
+    "program": _export_program,
+    "html": _export_html,
+    "web": _export_web,
 }

@@ -10,8 +10,7 @@ from torch.nn import functional
 from gemmule.errors import ModelError
 from gemmule.model.finite import is_finite, refuse_nonfinite_weights
 from gemmule.model.gemma3 import Gemma3
-
-_CHUNK = 4096  # rows that are rounded at once, so that an embedding table needs no fp32 copy of itself
+from gemmule.model.int8 import round_rows
 
 
 class Int8:
@@ -25,11 +24,7 @@ class Int8:
         held = weight.detach()
         if not is_finite(held):
             raise ModelError("a matrix that holds NaN or infinity cannot be quantized to int8")
-        self.scales = (held.abs().amax(dim=1).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        self.data = torch.empty_like(held, dtype=torch.int8)
-        for first in range(0, len(held), _CHUNK):
-            rows = slice(first, first + _CHUNK)
-            self.data[rows] = (held[rows].float() / self.scales[rows, None]).round()
+        self.data, self.scales = round_rows(held)
         self.dtype, self.device, self.shape = weight.dtype, weight.device, weight.shape
 
     def dequantize(self, rows: Tensor | slice = slice(None)) -> Tensor:

@@ -12,8 +12,8 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-# The colors and text of all our pages.
-_BASE_STYLE = "base.css"
+# The colors, text and controls of all our pages, by the names that they are served under.
+_SHARED_STYLES = {"base.css": "page.css", "controls.css": "controls.css"}
 
 
 @cache
@@ -21,7 +21,7 @@ def page_files() -> dict[str, bytes]:
     """Return the files of the page by name."""
     package = resources.files("gemmule")
     found = {each.name: each for each in package.joinpath("serve/page").iterdir() if _kind(each.name)}
-    found[_BASE_STYLE] = package.joinpath("report/static/page.css")
+    found |= {name: package.joinpath("report/static", shared) for name, shared in _SHARED_STYLES.items()}
     return {name: file.read_bytes() for name, file in found.items()}
 
 

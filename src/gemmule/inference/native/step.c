@@ -9,7 +9,9 @@
    library.py compiles this file, binding.py has the same structures. */
 
 #include <math.h>
+#if !defined(__wasm__)
 #include <sched.h>
+#endif
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -21,6 +23,8 @@
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
+#elif defined(__wasm_simd128__)
+#include <wasm_simd128.h>
 #endif
 
 enum { F32, BF16, INT8 };
@@ -86,7 +90,9 @@ static void barrier(Team *team) {
     }
     /* Spinning has the lowest latency, but another process may need the core on which the others would run. */
     for (int spins = 0; atomic_load_explicit(&team->round, memory_order_acquire) == round; spins++) {
+#if !defined(__wasm__) /* which has one thread, that never waits */
         if (spins > 5000) sched_yield();
+#endif
 #if defined(__x86_64__)
         else __builtin_ia32_pause();
 #endif
@@ -323,7 +329,18 @@ INLINE void tile_bf16(const uint16_t *w, const float *x, int64_t columns, int hi
 
 static int32_t dot_int8(const int8_t *w, const int16_t *x, int64_t columns) {
     int32_t sum = 0;
-    for (int64_t i = 0; i < columns; i++) sum += (int32_t)(int16_t)w[i] * x[i];
+    int64_t i = 0;
+#if defined(__wasm_simd128__) /* whose compilers do not find this instruction by themselves */
+    v128_t sums = wasm_i32x4_const_splat(0);
+    for (; i + 16 <= columns; i += 16) {
+        v128_t weights = wasm_v128_load(w + i);
+        v128_t low = wasm_i16x8_extend_low_i8x16(weights), high = wasm_i16x8_extend_high_i8x16(weights);
+        sums = wasm_i32x4_add(sums, wasm_i32x4_dot_i16x8(low, wasm_v128_load(x + i)));
+        sums = wasm_i32x4_add(sums, wasm_i32x4_dot_i16x8(high, wasm_v128_load(x + i + 8)));
+    }
+    for (int lane = 0; lane < 4; lane++) sum += ((Signed)sums)[lane];
+#endif
+    for (; i < columns; i++) sum += (int32_t)(int16_t)w[i] * x[i];
     return sum;
 }
 
