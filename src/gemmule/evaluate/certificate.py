@@ -18,7 +18,6 @@ import torch
 from gemmule.errors import GemmuleError, MissingExtra
 from gemmule.evaluate.foreign import greedy_ids
 from gemmule.files import atomic_write
-from gemmule.formats.program import check_compiler
 from gemmule.inference.engine import encode_prompt, reply_to_all, stop_tokens
 from gemmule.inference.quantize import quantize
 from gemmule.inference.requests import Request
@@ -51,9 +50,8 @@ class CertificateError(GemmuleError):
 
 
 def check_runtime(runtime: str) -> None:
-    """Raise MissingExtra where the library that runs exports is not installed, DeviceError without a C compiler."""
+    """Raise MissingExtra where the library that runs exports is not installed; a program needs none."""
     if runtime == "program":
-        check_compiler(None)
         return
     library, extra = _LIBRARIES[runtime]
     if find_spec(library) is None:
