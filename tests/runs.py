@@ -29,7 +29,7 @@ vocab_size = 320
 [model]
 hidden_size = 32
 intermediate_size = 48
-num_hidden_layers = 7
+num_hidden_layers = 4
 num_attention_heads = 4
 num_key_value_heads = 2
 head_dim = 16
