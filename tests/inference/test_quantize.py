@@ -9,7 +9,7 @@ from torch.nn import functional
 from gemmule.inference.huge_pages import move_to_huge_pages
 from gemmule.inference.quantize import Int8, quantize
 from gemmule.model.gemma3 import Gemma3
-from tiny import greatest_difference, lively_model, some_tokens, shallow_config
+from tiny import greatest_difference, lively_model, shallow_config, some_tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

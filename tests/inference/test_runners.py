@@ -87,8 +87,7 @@ def test_every_runner_gives_the_logits_of_the_full_forward(shape: str, way: Deco
     texts = some_texts(model, LENGTHS)
     expected = full_forward(model, texts)
     assert torch.cat(expected).std() > 0.3
-    for seed in range(2):
-        assert greatest(read(model, way, texts, some_plan(LENGTHS, seed)), expected) < 1e-4
+    assert greatest(read(model, way, texts, some_plan(LENGTHS, 0)), expected) < 1e-4
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -151,8 +150,7 @@ def test_the_native_logits_of_a_token_are_the_same_bits_in_every_step(shape: str
     alone = read(model, "native", texts, one_by_one(LENGTHS))
     assert all(logits.isfinite().all() for logits in alone)
     assert equal(read(model, "native", texts, [dict(enumerate(LENGTHS))]), alone), "all of all texts at once"
-    for seed in range(2):
-        assert equal(read(model, "native", texts, some_plan(LENGTHS, seed)), alone)
+    assert equal(read(model, "native", texts, some_plan(LENGTHS, 0)), alone)
 
 
 @needs_compiler
@@ -477,8 +475,8 @@ def test_local_pages_of_the_compiled_runner_are_bounded_by_the_window() -> None:
     engine = Engine(model, 2, 10_000, "compiled", chunk=16)
     assert engine.cache.pools["global"].size == 2 * 10_000 // PAGE
     assert engine.cache.pools["local"].size == 2 * 4  # a chunk, the page before it, and the window before that
-    reading = Reading(model, "compiled", [[5] * 600])
-    for _ in range(600):
+    reading = Reading(model, "compiled", [[5] * 200])
+    for _ in range(200):
         reading.step({0: 1})
     assert isinstance(reading.runner, CompiledRunner)
     for graph in reading.runner._graphs.values():
