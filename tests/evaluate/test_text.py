@@ -290,7 +290,7 @@ def test_a_large_text_takes_little_more_memory_than_a_small_one(tmp_path: Path) 
     train_tokenizer([" ".join(words) + " 0123456789\n"] * 2, 262 + 31 + 5 * 20).save(tmp_path)
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1"}  # whose memory varies
     found = []
-    for documents in (5_000, 10_000, 20_000, 40_000):
+    for documents in (10_000, 20_000):
         with (tmp_path / "text.txt").open("w") as file:
             for number in range(documents):
                 file.write(
@@ -300,12 +300,11 @@ def test_a_large_text_takes_little_more_memory_than_a_small_one(tmp_path: Path) 
         command = [sys.executable, "-c", MEMORY, str(tmp_path / "text.txt"), str(tmp_path), *sys.path]
         ended = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         found.append(Measured(*map(int, ended.stdout.split())))
-    small, *_, large = found
-    assert large.documents == 20_000
-    print(found)
-    assert large.tokens > 3e6
-    # LIMIT
-    assert large.mebibytes < small.mebibytes + 20, found
+    small, large = found
+    assert (large.documents, large.tokens > 5e6) == (20_000, True)
+    # One MiB more was seen: 73 where the whole text was encoded at once, 90 where its tokens were kept as lists, and 18
+    # where they were kept in int64.
+    assert large.mebibytes < small.mebibytes + 10, found
 
 
 class Measured(NamedTuple):
