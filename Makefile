@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+# Images of containers forbid files of bytecode; without them each of the tests' processes compiles every module again.
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help env story test test-all coverage check format wasm docs clean

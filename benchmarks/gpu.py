@@ -51,8 +51,8 @@ ROOT = Path(__file__).parents[1]
 
 TINY = (
     "model.hidden_size=32", "model.num_attention_heads=4", "model.head_dim=16", "model.intermediate_size=64",
-    "model.query_pre_attn_scalar=16", "model.sliding_window=16", "tokenizer.vocab_size=600", "train.batch_size=4",
-    "train.context=48",
+    "model.query_pre_attn_scalar=16", "model.sliding_window=16", "model.num_hidden_layers=2",
+    "model.sliding_window_pattern=2", "tokenizer.vocab_size=600", "train.batch_size=4", "train.context=48",
 )  # fmt: skip
 # (kernel, Muon, the seed's dropout: without it as with the peers)
 TRAINING = (

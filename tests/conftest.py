@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -27,6 +28,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # nohup and a shell's background jobs ignore these, and child processes would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+# A file that says of all its tests that they are slow; MARKS are those of the tests of parity.
+ALL_SLOW = re.compile(r"^pytestmark = \[?\s*(?:pytest\.mark\.slow|\*?MARKS)\b", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import for the quick tests what has none: such files load the largest libraries."""
+    quick = config.getoption("markexpr") == "not slow" and collection_path.suffix == ".py"
+    return True if quick and ALL_SLOW.search(collection_path.read_text(encoding="utf-8")) else None
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

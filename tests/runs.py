@@ -29,7 +29,7 @@ vocab_size = 320
 [model]
 hidden_size = 32
 intermediate_size = 48
-num_hidden_layers = 7
+num_hidden_layers = 4
 num_attention_heads = 4
 num_key_value_heads = 2
 head_dim = 16
@@ -158,6 +158,13 @@ class Death(NamedTuple):
         setattr(module, name, deadly)
 
 
+# What a run loads in the end, some of it only when it is needed.
+PRELOADED = [
+    "gemmule.cli.main", "gemmule.data.prepare", "gemmule.inference.engine", "gemmule.plan.prediction_log",
+    "gemmule.train.run", "matplotlib.figure", "torch._dynamo", "torch.utils.tensorboard",
+]  # fmt: skip
+
+
 def start(
     *arguments: object,
     log: Path,
@@ -166,12 +173,12 @@ def start(
     environment: Mapping[str, object] | None = None,
     constants: Mapping[str, object] | None = None,
 ) -> ForkServerProcess:
-    """Start a command in a process of its own, which comes from a server that has loaded torch already.
+    """Start a command in a process of its own, which comes from a server that has loaded torch and more already.
 
     `constants` are values by "module:NAME" that the process has in place of its own.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gemmule.train.run", "gemmule.tracking.tensorboard", "matplotlib.figure"])
+    context.set_forkserver_preload(PRELOADED)
     words, variables = [str(word) for word in arguments], {k: str(v) for k, v in (environment or {}).items()}
     process = context.Process(target=_run, args=(words, log, death, threads, variables, constants or {}))
     process.start()
@@ -211,6 +218,9 @@ def _run(
         sys.modules["matplotlib.figure"] = None  # type: ignore[assignment]
     import torch
 
+    from gemmule.plan import devices
+
+    devices._UNCACHED_ELEMENTS = 2**14  # for plans that nobody looks at, caches are not emptied before each matmul
     torch.set_num_threads(threads)
     for name, value in constants.items():
         setattr(importlib.import_module(name.partition(":")[0]), name.partition(":")[2], value)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -88,18 +89,59 @@ def test_what_was_not_used_for_a_month_is_removed(cache: Path) -> None:
     assert outside.exists()
 
 
+COMPILE = """
+    import torch
+    from gemmule.compiler import compile_function, rebuilding
+
+    def function(x):
+        return torch.nn.functional.gelu(x @ x.T).softmax(-1).sum()
+
+    x = torch.randn(64, 64, requires_grad=True)
+    rebuilding(lambda: compile_function(function)(x).backward())
+"""
+
+
+class Compiled(NamedTuple):
+    """A machine's folders after a first compilation, which takes a minute on a slow one."""
+
+    root: Path
+    variables: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    root = tmp_path_factory.mktemp("compiled")
+    (root / "tmp").mkdir()
+    variables = {"XDG_CACHE_HOME": str(root / "home"), "TMPDIR": str(root / "tmp")}
+    done = run(COMPILE, None, **variables)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return Compiled(root, variables)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ is here")
-def test_compiled_code_lies_in_a_folder_of_this_user(tmp_path: Path) -> None:
+def test_compiled_code_lies_in_a_folder_of_this_user(compiled: Compiled) -> None:
     """torch's own place is a name below /tmp that everybody knows, and may have made."""
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    done = run(COMPILE, None, XDG_CACHE_HOME=str(tmp_path / "home"), TMPDIR=str(temporary))
-    assert done.returncode == 0, done.stderr[-2000:]
-    made = [path for path in tmp_path.rglob("*") if path.suffix in (".so", ".h", ".gch", ".cpp")]
+    made = [path for path in compiled.root.rglob("*") if path.suffix in (".so", ".h", ".gch", ".cpp")]
     assert made
-    assert all(path.is_relative_to(tmp_path / "home" / "gemmule" / "inductor") for path in made)
-    assert (tmp_path / "home" / "gemmule").stat().st_mode & 0o777 == 0o700
+    assert all(path.is_relative_to(compiled.root / "home" / "gemmule" / "inductor") for path in made)
+    assert (compiled.root / "home" / "gemmule").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.slow
+@needs_elf
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ is here")
+def test_run_goes_on_after_an_interrupt_cut_the_libraries(compiled: Compiled) -> None:
+    cache = compiled.root / "home" / "gemmule" / "inductor"
+    for pattern, share, age in (("*.main.so", 0, 0), ("*.so", 0, 100), ("*.so", 0.5, 100)):
+        cut = list(cache.rglob(pattern))
+        assert cut
+        for file in cut:
+            os.truncate(file, int(share * file.stat().st_size))
+            os.utime(file, (file.stat().st_mtime - age,) * 2)
+        done = run(COMPILE, None, **compiled.variables)
+        assert done.returncode == 0, (pattern, done.stderr[-2000:])
+        assert all(compiler._is_whole(file) for file in cache.rglob("*.so")), pattern
 
 
 def test_damaged_library_is_found_in_the_message_of_the_loader(cache: Path) -> None:
@@ -128,32 +170,6 @@ def test_damaged_library_is_built_again_once(messages: list[str], cache: Path) -
 
     with pytest.raises(ImportError, match="file too short"):
         rebuilding(fail)
-
-
-COMPILE = """
-    import torch
-    from gemmule.compiler import compile_function, rebuilding
-
-    def function(x):
-        return torch.nn.functional.gelu(x @ x.T).softmax(-1).sum()
-
-    x = torch.randn(64, 64, requires_grad=True)
-    rebuilding(lambda: compile_function(function)(x).backward())
-"""
-
-
-@pytest.mark.slow
-@needs_elf
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ is here")
-def test_run_goes_on_after_an_interrupt_cut_the_libraries(tmp_path: Path) -> None:
-    assert run(COMPILE, tmp_path).returncode == 0
-    for pattern, share, age in (("*.main.so", 0, 0), ("*.so", 0, 100), ("*.so", 0.5, 100)):
-        for file in tmp_path.glob(f"*/{pattern}"):
-            os.truncate(file, int(share * file.stat().st_size))
-            os.utime(file, (file.stat().st_mtime - age,) * 2)
-        done = run(COMPILE, tmp_path)
-        assert done.returncode == 0, (pattern, done.stderr[-2000:])
-        assert all(compiler._is_whole(file) for file in tmp_path.glob("*/*.so")), pattern
 
 
 GRADIENTS = """

@@ -32,6 +32,11 @@ def tiny_config(**changes: Any) -> Gemma3Config:
     return Gemma3Config(**shape | changes)
 
 
+def shallow_config(**changes: Any) -> Gemma3Config:
+    """Return four layers (local, local, global, local), changed as asked, for tests of what is around the model."""
+    return tiny_config(**{"num_hidden_layers": 4} | changes)
+
+
 def lively_model(config: Gemma3Config, kernel: str = "sdpa", seed: int = 0) -> Gemma3:
     """Return a model whose every weight, norms included, is far from nothing: logits are of size 1."""
     model = Gemma3(config, kernel)

@@ -26,7 +26,7 @@ def test_one_model(tiny_run: Path, tmp_path: Path) -> None:
     [model] = result["models"]
     assert model["model"] == str(tiny_run)
     assert "".join(token["text"] for token in model["tokens"][1:]) == TEXT
-    assert len(model["lens"]) == len(model["attention"]) == 7
+    assert len(model["lens"]) == len(model["attention"]) == 4
     assert "<h1>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 

@@ -1,13 +1,16 @@
 """`gemmule grow`: one command from a text to a model, a recipe with reasons, and what is said where it cannot."""
 
+import functools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gemmule.cli.grow import _name_of
 from gemmule.data.dataset import open_dataset
+from gemmule.grow import machine
 from gemmule.run_folder import RunFolder
 from gemmule.settings import read_comments, read_recipe
 from gemmule.train.recipe import Recipe
@@ -17,9 +20,19 @@ pytestmark = pytest.mark.usefixtures("without_plots")
 
 # Less than the rule would take, so that a test is over soon.
 SHORT = (
-    "--set", "train.minutes=none", "--set", "train.steps=4", "--set", "train.validate_every=2",
+    "--minutes", "0.05", "--set", "train.minutes=none", "--set", "train.steps=4", "--set", "train.validate_every=2",
     "--set", "train.checkpoint_every=2", "--set", "train.sample_tokens=4",
 )  # fmt: skip
+# What a run would find out by timing it.
+NOT_TIMED = ("--set", "train.precision=fp32", "--set", "train.attention=sdpa")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured_once() -> Iterator[None]:
+    """The machine stays the same: the first plan measures it, and the others use that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "measure", functools.cache(machine.measure))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +48,7 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def grown(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run that grow has trained, and what it printed."""
     out = tmp_path_factory.mktemp("grown") / "run"
-    ended = gemmule("grow", letters, "--minutes", 1, "--out", out, *SHORT, "--json")
+    ended = gemmule("grow", letters, "--out", out, *SHORT, "--json")
     assert ended.code == 0, ended.err
     return out, ended.err
 
@@ -70,7 +83,7 @@ def test_the_recipe_has_a_reason_for_what_was_chosen_and_repeats_the_run(
 
 def test_plan_stops_after_the_recipe_which_train_follows(letters: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    ended = gemmule("grow", letters, "--minutes", 2, "--out", out, "--plan", *SHORT)
+    ended = gemmule("grow", letters, "--out", out, "--plan", *SHORT, *NOT_TIMED)
     assert ended.code == 0, ended.err
     assert not (out / "metrics.jsonl").exists()
     assert f"train it by:  gemmule train {out}/recipe.toml --out {out} --resume" in ended.err
@@ -122,7 +135,7 @@ def test_what_was_set_by_hand_is_said_to_be(letters: Path, tmp_path: Path) -> No
     assert read_comments(out / "recipe.toml")["train.context"] == "set by --set"
 
 
-def test_a_finished_run_is_trained_longer_or_left_alone(grown: tuple[Path, str], letters: Path) -> None:
+def test_a_finished_run_is_left_alone(grown: tuple[Path, str], letters: Path) -> None:
     out, _ = grown
     refused = gemmule("grow", letters, "--out", out)
     assert refused.code == 2
@@ -131,6 +144,11 @@ def test_a_finished_run_is_trained_longer_or_left_alone(grown: tuple[Path, str],
     for option in ("--size", "--start"):
         ended = gemmule("grow", out, option, "5m")
         assert (ended.code, f"leaves {option} without effect" in ended.err) == (2, True)
+
+
+@pytest.mark.slow  # the least that it can be asked for are three seconds of training
+def test_a_finished_run_is_trained_longer(grown: tuple[Path, str], tmp_path: Path) -> None:
+    out = shutil.copytree(grown[0], tmp_path / "run")
     longer = gemmule("grow", out, "--minutes", 0.05)
     assert longer.code == 0, longer.err
     assert "extending the run by 0.05 minutes: from step 4" in longer.err
@@ -139,7 +157,7 @@ def test_a_finished_run_is_trained_longer_or_left_alone(grown: tuple[Path, str],
 
 def test_the_weights_of_a_model_learn_another_text(tiny_run: Path, letters: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    ended = gemmule("grow", letters, "--start", tiny_run, "--minutes", 1, "--out", out, *SHORT, "--json")
+    ended = gemmule("grow", letters, "--start", tiny_run, "--out", out, *SHORT, *NOT_TIMED, "--json")
     assert ended.code == 0, ended.err
     recipe = read_recipe(out / "recipe.toml", Recipe)
     assert recipe.train.start == str(tiny_run)
@@ -175,7 +193,7 @@ def test_what_cannot_be_is_said_in_a_sentence(
 
 def test_a_text_of_a_few_bytes_is_said_to_be_too_little(tmp_path: Path) -> None:
     (tmp_path / "poem.txt").write_text("Roses are red, violets are blue, sugar is sweet, and so are you.\n" * 5)
-    ended = gemmule("grow", tmp_path / "poem.txt", "--out", tmp_path / "run", "--minutes", 0.05)
+    ended = gemmule("grow", tmp_path / "poem.txt", "--out", tmp_path / "run", *SHORT, *NOT_TIMED)
     assert ended.code == 0, ended.err
     assert "bytes of text are enough to learn its characters" in ended.err
     assert (tmp_path / "run" / "model").is_dir()

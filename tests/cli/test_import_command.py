@@ -35,9 +35,9 @@ def test_a_folder_is_taken_and_it_is_said_what(source: Path, tiny_run: Path, tmp
     ended = gemmule("import", source, "--out", out)
     assert (ended.code, ended.out) == (0, "")
     said, summary = ended.err.splitlines()
-    assert said == "skipped the vision encoder, 1 of 94 tensors; Gemmule loads the text model"
+    assert said == "skipped the vision encoder, 1 of 55 tensors; Gemmule loads the text model"
     assert summary.startswith(f"{out}: ")
-    assert "parameters in 7 layers, stored as float32, 0.3 MB; tokenizer with 320 ids" in summary
+    assert "parameters in 4 layers, stored as float32, 0.2 MB; tokenizer with 320 ids" in summary
     theirs, mine = package.load(tiny_run / "model"), package.load(out)
     assert mine[0].config == theirs[0].config
     assert mine[1].fingerprint == theirs[1].fingerprint
@@ -65,7 +65,7 @@ def test_a_gguf_file_is_taken(tiny_run: Path, tmp_path: Path) -> None:
     save_gguf(model, tokenizer, tmp_path / "theirs.gguf", "f32")
     ended = gemmule("import", tmp_path / "theirs.gguf", "--out", tmp_path / "mine")
     assert ended.code == 0
-    assert ended.err.startswith("the weights take 0.3 MB in fp32; --dtype bf16 halves that\n")
+    assert ended.err.startswith("the weights take 0.2 MB in fp32; --dtype bf16 halves that\n")
     assert (
         "takes half" not in gemmule("import", tmp_path / "theirs.gguf", "--out", tmp_path / "b", "--dtype", "bf16").err
     )

@@ -19,7 +19,7 @@ def test_a_plan_says_whether_it_fits_and_what_it_rests_on(tiny_recipe: Path) -> 
     assert ended.code == 0
     for words in (
         "Fits",
-        "86,656",
+        "53,920",
         "logits and loss",
         "tokens per second",
         "epochs",

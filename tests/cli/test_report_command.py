@@ -25,7 +25,7 @@ def test_a_trained_run_has_its_facts_in_the_page(tiny_run: Path, tmp_path: Path)
     out = tmp_path / "page.html"
     assert gemmule("report", tiny_run, "--out", out, "--no-card").code == 0
     answers = {question: cells[0] for question, cells in Page(out.read_text()).rows["answers"].items()}
-    assert "7 layers (5 local with a window of 8 tokens, 2 global)" in answers["What"]
+    assert "4 layers (3 local with a window of 8 tokens, 1 global)" in answers["What"]
     assert "train.txt; 400 documents" in answers["From what"]
     assert re.search(r"After all 12 steps: .* bits per byte", answers["How well"])
     assert re.search(r"\d+ cores?, .* of memory, 1 process", answers["Machine"])

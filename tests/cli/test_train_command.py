@@ -109,7 +109,7 @@ def test_json_is_the_last_line_of_the_metrics_and_alone_on_standard_output(tiny_
 
 def test_progress_is_told_with_loss_speed_and_time_left(tiny_training: tuple[Path, str]) -> None:
     err = tiny_training[1]
-    for words in ("documents kept", "86,656 parameters", "on cpu in fp32", "training ...", "gemmule generate "):
+    for words in ("documents kept", "53,920 parameters", "on cpu in fp32", "training ...", "gemmule generate "):
         assert words in err
     line = next(line for line in err.splitlines() if line.startswith("step  6/12"))
     assert all(words in line for words in ("train ", "validation ", "nats/token", "bits/byte", "tokens/s", "left"))

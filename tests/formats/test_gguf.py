@@ -438,7 +438,7 @@ def corruptions(whole: bytes, count: int) -> list[bytes]:
 def test_damaged_files_end_in_a_sentence_or_in_a_load(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     whole = written(fitting_model(tiny_tokenizer), tiny_tokenizer, tmp_path).read_bytes()
     path, complaints = tmp_path / "damaged.gguf", []
-    for data in corruptions(whole, 400):
+    for data in corruptions(whole, 200):
         path.write_bytes(data)
         try:
             model, _ = load_gguf(path)
@@ -446,7 +446,7 @@ def test_damaged_files_end_in_a_sentence_or_in_a_load(tiny_tokenizer: Tokenizer,
             complaints.append(str(error))
         else:
             assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    assert len(complaints) > 100
+    assert len(complaints) > 50
     assert [sentence for sentence in complaints if str(path) not in sentence or len(sentence) > 1500] == []
 
 

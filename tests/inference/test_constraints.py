@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -90,7 +91,7 @@ class Case:
         """Return the allowed tokens, after some checks of the mask."""
         mask = constraint.allowed()
         assert (mask.dtype.name, mask.shape) == ("int32", (-(-self.size // 32),))
-        bits = [token for token in range(len(mask) * 32) if int(mask[token // 32]) >> token % 32 & 1]
+        bits = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
         assert all(token < self.size for token in bits)
         assert (self.stop in bits) == constraint.complete
         return bits
@@ -119,17 +120,17 @@ def ours() -> Case:
 def test_random_replies_are_json_by_the_schema(case: Case, schema: dict[str, Any]) -> None:
     validator = pytest.importorskip("jsonschema").Draft202012Validator(schema)
     spec, ended = ConstraintSpec.json_schema(schema), 0
-    for seed in range(12):
+    for seed in range(8):
         text, finished = case.walk(spec, seed)
         ended += finished
         if finished:
             validator.validate(json.loads(text))
-    assert ended >= 6
+    assert ended >= 4
 
 
 @pytest.mark.parametrize("pattern", REGEXES)
 def test_random_replies_match_the_whole_regular_expression(case: Case, pattern: str) -> None:
-    for seed in range(12):
+    for seed in range(8):
         text, finished = case.walk(ConstraintSpec.regex(pattern), seed)
         assert finished
         assert re.fullmatch(pattern, text)
@@ -402,17 +403,26 @@ def repeated(levels: int) -> list[Any]:
     return value
 
 
-# Both are refused when the child has used its three seconds; one shows it.
+# Refused when the child has used its three seconds; quickly, one shows it with a child that has a second.
 LIMITED = ("multiples", "many patterns at once")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == LIMITED[1] else []) for name in HOSTILE]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LIMITED else []) for name in HOSTILE]
 )
 def test_hostile_constraints_are_refused_in_bounded_time(ours: Case, name: str) -> None:
     with pytest.raises(RecipeError, match=r"regex|grammar|json_schema") as caught:
         ours.compiler.compile(HOSTILE[name]())
     assert len(str(caught.value)) < 400
+
+
+LESS_TIME = "from gemmule.inference import constraint_check as child; child._CPU_SECONDS = 0; child._main()"
+
+
+def test_what_takes_longer_than_the_child_may_is_refused(ours: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constraint_check, "python_module_command", lambda name: [sys.executable, "-c", LESS_TIME])
+    with pytest.raises(RecipeError, match="json_schema: it is too complex: compiling it takes over 3 seconds"):
+        ours.compiler.compile(HOSTILE["multiples"]())
 
 
 CATASTROPHIC = ["(a|aa)+$", "(x+x+)+y", "(.*a){50}b", "(.*a.{20}){5}b", ".*(a|b).{400}.*(c|d).{400}", r"\w{0,5000}\d"]

@@ -14,7 +14,7 @@ from gemmule.inference.native.library import load_library
 from gemmule.inference.requests import Event, Request, SequenceState
 from gemmule.inference.sampling import SamplingSettings
 from gemmule.model.gemma3 import Gemma3
-from tiny import lively_model, tiny_config
+from tiny import lively_model, shallow_config
 
 pytestmark = pytest.mark.skipif(isinstance(load_library(), str), reason="no C compiler here")
 
@@ -121,12 +121,12 @@ def check_crowd(model: Gemma3, count: int, seed: int, chunk: int, rows: int, siz
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("chunk", "rows"), [(7, 16), (64, 4)])
 def test_replies_are_the_same_bits_alone_and_in_a_crowd(dtype: torch.dtype, chunk: int, rows: int) -> None:
-    model = lively_model(tiny_config(sliding_window=21, max_position_embeddings=LONGEST)).to(dtype)
+    model = lively_model(shallow_config(sliding_window=21, max_position_embeddings=LONGEST)).to(dtype)
     check_crowd(model, 40, chunk, chunk, rows, None)
 
 
 def test_replies_are_the_same_bits_where_the_cache_is_too_small_to_keep_much() -> None:
-    model = lively_model(tiny_config(sliding_window=21, max_position_embeddings=LONGEST))
+    model = lively_model(shallow_config(sliding_window=21, max_position_embeddings=LONGEST))
     size = exact_size(model.config, 4, LONGEST, 32)
     check_crowd(model, 40, 1, 32, 8, size)
 
@@ -138,5 +138,5 @@ def test_replies_are_the_same_bits_where_the_cache_is_too_small_to_keep_much() -
 def test_a_thousand_requests_are_the_same_bits_alone_and_in_a_crowd(
     dtype: torch.dtype, window: int, chunk: int
 ) -> None:
-    model = lively_model(tiny_config(sliding_window=window, max_position_embeddings=LONGEST)).to(dtype)
+    model = lively_model(shallow_config(sliding_window=window, max_position_embeddings=LONGEST)).to(dtype)
     check_crowd(model, 84, window + chunk, chunk, 64, exact_size(model.config, 20, LONGEST, chunk))

@@ -18,7 +18,7 @@ from gemmule.inference.sampling import Query as LogProbabilityQuery
 from gemmule.inference.sampling import SamplingSettings, log_probabilities
 from gemmule.model.gemma3 import Gemma3, OutputHead
 from gemmule.tokenizer import Tokenizer
-from tiny import lively_model, tiny_config
+from tiny import lively_model, shallow_config
 
 GREEDY = SamplingSettings(temperature=0)
 NONE: frozenset[int] = frozenset()
@@ -28,7 +28,7 @@ PROMPTS = [[2, 40, 41, 42, 43, 44, 45, 46, 47, 11, 12, 13, 14], [2], [2, 30, 31]
 @pytest.fixture(scope="module")
 def speaker(tiny_tokenizer: Tokenizer) -> Gemma3:
     """A lively model of the tiny vocabulary; what it says is nonsense."""
-    return lively_model(tiny_config(vocab_size=tiny_tokenizer.vocab_size))
+    return lively_model(shallow_config(vocab_size=tiny_tokenizer.vocab_size))
 
 
 def rows(steps: Sequence[Sequence[int | None]]) -> list[list[int]]:
@@ -62,7 +62,7 @@ def parrot(model: Gemma3, script: Sequence[int]) -> Gemma3:
 
 @pytest.fixture
 def says(tiny_tokenizer: Tokenizer) -> Callable[[Sequence[int]], Gemma3]:
-    return lambda script: parrot(lively_model(tiny_config(vocab_size=tiny_tokenizer.vocab_size)), script)
+    return lambda script: parrot(lively_model(shallow_config(vocab_size=tiny_tokenizer.vocab_size)), script)
 
 
 def test_decoding_with_the_cache_equals_full_forwards(speaker: Gemma3) -> None:
@@ -151,7 +151,7 @@ LIMITS = [12, 30, 1, 7, 20, 9]
 @cache
 def each_alone(window: int) -> tuple[Gemma3, list[list[int]]]:
     """Return a model, and its replies to each prompt without a cache."""
-    model = lively_model(tiny_config(sliding_window=window))
+    model = lively_model(shallow_config(sliding_window=window))
     return model, [greedily(model, prompt, limit) for prompt, limit in zip(JOINING, LIMITS, strict=True)]
 
 
@@ -172,7 +172,7 @@ def test_sequences_that_join_and_leave_generate_what_each_does_alone(window: int
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("decoding", DECODINGS)
 def test_draws_depend_on_the_seed_of_the_sequence_alone(decoding: Decoding) -> None:
-    model = lively_model(tiny_config())
+    model = lively_model(shallow_config())
     settings: list[dict[str, Any]] = [
         {"temperature": 0.9},
         {"temperature": 1.3, "top_k": 5},
@@ -195,7 +195,7 @@ def test_rows_of_a_batch_draw_with_consecutive_seeds(speaker: Gemma3) -> None:
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("decoding", DECODINGS)
 def test_a_sequence_that_is_cancelled_leaves_the_others_alone(decoding: Decoding) -> None:
-    model = lively_model(tiny_config())
+    model = lively_model(shallow_config())
     engine = Engine(model, 3, 30, decoding)
     states = [engine.submit(request(prompt, 12))[0] for prompt in PROMPTS[1:]]
     for _ in range(3):
@@ -232,7 +232,7 @@ def test_no_stop_token_is_drawn_before_the_minimum(speaker: Gemma3) -> None:
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("decoding", DECODINGS)
 def test_log_probabilities_are_those_of_the_model_before_any_rule(decoding: Decoding) -> None:
-    model = lively_model(tiny_config())
+    model = lively_model(shallow_config())
     prompt = tuple(range(5, 40))
     asked = Request(
         prompt, 9, SamplingSettings(temperature=3, top_k=4, repetition_penalty=1.5), 1,
@@ -277,7 +277,7 @@ def test_an_engine_refuses_more_than_it_was_made_for(speaker: Gemma3) -> None:
 
 
 def test_a_sequence_whose_logits_are_not_finite_fails_alone() -> None:
-    model = lively_model(tiny_config())
+    model = lively_model(shallow_config())
     with torch.no_grad():
         model.embedding.weight[7] = 1e38  # finite, but what follows from it is not
     engine = Engine(model, 2, 20)

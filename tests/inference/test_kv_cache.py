@@ -13,7 +13,7 @@ from gemmule.inference.pages import PAGE, OutOfPages
 from gemmule.inference.requests import Request
 from gemmule.inference.sampling import SamplingSettings
 from gemmule.model.gemma3 import Gemma3
-from tiny import lively_model, tiny_config
+from tiny import lively_model, shallow_config
 
 GREEDY = SamplingSettings(temperature=0)
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def model() -> Gemma3:
 def two_layers(window: int) -> Gemma3:
     """Return a model with a layer of each kind."""
     shape = {"num_hidden_layers": 2, "sliding_window_pattern": 2, "max_position_embeddings": 4000}
-    return lively_model(tiny_config(sliding_window=window, **shape))
+    return lively_model(shallow_config(sliding_window=window, **shape))
 
 
 def reply(engine: Engine, prompt: Sequence[int], count: int = 20) -> tuple[list[int], int]:
@@ -163,7 +163,7 @@ def test_a_cancelled_request_gives_its_row_and_pages_back_at_once(model: Gemma3)
 
 
 def test_an_empty_page_holds_nothing_of_an_earlier_sequence() -> None:
-    cache = KVCache(tiny_config(), 1, 64, CacheSize(1, 1), torch.float32, CPU)
+    cache = KVCache(shallow_config(), 1, 64, CacheSize(1, 1), torch.float32, CPU)
     for pool in cache.pools.values():
         page = pool.take()
         pool.memory[page] = torch.nan
@@ -178,7 +178,7 @@ class Reader:
     """Moves sequences through a cache as the engine does, and knows what must lie in each page."""
 
     def __init__(self, window: int, pages: int) -> None:
-        config = tiny_config(sliding_window=window)
+        config = shallow_config(sliding_window=window)
         self.cache = KVCache(config, 4, 320, CacheSize(pages, pages), torch.float32, CPU)
         self.tokens: dict[int, list[int]] = {}
 

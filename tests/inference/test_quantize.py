@@ -9,12 +9,12 @@ from torch.nn import functional
 from gemmule.inference.huge_pages import move_to_huge_pages
 from gemmule.inference.quantize import Int8, quantize
 from gemmule.model.gemma3 import Gemma3
-from tiny import greatest_difference, lively_model, some_tokens, tiny_config
+from tiny import greatest_difference, lively_model, shallow_config, some_tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_laid_out_are_the_same_and_lie_in_one_block(dtype: torch.dtype) -> None:
-    model = lively_model(tiny_config()).to(dtype)
+    model = lively_model(shallow_config()).to(dtype)
     before, parameters = copy.deepcopy(model.state_dict()), list(model.parameters())
     assert move_to_huge_pages(model) is model
     for name, weight in model.state_dict().items():
@@ -31,7 +31,7 @@ def test_weights_laid_out_are_the_same_and_lie_in_one_block(dtype: torch.dtype) 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages")
 @pytest.mark.parametrize("eight", [False, True])
 def test_weights_laid_out_lie_in_private_memory_that_asks_for_huge_pages(eight: bool) -> None:
-    model = lively_model(tiny_config())
+    model = lively_model(shallow_config())
     model = move_to_huge_pages(quantize(model) if eight else model)
     held = model.embedding.weight.data
     header, *about = next(mapping for mapping in mappings() if covers(mapping[0], held.data_ptr()))
@@ -57,13 +57,13 @@ def covers(header: str, address: int) -> bool:
 
 def test_a_kernel_without_huge_pages_gets_the_block_in_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 10**6, raising=False)  # EINVAL, as there
-    model = lively_model(tiny_config())
+    model = lively_model(shallow_config())
     before = model.embedding.weight.data_ptr()
     assert move_to_huge_pages(model).embedding.weight.data_ptr() != before
 
 
 def test_eight_bits_laid_out_are_the_same() -> None:
-    model = quantize(lively_model(tiny_config()))
+    model = quantize(lively_model(shallow_config()))
     tokens = some_tokens(model.config)
     before, at = model(tokens), model.embedding.weight.data.data_ptr()
     assert torch.equal(move_to_huge_pages(model)(tokens), before)
@@ -71,7 +71,7 @@ def test_eight_bits_laid_out_are_the_same() -> None:
 
 
 def test_laid_out_weights_can_be_trained_and_moved() -> None:
-    model = move_to_huge_pages(lively_model(tiny_config()))
+    model = move_to_huge_pages(lively_model(shallow_config()))
     tokens = some_tokens(model.config)
     model(tokens).logsumexp(-1).mean().backward()
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_laid_out_weights_can_be_trained_and_moved() -> None:
 
 def test_models_elsewhere_are_left_alone() -> None:
     with torch.device("meta"):
-        model = Gemma3(tiny_config())
+        model = Gemma3(shallow_config())
     assert move_to_huge_pages(model).embedding.weight.is_meta
 
 
@@ -105,7 +105,7 @@ def test_eight_bits_are_off_by_half_a_scale_at_most(dtype: torch.dtype) -> None:
 
 
 def test_a_model_in_eight_bits_says_nearly_the_same() -> None:
-    model = lively_model(tiny_config(hidden_size=64, intermediate_size=96))
+    model = lively_model(shallow_config(hidden_size=64, intermediate_size=96))
     tokens = some_tokens(model.config)
     with torch.inference_mode():
         exact = model(tokens)

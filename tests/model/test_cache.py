@@ -29,7 +29,7 @@ def in_chunks(model: Gemma3, tokens: Tensor, cuts: list[int], documents: Tensor 
 cuts = st.sets(st.integers(1, LENGTH - 1)).map(sorted)
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(which=st.sampled_from(sorted(MODELS)), cuts=cuts)
 def test_every_chunking_gives_the_logits_of_the_whole(which: tuple[str, int], cuts: list[int]) -> None:
     model = MODELS[which]
@@ -38,7 +38,7 @@ def test_every_chunking_gives_the_logits_of_the_whole(which: tuple[str, int], cu
         assert greatest_difference(in_chunks(model, tokens, cuts), model(tokens)) < 1e-4
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(which=st.sampled_from(sorted(MODELS)), cuts=cuts, lengths=st.lists(st.integers(1, 7), min_size=LENGTH))
 def test_documents_stay_apart_through_the_cache(which: tuple[str, int], cuts: list[int], lengths: list[int]) -> None:
     model = MODELS[which]

@@ -176,7 +176,7 @@ def test_a_run_writes_how_far_its_plan_was_off(tiny_run: Path) -> None:
         assert off == pytest.approx(found["predicted"][key] / found["measured"][key] - 1)
     # It prepared its data itself, which may have taken more memory than training.
     assert "peak_memory" not in found["measured"]
-    assert found["plan"]["parameters"]["all"] == 86_656
+    assert found["plan"]["parameters"]["all"] == 53_920
 
 
 def test_a_run_goes_on_without_a_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

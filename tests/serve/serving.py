@@ -19,7 +19,7 @@ from gemmule.serve.run import GemmuleServer
 from gemmule.serve.settings import Limits, ModelSpec, ServerSettings
 from gemmule.tokenizer import Tokenizer
 from runs import wait_until
-from tiny import lively_model, tiny_config
+from tiny import lively_model, shallow_config
 
 CONTEXT = 256
 
@@ -124,7 +124,7 @@ class Served:
 def save_model(folder: Path, tokenizer: Tokenizer, context: int = CONTEXT, seed: int = 0) -> Path:
     """Write a tiny model whose words are nonsense."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = tiny_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=context)
+    config = shallow_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=context)
     save_folder(lively_model(config, seed=seed), tokenizer, folder)
     return folder
 

@@ -118,7 +118,10 @@ def test_a_length_that_is_none_is_refused(tiny_recipe: Path, tmp_path: Path, val
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("value", "steps"), [("2", 14), ("0.000001 minutes", 13), ("0.000001m", 13)])
+IN_WORDS = pytest.param("0.000001 minutes", 13, marks=pytest.mark.slow)  # the same run as for "m"
+
+
+@pytest.mark.parametrize(("value", "steps"), [("2", 14), ("0.000001m", 13), IN_WORDS])
 def test_the_command_extends(tiny_run: Path, tiny_recipe: Path, tmp_path: Path, value: str, steps: int) -> None:
     out = shutil.copytree(tiny_run, tmp_path / "run")
     assert gemmule("train", tiny_recipe, "--out", out, "--extend", value).code == 0

@@ -1,7 +1,7 @@
 """Loss and gradients of whole models against the reference kernel, in fp32 and as they are written, over a grid.
 
-Every cell of few rows runs uncompiled; compiled, which takes some ten seconds each, and of more rows so many that each
-pair of values of two dimensions occurs together.
+Every cell of four rows runs uncompiled; compiled, which takes some ten seconds each, and of other numbers of rows so
+many that each pair of values of two dimensions occurs together.
 """
 
 import functools
@@ -113,9 +113,9 @@ def wrong_cells(chosen: list[dict[str, Any]], compiled: bool) -> dict[str, list[
 
 @pytest.mark.slow
 def test_every_kernel_gives_the_references_loss_and_gradients() -> None:
-    few = [cell for cell in cells() if cell["rows"] in (1, 8)]
-    few.sort(key=lambda cell: [cell[name] for name in ("rows", "context", "window", "documents", "head_dim")])
-    assert wrong_cells([*few, *pairwise()], compiled=False) == {}
+    every = [cell for cell in cells() if cell["rows"] == 4]
+    every.sort(key=lambda cell: [cell[name] for name in ("context", "window", "documents", "head_dim")])
+    assert wrong_cells([*every, *pairwise()], compiled=False) == {}
 
 
 @pytest.mark.slow

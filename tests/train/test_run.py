@@ -119,14 +119,14 @@ def test_damped_branches_start_at_the_gain_of_their_depth(tiny_recipe: Path) -> 
     recipe = recipe_of(tiny_recipe, "model.vocab_size=320", "train.damp_branches=true")
     model = build(recipe, Runtime(CPU)).parallel.model
     gains = [1 + block.post_mlp_norm.weight.mean().item() for block in model.blocks]
-    assert gains == pytest.approx([1 / (2 * 7) ** 0.5] * 7)
+    assert gains == pytest.approx([1 / (2 * 4) ** 0.5] * 4)
 
 
 def test_the_description_counts_the_parameters(tiny_run: Path) -> None:
     recipe = read_recipe(tiny_run / "recipe.toml", Recipe)
     counted = sum(parameter.numel() for parameter in Gemma3(recipe.model).parameters())
     text = describe(recipe, Runtime(CPU))
-    assert f"{counted:,} parameters ({320 * 32:,} in the embedding): 7 layers, hidden size 32," in text
+    assert f"{counted:,} parameters ({320 * 32:,} in the embedding): 4 layers, hidden size 32," in text
     assert "on cpu in fp32, 8 x 32 tokens per step" in text
 
 

@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -133,14 +133,7 @@ class MeasuredCostModel:
     def __init__(self, activation_bytes: int) -> None:
         """Measure the memory bandwidth with tensors of the size of an activation, and more of them than caches hold."""
         elements = max(2**14, min(2**23, activation_bytes // 4))
-        ones = [torch.ones(elements, dtype=torch.float32) for _ in range(max(4, _UNCACHED_ELEMENTS // elements))]
-        twos = [torch.empty_like(one) for one in ones]
-        seconds = _time(lambda: [torch.mul(one, 2.0, out=two) for one, two in zip(ones, twos, strict=True)])
-        self._bandwidth = 8 * elements * len(ones) / seconds
-        small = torch.ones(_SMALL_ELEMENTS, dtype=torch.float32)
-        self._call = _time(lambda: small * 2.0)
-        cached = torch.ones(4 * _SMALL_ELEMENTS, dtype=torch.float32)
-        self._exponential = _time(cached.exp) / cached.numel()
+        self._bandwidth, self._call, self._exponential = _elementwise_speed(elements, torch.get_num_threads())
         self._used_rates: dict[Any, float] = {}
 
     @cached_property
@@ -181,6 +174,18 @@ class MeasuredCostModel:
             rate = _attention_rate if is_attention(operation.name) else _matmul_rate
             _TIMED[key] = rate(operation, self._flush_caches)
         return self._used_rates.setdefault(key, _TIMED[key])
+
+
+@lru_cache(maxsize=32)
+def _elementwise_speed(elements: int, _threads: int) -> tuple[float, float, float]:
+    """Return bytes per second, with operands of so many elements, seconds per call, and seconds per exponential."""
+    ones = [torch.ones(elements, dtype=torch.float32) for _ in range(max(4, _UNCACHED_ELEMENTS // elements))]
+    twos = [torch.empty_like(one) for one in ones]
+    seconds = _time(lambda: [torch.mul(one, 2.0, out=two) for one, two in zip(ones, twos, strict=True)])
+    small = torch.ones(_SMALL_ELEMENTS, dtype=torch.float32)
+    call = _time(lambda: small * 2.0)
+    cached = torch.ones(4 * _SMALL_ELEMENTS, dtype=torch.float32)
+    return 8 * elements * len(ones) / seconds, call, _time(cached.exp) / cached.numel()
 
 
 def _time(work: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:

@@ -5,6 +5,7 @@ optimizer state and working memory) and, on a CPU, the copies for a checkpoint.
 """
 
 from collections import Counter
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -84,6 +85,7 @@ class OptimizerStep(NamedTuple):
     operations: list[tuple[Operation, float]]  # with repetitions
 
 
+@lru_cache(maxsize=32)
 def trace_optimizer_step(
     config: Gemma3Config, settings: OptimizerSettings, precision: Literal["bf16", "fp32"]
 ) -> OptimizerStep:
