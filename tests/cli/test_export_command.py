@@ -303,10 +303,14 @@ needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is
 
 def test_a_program_needs_a_compiler_or_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler -O2")
-    for command in (["--to", "program"], ["--to", "c", "--verify"]):
+    missing = "no C compiler (no-such-compiler) was found; install one,"
+    for command, sentence in (
+        (["--to", "program"], f"--to program: {missing} name a --target, or use --to c, which needs none"),
+        (["--to", "c", "--verify"], f"--verify: {missing} or leave --verify out"),
+    ):
         ended = gemmule("export", tmp_path / "no model", *command, "--out", tmp_path / "out")
         assert ended.code == 2
-        assert "no C compiler (no-such-compiler) was found; install one, name a --target, or use --to c" in ended.err
+        assert sentence in ended.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -86,7 +86,7 @@ def export(
     dtype, runtime = dtype or default_dtype(to), _RUNTIMES.get(to, "llama.cpp")
     if verify:
         check_runtime(runtime)
-        check_runnable(target)
+        check_runnable(to, target)
     present = verify and output_exists(out)
     check_export(to, out, dtype, exists=present, target=target)
     with Screen() as screen, logged_to(screen):

@@ -19,8 +19,11 @@ from gemmule.errors import GemmuleError, MissingExtra
 from gemmule.evaluate.foreign import greedy_ids
 from gemmule.evaluate.page_runtime import greedy_texts
 from gemmule.files import atomic_write
+<<<<<<< HEAD
 from gemmule.formats.page import write_certificate_text
 from gemmule.formats.program import check_compiler
+=======
+>>>>>>> 611fdaa989b0218eaf4b676fc41fda00028d5e4f
 from gemmule.inference.engine import encode_prompt, reply_to_all, stop_tokens
 from gemmule.inference.quantize import quantize
 from gemmule.inference.requests import Request
@@ -58,9 +61,8 @@ class CertificateError(GemmuleError):
 
 
 def check_runtime(runtime: str) -> None:
-    """Raise MissingExtra where the library that runs exports is not installed, DeviceError without a C compiler."""
+    """Raise MissingExtra where the library that runs exports is not installed; a program needs none."""
     if runtime == "program":
-        check_compiler(None)
         return
     library, extra = _LIBRARIES[runtime]
     if find_spec(library) is None:

@@ -42,16 +42,22 @@ def check_compiler(target: str | None) -> None:
     if target is not None:
         if find_spec("ziglang") is None:
             raise MissingExtra("ziglang", "program", f"--target {target}, unlike --to c,")
-    elif shutil.which(_compiler()[0]) is None:
-        advice = "install one, name a --target, or use --to c, which needs none"
-        raise DeviceError(f"--to program: no C compiler ({_compiler()[0]}) was found; {advice}")
+    else:
+        _require_compiler("--to program", "name a --target, or use --to c, which needs none")
 
 
-def check_runnable(target: str | None) -> None:
-    """Raise DeviceError where this machine cannot run a program for a target."""
+def check_runnable(to: str, target: str | None) -> None:
+    """Raise DeviceError where this machine cannot run a program for a target, or compile its source."""
     host = f"{platform.system().lower().replace('darwin', 'macos')}-{platform.machine().replace('arm64', 'aarch64')}"
     if target not in (None, host):
         raise DeviceError(f"--verify runs the program, and this machine, {host}, cannot run {target}; verify it there")
+    if to == "c":
+        _require_compiler("--verify", "or leave --verify out")
+
+
+def _require_compiler(option: str, advice: str) -> None:
+    if shutil.which(_compiler()[0]) is None:
+        raise DeviceError(f"{option}: no C compiler ({_compiler()[0]}) was found; install one, {advice}")
 
 
 def write_sources(model: Gemma3, tokenizer: Tokenizer, folder: Path, dtype: str, name: str) -> None:
