@@ -19,11 +19,7 @@ from gemmule.errors import GemmuleError, MissingExtra
 from gemmule.evaluate.foreign import greedy_ids
 from gemmule.evaluate.page_runtime import greedy_texts
 from gemmule.files import atomic_write
-<<<<<<< HEAD
 from gemmule.formats.page import write_certificate_text
-from gemmule.formats.program import check_compiler
-=======
->>>>>>> 611fdaa989b0218eaf4b676fc41fda00028d5e4f
 from gemmule.inference.engine import encode_prompt, reply_to_all, stop_tokens
 from gemmule.inference.quantize import quantize
 from gemmule.inference.requests import Request
