@@ -144,7 +144,7 @@ PLAIN = {"single_word": False, "lstrip": False, "rstrip": False}
         ({"pre_tokenizer": {"type": "Whitespace"}}, "has the pre-tokenizer Whitespace"),
         ({"added_tokens": [WORD | PLAIN | {"lstrip": True}]}, "has the added token 'the end' with lstrip"),
         (
-            {"added_tokens": [WORD | PLAIN, WORD | PLAIN | {"id": 381, "content": "or", "normalized": True}]},
+            {"added_tokens": [WORD | PLAIN, WORD | PLAIN | {"id": 381, "content": "zqx", "normalized": True}]},
             "looked for after normalization",
         ),
     ],

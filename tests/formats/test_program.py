@@ -105,8 +105,11 @@ def gemma_like(tokenizer: Tokenizer) -> Tokenizer:
     def marked(piece: str) -> str:
         return piece.replace(" ", "\u2581")
 
+    vocabulary = {marked(piece): number for piece, number in model["vocab"].items()}
+    ids = dict(vocabulary)
     words = ["\n\n", "\n\n\n", "the", "the end", "\u2581\u2581", "<eo", "<eos>!", "end_of"]
-    start = tokenizer.vocab_size
+    for word in words:
+        ids.setdefault(word, len(ids))
     return altered(
         tokenizer,
         normalizer={"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
@@ -122,8 +125,8 @@ def gemma_like(tokenizer: Tokenizer) -> Tokenizer:
             ],
         },
         added_tokens=tokenizer.description["added_tokens"]
-        + [{"id": start + number, "content": word} | ADDED for number, word in enumerate(words)],
-        model_vocab={marked(piece): number for piece, number in model["vocab"].items()},
+        + [{"id": ids[word], "content": word} | ADDED for word in words],
+        model_vocab=vocabulary,
         model_merges=[[marked(left), marked(right)] for left, right in model["merges"]],
     )  # fmt: skip
 

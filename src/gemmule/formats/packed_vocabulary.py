@@ -117,7 +117,7 @@ def _check(tokenizer: Tokenizer) -> None:
     """Raise TokenizerError where the arrays could not say how a tokenizer encodes and decodes."""
     description = tokenizer.description
     model = description["model"]
-    if problem := _model_problem(model) or _text_problem(description) or _added_problem(description):
+    if problem := _model_problem(model) or _text_problem(description) or _added_problem(tokenizer):
         advice = "only byte-pair encoding with byte fallback can be packed, such as Gemma's and Gemmule's"
         raise TokenizerError(f"the model's tokenizer {problem}; {advice}")
     if tokenizer.encode("") not in ([], [tokenizer.bos_id]):
@@ -157,14 +157,17 @@ def _text_problem(description: Mapping[str, Any]) -> str | None:
     return f"has the pre-tokenizer {split['type']}"
 
 
-def _added_problem(description: Mapping[str, Any]) -> str | None:
+def _added_problem(tokenizer: Tokenizer) -> str | None:
     """Return which condition of an added token the arrays could not say, or None; special ones stay text anyway."""
+    description = tokenizer.description
     tokens = description.get("added_tokens") or []
     if all(token["special"] for token in tokens):
         return None
     for token in tokens:
         if not token["special"] and (conditions := [name for name in _CONDITIONS if token[name]]):
             return f"has the added token {token['content']!r} with {', '.join(conditions)}"
+        if not token["special"] and tokenizer.encode(token["content"])[-1:] != [token["id"]]:
+            return f"has the added token {token['content']!r} under another id, too"
     normalized = {bool(token["normalized"]) for token in tokens}
     if normalized == {False} or (normalized == {True} and description.get("normalizer") is None):
         return None
