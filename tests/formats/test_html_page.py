@@ -244,6 +244,34 @@ def test_what_is_left_in_the_cache_changes_no_reply(packed: Path) -> None:
     assert replies[-1]["ids"] != replies[0]["ids"]
 
 
+def test_stop_works_within_a_token(packed: Path) -> None:
+    """By the messages of a page: begin, part, open, generate; stop when the third token has come."""
+    script = """
+        const said = [], port = { postMessage: () => {} };
+        const finished = new Promise((resolve) => {
+          port.postMessage = (message) => {
+            said.push(message.kind);
+            if (said.filter((kind) => kind === "token").length === 3) port.onmessage({ data: { kind: "stop" } });
+            if (message.kind === "end" || message.kind === "problem") resolve(message);
+          };
+        });
+        serve(port);
+        const send = (data) => port.onmessage({ data });
+        const settings = { temperature: 0, top_k: 0, top_p: 1, min_p: 0, seed: 1, max_tokens: 40, stop: [] };
+        const bytes = Uint8Array.from(atob(job.packed64), (character) => character.charCodeAt(0));
+        const wasm = Uint8Array.from(atob(job.wasm64), (character) => character.charCodeAt(0));
+        send({ kind: "begin", wasm, bytes: bytes.length });
+        send({ kind: "part", offset: 0, part: bytes.subarray(0, 999) });
+        send({ kind: "part", offset: 999, part: bytes.subarray(999) });
+        send({ kind: "open" });
+        send({ kind: "generate", prompt: "Mia", settings });
+        const ended = await finished;
+        return [ended.reason, ended.tokens, said[0], said[1]];"""
+    packed64, wasm64 = (base64.b64encode(file.read_bytes()).decode() for file in (packed, RUN / "step.wasm"))
+    told = run_in_node(script, packed, packed64=packed64, wasm64=wasm64)
+    assert told == ["stopped", 3, "hello", "ready"]
+
+
 def test_replies_end_and_are_refused_for_a_reason(packed: Path) -> None:
     longest = MODEL.config.max_position_embeddings
     asked: list[dict[str, Any]] = [

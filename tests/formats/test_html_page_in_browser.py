@@ -113,22 +113,19 @@ def test_it_tells_what_the_engine_tells(open_page: Opened, folder: Path, chat_to
     assert generated(opened, seed=7) == expected(chat_tokenizer, prompt, max_new_tokens=60, stop=[stop], **rules)
 
 
-def test_stop_works_within_a_token(open_page: Opened, folder: Path) -> None:
+def test_stop_ends_a_reply(open_page: Opened, folder: Path) -> None:
+    """How many tokens come after it depends on the machine; test_html_page.py counts those of the runtime."""
     opened = ready(open_page(folder / "story.html"))
     opened.fill("#max_tokens", "4000")
     opened.fill("#seed", "3")
-    # In one task of the page: how many tokens are shown when Stop is pressed, and how many come after that.
-    count = """new Promise((resolve) => {
-        const tokens = [], shown = answers.token;
-        answers.token = (message) => { tokens.push(message); shown(message); if (tokens.length === 20) stop(); };
-        const stop = () => document.getElementById("stop").click();
-        const ended = answers.end;
-        answers.end = (message) => { ended(message); answers.token = shown; answers.end = ended; resolve(message); };
+    # By the page itself, when the first token is shown: playwright may come when the reply has ended by itself.
+    press = """() => {
+        const shown = answers.token;
+        answers.token = (message) => { answers.token = shown; shown(message); document.getElementById("stop").click(); };
         document.getElementById("go").click();
-    })"""
-    ended = opened.evaluate(count)
-    assert ended["reason"] == "stopped"
-    assert 20 <= ended["tokens"] <= 40, "messages that were on their way when it was pressed"
+    }"""
+    opened.evaluate(press)
+    until(opened, lambda: opened.is_enabled("#go"))
     assert opened.inner_text("#status").startswith("stopped: ")
     assert generated(opened, max_tokens=5).startswith("Once upon a time"), "and it goes on"
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 from gemmule.errors import MissingExtra, ModelError
@@ -26,10 +27,8 @@ _FLAGS = (
 def build_wasm(out: Path) -> None:
     """Compile step.c and sample.c to WebAssembly; MissingExtra without ziglang, ModelError where it fails."""
     sources = [files("gemmule").joinpath(name) for name in _SOURCES]
-    try:
-        import ziglang  # noqa: F401
-    except ImportError:
-        raise MissingExtra("ziglang", "program", "compiling step.wasm") from None
+    if find_spec("ziglang") is None:
+        raise MissingExtra("ziglang", "program", "compiling step.wasm")
     with tempfile.TemporaryDirectory() as folder:
         for source in sources:
             (Path(folder) / source.name).write_bytes(source.read_bytes())
