@@ -145,6 +145,7 @@ static Packed read_packed(FILE *file, const char *name) {
     uint8_t digest[32];
     int64_t start, length;
     find_packed(file, &start, &length);
+    if (length < 0 || length > (int64_t)1 << 46) fail("%s: cannot be read", name); /* a folder has such a length */
     uint8_t *bytes = allocate(length + 64, 1);
     bytes += 64 - (uintptr_t)bytes % 64;
     if (fseeko(file, start, SEEK_SET) || fread(bytes, 1, (size_t)length, file) != (size_t)length)
