@@ -115,7 +115,7 @@ def test_nothing_is_answered_until_the_models_are_warm(model_folder: Path, monke
 
 def test_what_the_cache_can_never_hold_is_refused(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     folder = save_model(tmp_path / "long", tiny_tokenizer, context=4096)
-    with serving(folder, cache_bytes=12 << 20) as server:
+    with serving(folder, cache_bytes=6 << 20) as server:
         answer = server.complete(prompt="Mia", n=8, max_tokens=4000)
         assert (answer.status, answer.error["code"]) == (400, "cache_too_small")
         assert answer.error["param"] == "n"
