@@ -27,15 +27,15 @@ from gemmule.train.schedule import ScheduleSettings, lr_scale
 from gemmule.train.settings import TrainSettings
 from gemmule.train.state import Position, TrainState
 from gemmule.train.validation import Score
-from tiny import lively_model, some_tokens, tiny_config
+from tiny import lively_model, shallow_config, some_tokens
 
 BOS = 2
 
 
 def uneven_batch(rows: int = 6) -> Batch:
     """Rows of two documents each, whose numbers of trained targets differ, from none to all."""
-    tokens = some_tokens(tiny_config(), rows)
-    targets = some_tokens(tiny_config(), rows, seed=2)
+    tokens = some_tokens(shallow_config(), rows)
+    targets = some_tokens(shallow_config(), rows, seed=2)
     for row in range(rows):
         targets[row, : 2 * row + 1] = IGNORED
     documents = (torch.arange(tokens.shape[1]) > 4).int().expand_as(tokens)
@@ -50,7 +50,7 @@ def gradients_of(model: Gemma3) -> dict[str, Tensor]:
 def test_micro_batches_of_any_size_make_the_gradient_of_the_mean_over_all_targets(rows_at_once: int | None) -> None:
     batch = uneven_batch()
     assert (batch.targets[5] == IGNORED).sum() > (batch.targets[0] == IGNORED).sum()
-    model, whole = lively_model(tiny_config()), lively_model(tiny_config())
+    model, whole = lively_model(shallow_config()), lively_model(shallow_config())
     settings = TrainSettings(steps=1, batch_size=6, micro_batch_size=rows_at_once)
     loss = forward_backward(unwrapped(model), batch, batch.num_targets, 0, settings).item()
     logits = whole(batch.tokens, documents=batch.documents)
@@ -71,7 +71,7 @@ def test_a_step_of_one_micro_batch_may_be_captured_as_a_cuda_graph(rows_at_once:
             self.seen += 1
             return forward_backward(batch, num_targets)
 
-    batch, model, settings = uneven_batch(), lively_model(tiny_config()), TrainSettings(steps=1, batch_size=6)
+    batch, model, settings = uneven_batch(), lively_model(shallow_config()), TrainSettings(steps=1, batch_size=6)
     wanted = forward_backward(unwrapped(model), batch, batch.num_targets, 0, settings).item()
     settings, graph = settings.replace(micro_batch_size=rows_at_once), Spy(model)
     found = forward_backward(unwrapped(model)._replace(cuda_graph=graph), batch, batch.num_targets, 0, settings).item()
@@ -80,7 +80,7 @@ def test_a_step_of_one_micro_batch_may_be_captured_as_a_cuda_graph(rows_at_once:
 
 
 def untrained_model(**changes: Any) -> Gemma3:
-    model = Gemma3(tiny_config(**changes))
+    model = Gemma3(shallow_config(**changes))
     init_weights(model, seed=0)
     return model
 
@@ -110,7 +110,7 @@ def test_healthy_models_of_any_width_pass_the_first_step(
     width: int, tied: bool, damped: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A tied head prefers the token just read, the more the wider the model: 11 to 17 nats are healthy."""
-    model = Gemma3(tiny_config(hidden_size=width, num_hidden_layers=2, vocab_size=400, tie_word_embeddings=tied))
+    model = Gemma3(shallow_config(hidden_size=width, num_hidden_layers=2, vocab_size=400, tie_word_embeddings=tied))
     init_weights(model, 0, damped)
     loss = first_step(model, rows_of(torch.randint(400, (4, 65))))
     assert not caplog.messages
@@ -120,7 +120,7 @@ def test_healthy_models_of_any_width_pass_the_first_step(
 
 @pytest.mark.parametrize("text", ["bits", "zeros"])
 def test_text_of_low_entropy_passes_the_first_step(text: str, caplog: pytest.LogCaptureFixture) -> None:
-    model = Gemma3(tiny_config(hidden_size=512, num_hidden_layers=2, vocab_size=400))
+    model = Gemma3(shallow_config(hidden_size=512, num_hidden_layers=2, vocab_size=400))
     init_weights(model, 0)
     tokens = torch.randint(5, 7, (4, 65)) if text == "bits" else torch.full((4, 65), 5)
     first_step(model, rows_of(tokens))
@@ -168,14 +168,14 @@ def test_the_expected_first_loss_knows_tied_heads_and_damped_branches(
 
 def test_first_step_refuses_a_parameter_without_a_gradient() -> None:
     model = untrained_model()
-    model.blocks[3].mlp.up.weight.requires_grad_(False)  # no gradient at all
+    model.blocks[1].mlp.up.weight.requires_grad_(False)  # no gradient at all
     with torch.no_grad():
-        model.blocks[5].attention.value.weight.zero_()  # a gradient of zero, for query and key
+        model.blocks[2].attention.value.weight.zero_()  # a gradient of zero, for query and key
     with pytest.raises(TrainingError, match="step 0: no gradient reaches") as caught:
         first_step(model)
-    for name in ("blocks.3.mlp.up.weight", "blocks.5.attention.query.weight"):
+    for name in ("blocks.1.mlp.up.weight", "blocks.2.attention.query.weight"):
         assert name in str(caught.value)
-    assert "blocks.5.attention.value.weight" not in str(caught.value)
+    assert "blocks.2.attention.value.weight" not in str(caught.value)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

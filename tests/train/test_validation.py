@@ -9,7 +9,7 @@ from gemmule.data.corpus import Corpus
 from gemmule.model.gemma3 import Gemma3
 from gemmule.runtime import Runtime
 from gemmule.train.validation import Score, score
-from tiny import lively_model, tiny_config
+from tiny import lively_model, shallow_config
 
 CPU = Runtime(torch.device("cpu"))
 LONGEST = 20
@@ -30,7 +30,7 @@ def loss_by_hand(model: Gemma3, corpus: Corpus) -> float:
 @pytest.mark.parametrize("context", [LONGEST, 45])
 def test_packing_leaks_nothing_and_loses_nothing(corpus: Corpus, context: int, batch_size: int) -> None:
     assert 12 < corpus.lengths.max() <= LONGEST, "longer than twice the window, not longer than a row"
-    model = lively_model(tiny_config())
+    model = lively_model(shallow_config())
     documents = WholeDocuments(corpus, context, batch_size, pad_id=0)
     assert len(documents) < corpus.documents, "rows hold several documents"
     result = score(model, documents, documents.bytes, CPU)
@@ -40,7 +40,7 @@ def test_packing_leaks_nothing_and_loses_nothing(corpus: Corpus, context: int, b
 
 
 def test_a_limit_measures_the_first_documents(corpus: Corpus) -> None:
-    model = lively_model(tiny_config())
+    model = lively_model(shallow_config())
     documents = WholeDocuments(corpus, LONGEST, 4, pad_id=0, limit_tokens=100)
     first = score(model, documents, documents.bytes, CPU)
     assert 100 <= first.tokens == documents.targets < corpus.tokens - corpus.documents
@@ -48,7 +48,7 @@ def test_a_limit_measures_the_first_documents(corpus: Corpus) -> None:
 
 
 def test_validation_sees_the_model_without_dropout_and_leaves_it_as_it_was(corpus: Corpus) -> None:
-    model = lively_model(tiny_config(dropout=0.5, attention_dropout=0.5))
+    model = lively_model(shallow_config(dropout=0.5, attention_dropout=0.5))
     documents = WholeDocuments(corpus, LONGEST, 4, pad_id=0)
     for training in (True, False):
         model.train(training)
