@@ -113,7 +113,7 @@ def faults_of(
 
 @pytest.mark.parametrize("to", EXPORTS)
 def test_an_error_of_the_system_leaves_nothing_or_all(tiny_tokenizer: Tokenizer, tmp_path: Path, to: str) -> None:
-    cases, faults = faults_of(tiny_tokenizer, to, tmp_path, [(io, "open"), *CALLS[-5:]], 1)
+    cases, faults = faults_of(tiny_tokenizer, to, tmp_path, [(io, "open"), (os, "fsync"), *CALLS[-5:]], 1)
     assert faults == []
     assert cases >= 2
 

@@ -60,7 +60,7 @@ def sanitized(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(program: Path, *options: object, given: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}  # memory goes with the process
-    command = [program, *map(str, options)]
+    command = [str(program), *map(str, options)]
     return subprocess.run(command, input=given, capture_output=True, timeout=120, check=False, env=environment)
 
 
