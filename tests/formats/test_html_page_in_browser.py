@@ -121,7 +121,7 @@ def test_stop_ends_a_reply(open_page: Opened, folder: Path) -> None:
     # By the page itself, when the first token is shown: playwright may come when the reply has ended by itself.
     press = """() => {
         const shown = answers.token;
-        answers.token = (message) => { answers.token = shown; shown(message); document.getElementById("stop").click(); };
+        answers.token = (message) => { answers.token = shown; shown(message); byId("stop").click(); };
         document.getElementById("go").click();
     }"""
     opened.evaluate(press)

@@ -160,11 +160,11 @@ def test_a_seed_tells_what_the_engine_tells_with_it(
     options = [f"--{name.replace('_', '-')}={value}" for name, value in ({"min_p": 0} | rules).items()]
     for seed, stop in ((7, []), (2**64 - 1, ["e", "th", "\ufffd"])):
         events = [*generate(rounded_once(model, dtype), tiny_tokenizer, "Mia", seed=seed, stop=stop, **rules)]
-        given = [program, tmp_path / "model.packed", "--prompt", "Mia", "--seed", seed, *options]
-        out = succeed(*given, *(word for text in stop for word in ("--stop", text)))
+        given: list[object] = [tmp_path / "model.packed", "--prompt", "Mia", "--seed", seed, *options]
+        out = succeed(program, *given, *(word for text in stop for word in ("--stop", text)))
         assert out.decode() == "Mia" + "".join(event.text for event in events) + "\n"
         if not stop:
-            assert [*map(int, succeed(*given, "--ids").split())] == [event.token for event in events]
+            assert [*map(int, succeed(program, *given, "--ids").split())] == [event.token for event in events]
 
 
 def rounded_once(model: Gemma3, dtype: str) -> Gemma3:
