@@ -60,7 +60,7 @@ def sanitized(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(program: Path, *options: object, given: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}  # memory goes with the process
-    command = [program, *map(str, options)]
+    command = [str(program), *map(str, options)]
     return subprocess.run(command, input=given, capture_output=True, timeout=120, check=False, env=environment)
 
 
@@ -170,11 +170,11 @@ def test_a_seed_tells_what_the_engine_tells_with_it(
     options = [f"--{name.replace('_', '-')}={value}" for name, value in ({"min_p": 0} | rules).items()]
     for seed, stop in ((7, []), (2**64 - 1, ["e", "th", "\ufffd"])):
         events = [*generate(rounded_once(model, dtype), tiny_tokenizer, "Mia", seed=seed, stop=stop, **rules)]
-        given = [native_program, tmp_path / "model.packed", "--prompt", "Mia", "--seed", seed, *options]
-        out = succeed(*given, *(word for text in stop for word in ("--stop", text)))
+        given = [tmp_path / "model.packed", "--prompt", "Mia", "--seed", seed, *options]
+        out = succeed(native_program, *given, *(word for text in stop for word in ("--stop", text)))
         assert out.decode() == "Mia" + "".join(event.text for event in events) + "\n"
         if not stop:
-            assert [*map(int, succeed(*given, "--ids").split())] == [event.token for event in events]
+            assert [*map(int, succeed(native_program, *given, "--ids").split())] == [event.token for event in events]
 
 
 def rounded_once(model: Gemma3, dtype: str) -> Gemma3:

@@ -78,23 +78,23 @@ def export(
     from gemmule.model.finite import refuse_nonfinite_weights
     from gemmule.train.opening import load_with_path
 
-    dtype, runtime = dtype or default_dtype(to), _RUNTIMES.get(to, "llama.cpp")
+    chosen, runtime = dtype or default_dtype(to), _RUNTIMES.get(to, "llama.cpp")
     if verify:
         check_runtime(runtime)
         check_runnable(to, target)
     present = verify and output_exists(out)
-    check_export(to, out, dtype, exists=present, target=target)
+    check_export(to, out, chosen, exists=present, target=target)
     with Screen() as screen, logged_to(screen):
         network, tokenizer, found = load_with_path(model)
         refuse_nonfinite_weights(network, model)
-        exported = Export(network, tokenizer, dtype, read_card(found), _name(model, found), target)
+        exported = Export(network, tokenizer, chosen, read_card(found), _name(model, found), target)
         if note := license_note(exported.card, model):
             screen.print(note)
         artefact = _write(exported, to, out, screen, present)
-        summary: dict[str, Any] = {"artefact": str(artefact), "format": to, "dtype": dtype, "bytes": _size(artefact)}
+        summary: dict[str, Any] = {"artefact": str(artefact), "format": to, "dtype": chosen, "bytes": _size(artefact)}
         if verify:
             screen.progress("verifying", 0, None)
-            certificate = certify(artefact, runtime, dtype, (network, tokenizer), reopen(artefact, tokenizer))
+            certificate = certify(artefact, runtime, chosen, (network, tokenizer), reopen(artefact, tokenizer))
             proof = certificate_path(artefact)
             write_certificate(certificate, proof)
             screen.print(f"{describe(certificate)}\ncertificate: {proof}")
