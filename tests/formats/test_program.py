@@ -174,7 +174,7 @@ def test_a_seed_tells_what_the_engine_tells_with_it(
         out = succeed(*given, *(word for text in stop for word in ("--stop", text)))
         assert out.decode() == "Mia" + "".join(event.text for event in events) + "\n"
         if not stop:
-            assert [*map(int, succeed(program, *given, "--ids").split())] == [event.token for event in events]
+            assert [*map(int, succeed(*given, "--ids").split())] == [event.token for event in events]
 
 
 def rounded_once(model: Gemma3, dtype: str) -> Gemma3:

@@ -17,8 +17,8 @@ Dtype = Annotated[
     Literal["f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"]
     | None,
     typer.Option(
-        help="Data type of the weights: hf takes the first three; gguf and ollama all but int8, of which the last "
-        "four need llama.cpp; the others f32, bf16 and int8, which is their default. Of the first three it is bf16.",
+        help="Data type of the weights. hf: f32, f16 or bf16, the default. gguf and ollama: all but int8; bf16 is the "
+        "default, and the last four need llama.cpp. c, program, html and web: f32, bf16 or int8, the default.",
     ),
 ]
 Target = Annotated[
@@ -83,23 +83,23 @@ def export(
     from gemmule.model.finite import refuse_nonfinite_weights
     from gemmule.train.opening import load_with_path
 
-    kind, runtime = dtype or default_dtype(to), _RUNTIMES.get(to, "llama.cpp")
+    chosen, runtime = dtype or default_dtype(to), _RUNTIMES.get(to, "llama.cpp")
     if verify:
         check_runtime(runtime)
         check_runnable(to, target)
     present = verify and output_exists(out)
-    check_export(to, out, kind, exists=present, target=target)
+    check_export(to, out, chosen, exists=present, target=target)
     with Screen() as screen, logged_to(screen):
         network, tokenizer, found = load_with_path(model)
         refuse_nonfinite_weights(network, model)
-        exported = Export(network, tokenizer, kind, read_card(found), _name(model, found), target)
+        exported = Export(network, tokenizer, chosen, read_card(found), _name(model, found), target)
         if note := license_note(exported.card, model):
             screen.print(note)
         artefact = _write(exported, to, out, screen, present)
-        summary: dict[str, Any] = {"artefact": str(artefact), "format": to, "dtype": kind, "bytes": _size(artefact)}
+        summary: dict[str, Any] = {"artefact": str(artefact), "format": to, "dtype": chosen, "bytes": _size(artefact)}
         if verify:
             screen.progress("verifying", 0, None)
-            certificate = certify(artefact, runtime, kind, (network, tokenizer), reopen(artefact, tokenizer))
+            certificate = certify(artefact, runtime, chosen, (network, tokenizer), reopen(artefact, tokenizer))
             proof = certificate_path(artefact)
             write_certificate(certificate, proof)
             screen.print(f"{describe(certificate)}\ncertificate: {proof}")
