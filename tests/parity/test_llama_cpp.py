@@ -45,7 +45,7 @@ def model_of(tokenizer: Tokenizer, **changes: Any) -> Gemma3:
 
 def certificate_of(model: Gemma3, tokenizer: Tokenizer, folder: Path, dtype: str) -> dict[str, Any]:
     artefact = export_model(Export(model, tokenizer, dtype), "gguf", folder / "model.gguf")
-    return certify(artefact, "llama.cpp", dtype, (model, tokenizer), reopen(artefact))
+    return certify(artefact, "llama.cpp", dtype, (model, tokenizer), reopen(artefact, tokenizer))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
