@@ -91,7 +91,7 @@ def _join(program: Path, packed: Path, out: Path) -> None:
     with atomic_write(out) as temporary:
         with temporary.open("wb") as file, program.open("rb") as code, packed.open("rb") as data:
             shutil.copyfileobj(code, file)
-            file.write(bytes(-file.tell() % ALIGNMENT))
+            file.write(bytes(-program.stat().st_size % ALIGNMENT))
             shutil.copyfileobj(data, file)
             file.write(TRAILER.pack(packed.stat().st_size, MAGIC))
         mode = temporary.stat().st_mode
