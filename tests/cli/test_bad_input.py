@@ -318,7 +318,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 def test_a_disk_that_fills_up_keeps_the_checkpoints_and_the_run_goes_on(
     tiny_recipe: Path, tiny_run: Path, small_disk: Callable[[int], Path]
 ) -> None:
-    run = small_disk(1200) / "run"
+    run = small_disk(800) / "run"
     ended = train(tiny_recipe, run)
     places = {step: run / "checkpoints" / f"step-{step:08d}" for step in (6, 9, 12)}
     told = "a checkpoint could not be written; earlier ones are kept and the run continues"
@@ -368,6 +368,6 @@ def test_a_dataset_that_does_not_fit_leaves_nothing(small_disk: Callable[[int], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [*range(4, 100, 16), *range(860, 960, 16), *range(1000, 2600, 400)])
+@pytest.mark.parametrize("size", [*range(4, 100, 16), *range(560, 660, 16), *range(700, 1500, 200)])
 def test_wherever_a_disk_fills_up_it_is_said(tiny_recipe: Path, small_disk: Callable[[int], Path], size: int) -> None:
     assert "no space left on the device" in complaint(train(tiny_recipe, small_disk(size) / "run"))
