@@ -214,8 +214,12 @@ def test_what_chat_saved_is_imported_and_what_is_exported_chat_loads(
     said = "".join(token["text"] for each in last for token in each["tokens"])
     assert text_of(page) == "Mia found" + said
     assert branches(page) == 2
-    page.locator("#editor .t").first.click()
-    assert "came without its probability" in page.inner_text("#token")
+    first = page.locator("#editor .t").first
+    for half in (0.2, 0.8):
+        page.click("#editor", position={"x": 5, "y": 5})
+        box = first.bounding_box()
+        page.mouse.click(box["x"] + half * box["width"], box["y"] + box["height"] / 2)
+        assert "came without its probability" in page.inner_text("#token"), "also where the cursor stands before it"
     setting(page, "seed", "5")
     proceed(page)
     assert text_of(page).startswith("Mia found" + said)

@@ -91,7 +91,7 @@ def test_memory_that_runs_out_is_told_and_fewer_rows_go_on(tiny_recipe: Path, tm
     ended = subprocess.run([*command, *rows], capture_output=True, text=True, errors="replace", check=False)
     assert ended.returncode == 2, ended.stderr
     sentence = ended.stderr[ended.stderr.index("gemmule: out of memory") :]
-    assert "activations of the MLPs 28 x (4096, 32, 2048) = 28,672 MiB" in sentence
+    assert "activations of the MLPs 16 x (4096, 32, 2048) = 16,384 MiB" in sentence
     assert "Traceback" not in ended.stderr
     less = overrides("train.micro_batch_size=256")
     ended = subprocess.run([*command, *less, "--resume"], capture_output=True, text=True, errors="replace", check=False)

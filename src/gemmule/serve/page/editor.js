@@ -12,11 +12,12 @@ export class Editor {
     this.text = "";
     this.spans = new Map(); // element -> what it shows
     this.here = undefined; // the element at the cursor; null where none is, undefined where it is not known yet
+    this.clicked = null; // the element of the last click, with the cursor that it made
     this.locked = false;
     root.addEventListener("beforeinput", (event) => this.beforeInput(event));
     root.addEventListener("input", (event) => event.isComposing || this.read());
     root.addEventListener("compositionend", () => this.read());
-    root.addEventListener("click", () => this.moved()); // where the cursor was there already
+    root.addEventListener("click", ({ target }) => this.click(target));
     document.addEventListener("selectionchange", () => this.moved());
   }
 
@@ -141,10 +142,19 @@ export class Editor {
     else getSelection().collapse(this.root, this.root.childNodes.length);
   }
 
+  // A click on the left half of a token puts the cursor behind the text before it: the token that was clicked is meant.
+  click(target) {
+    const { anchorNode, anchorOffset } = getSelection();
+    this.clicked = this.spans.has(target) ? { target, anchorNode, anchorOffset } : null;
+    this.moved();
+  }
+
   moved() {
-    const { anchorNode } = getSelection();
+    const { anchorNode, anchorOffset } = getSelection();
     if (!anchorNode || !this.root.contains(anchorNode)) return;
-    let made = anchorNode.nodeType === Node.TEXT_NODE ? anchorNode.parentNode : this.root.childNodes[getSelection().anchorOffset];
+    if (this.clicked?.anchorNode !== anchorNode || this.clicked.anchorOffset !== anchorOffset) this.clicked = null;
+    let made = this.clicked?.target;
+    made ??= anchorNode.nodeType === Node.TEXT_NODE ? anchorNode.parentNode : this.root.childNodes[anchorOffset];
     if (made === this.root) made = null;
     this.mark(this.spans.has(made) ? made : null);
   }
