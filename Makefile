@@ -66,8 +66,8 @@ clean: ## remove the environment and caches, never runs/
 
 # Google's weights, the clients of tracking services, and llama.cpp, which is built here: where it cannot be, its tests say so and are skipped.
 .venv/ready-all: .venv/ready-dev
-	$(INSTALL) --editable '.[dev,google,lm-eval,ray,wandb,mlflow,trackio,clients,program,verify]'
+	$(INSTALL) --editable '.[dev,google,lm-eval,ray,wandb,mlflow,trackio,clients,trainers,program,verify]'
 	$(INSTALL) --editable '.[dev,browser]' || echo "playwright could not be installed; the tests in a browser will be skipped"
 	@echo "building llama.cpp (some minutes the first time) ..."
-	$(INSTALL) --editable '.[dev,google,lm-eval,ray,wandb,mlflow,trackio,clients,program,verify,llama]' || echo "llama.cpp could not be built; its tests will be skipped"
+	$(INSTALL) --editable '.[dev,google,lm-eval,ray,wandb,mlflow,trackio,clients,trainers,program,verify,llama]' || echo "llama.cpp could not be built; its tests will be skipped"
 	@touch $@

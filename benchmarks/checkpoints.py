@@ -33,6 +33,7 @@ from gemmule.runtime import Runtime, choose_precision
 from gemmule.settings import read_recipe
 from gemmule.train.checkpoint import Saver
 from gemmule.train.loop import forward_backward
+from gemmule.train.objective import NextToken
 from gemmule.train.recipe import Recipe
 from gemmule.train.resolve import build, resolve_vocabulary, training_rows
 from gemmule.train.settings import TrainSettings
@@ -73,7 +74,7 @@ class Run:
         for _ in range(steps):
             size = self.recipe.train.batch_size
             batch = self.rows.rows(self.step * size, size)
-            forward_backward(self.state.parallel, batch, batch.num_targets, 0, self.recipe.train)
+            forward_backward(self.state.parallel, batch, batch.num_targets, 0, self.recipe.train, NextToken())
             self.state.optimizers.set_learning_rate(1e-3)
             self.state.optimizers.step()
             self.state.optimizers.zero_grad()

@@ -15,7 +15,7 @@ from gemmule.settings import check_recipe
 from gemmule.train.autotune import Trial, settle_precision, tune
 from gemmule.train.loop import forward_backward
 from gemmule.train.recipe import Recipe
-from gemmule.train.resolve import build, resolve_vocabulary, trial_of
+from gemmule.train.resolve import build, build_objective, resolve_vocabulary, trial_of
 from harness.backends import Backend, Library, check_library, gemmule_backend, peer_backend
 from harness.runner import Workload
 from harness.trials import Budget, Measurements, Progress, machine, peak, ratios, run_trials, spread
@@ -124,14 +124,14 @@ def setup(job: dict[str, Any]) -> Workload:
     recipe = recipe.replace(train=settings, optimizer=muon if job["muon"] else adamw)
     draw = torch.Generator().manual_seed(job["seed"])
     state = build(recipe, Runtime(device, precision))
-    parallel, optimizers = state.parallel, state.optimizers
+    parallel, optimizers, objective = state.parallel, state.optimizers, build_objective(recipe)
     optimizers.set_learning_rate(1.0)
     parallel.model.train()
 
     def step() -> float:
         tokens = torch.randint(recipe.model.vocab_size, (settings.batch_size, settings.context), generator=draw)
         batch = Batch(tokens, functional.pad(tokens[:, 1:], (0, 1), value=IGNORED), None)
-        loss = forward_backward(parallel, batch, batch.num_targets, 0, settings)
+        loss = forward_backward(parallel, batch, batch.num_targets, 0, settings, objective)
         grad_norm, figure = optimizers.grad_norm(), loss.item()
         optimizers.clip_grad_norm(grad_norm)
         optimizers.step()  # a GPU does this while the next step begins, for every backend

@@ -21,6 +21,7 @@ from gemmule.train.cuda_graph import CudaGraphStep, ForwardBackward
 from gemmule.train.initial_checks import check_causal, check_first_step, expected_first_loss
 from gemmule.train.loop import Callbacks, forward_backward, train
 from gemmule.train.loss import summed_loss
+from gemmule.train.objective import NextToken
 from gemmule.train.optim import Optimizers, OptimizerSettings
 from gemmule.train.parallel import unwrapped
 from gemmule.train.schedule import ScheduleSettings, lr_scale
@@ -52,7 +53,7 @@ def test_micro_batches_of_any_size_make_the_gradient_of_the_mean_over_all_target
     assert (batch.targets[5] == IGNORED).sum() > (batch.targets[0] == IGNORED).sum()
     model, whole = lively_model(shallow_config()), lively_model(shallow_config())
     settings = TrainSettings(steps=1, batch_size=6, micro_batch_size=rows_at_once)
-    loss = forward_backward(unwrapped(model), batch, batch.num_targets, 0, settings).item()
+    loss = forward_backward(unwrapped(model), batch, batch.num_targets, 0, settings, NextToken()).item()
     logits = whole(batch.tokens, documents=batch.documents)
     expected = functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())  # the mean over what is trained
     expected.backward()
@@ -72,9 +73,11 @@ def test_a_step_of_one_micro_batch_may_be_captured_as_a_cuda_graph(rows_at_once:
             return forward_backward(batch, num_targets)
 
     batch, model, settings = uneven_batch(), lively_model(shallow_config()), TrainSettings(steps=1, batch_size=6)
-    wanted = forward_backward(unwrapped(model), batch, batch.num_targets, 0, settings).item()
+    wanted = forward_backward(unwrapped(model), batch, batch.num_targets, 0, settings, NextToken()).item()
     settings, graph = settings.replace(micro_batch_size=rows_at_once), Spy(model)
-    found = forward_backward(unwrapped(model)._replace(cuda_graph=graph), batch, batch.num_targets, 0, settings).item()
+    found = forward_backward(
+        unwrapped(model)._replace(cuda_graph=graph), batch, batch.num_targets, 0, settings, NextToken()
+    ).item()
     assert graph.seen == handed
     assert found == pytest.approx(wanted, rel=1e-6)
 
@@ -89,7 +92,7 @@ def first_step(model: Gemma3, batch: Batch | None = None) -> float:
     """Compute the first step's gradients and check them; return the loss."""
     batch = batch or uneven_batch()
     settings = TrainSettings(steps=1, batch_size=len(batch.tokens))
-    loss = forward_backward(unwrapped(model), batch, batch.num_targets, 0, settings).item()
+    loss = forward_backward(unwrapped(model), batch, batch.num_targets, 0, settings, NextToken()).item()
     check_first_step(model, loss, batch.targets)
     return loss
 
@@ -254,7 +257,7 @@ class Run:
 
     def go(self, log: Log, start: Position = Position()) -> Position:  # noqa: B008 - frozen
         self.state.position = start
-        return train(self.state, self.rows, self.settings, SCHEDULE, log.callbacks)
+        return train(self.state, self.rows, self.settings, SCHEDULE, log.callbacks, NextToken())
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
@@ -293,7 +296,7 @@ def test_what_may_fail_comes_after_the_save_and_is_made_up_for(
     callbacks = log.callbacks._replace(**{failing: fail})
     settings = run.settings.replace(validate_every=10)
     with pytest.raises(OSError, match="out of luck"):
-        train(run.state, run.rows, settings, SCHEDULE, callbacks)
+        train(run.state, run.rows, settings, SCHEDULE, callbacks, NextToken())
     assert log.saved[-1].step == 10
     end = run.go(again, log.saved[-1])
     assert again.calls == ["validate", "record 10", "sample 10"]

@@ -13,8 +13,8 @@ from gemmule.data.batches import Batch, RowStream
 from gemmule.distributed import full_tensor
 from gemmule.runtime import seed_everything
 from gemmule.train.initial_checks import check_causal, check_first_step
-from gemmule.train.loss import summed_loss
 from gemmule.train.nonfinite import check_finite_weights, rows_of_step, skip_or_abort_nonfinite_step
+from gemmule.train.objective import Objective
 from gemmule.train.parallel import Parallel
 from gemmule.train.schedule import ScheduleSettings, lr_scale
 from gemmule.train.settings import TrainSettings
@@ -44,6 +44,7 @@ def train(
     settings: TrainSettings,
     schedule: ScheduleSettings,
     callbacks: Callbacks,
+    objective: Objective,
 ) -> Position:
     """Train from the state's position to the last step, to early stopping, or to a step in which a stop is wanted."""
     parallel, optimizers = state.parallel, state.optimizers
@@ -57,11 +58,11 @@ def train(
         step = state.position.step
         optimizers.set_learning_rate(lr_scale(step, settings.steps, schedule))
         batch, first_row = batches.next()
-        num_targets = int(world.all_reduce_sum(batch.num_targets)[0])
+        num_targets, count = map(int, world.all_reduce_sum(batch.num_targets, objective.count(batch)))
         if step == 0:
             with clock.paused():
                 check_causal(parallel, batch)
-        local_loss = forward_backward(parallel, batch, num_targets, first_row, settings)  # and all-reduce
+        local_loss = forward_backward(parallel, batch, count, first_row, settings, objective)  # and all-reduce
         grad_norm = optimizers.grad_norm()
         batches.prefetch()  # while the device is busy
         loss, stop = world.all_reduce_sum(local_loss.item(), callbacks.stop_requested())
@@ -75,8 +76,8 @@ def train(
         optimizers.zero_grad()
         if not step_ok:
             state.position = state.position.replace(seconds=clock.seconds)
-            other_rows = partial(measure_step, state, batches.peek(), first_row + settings.batch_size, settings)
-            skip_or_abort_nonfinite_step(state, loss, norm, other_rows, settings, callbacks.save)
+            other = partial(measure_step, state, batches.peek(), first_row + settings.batch_size, settings, objective)
+            skip_or_abort_nonfinite_step(state, loss, norm, other, settings, callbacks.save)
 
         clock.add(num_targets)
         spike = step_ok and state.position.level.detects_spike(loss)
@@ -93,6 +94,7 @@ def train(
             metrics |= {"lr": optimizers.learning_rate, "tokens_per_second": clock.rate()}
             metrics |= {"skipped_steps": state.position.skipped} if state.position.skipped else {}
             metrics |= {"spike": 1} if spike else {}
+            metrics |= objective.metrics()
         with clock.paused():
             metrics |= {"seconds": clock.seconds} if logging_now else {}
             if logging_now and not validating:
@@ -117,26 +119,25 @@ def train(
 
 
 def forward_backward(
-    parallel: Parallel, batch: Batch, num_targets: int, first_row: int, settings: TrainSettings
+    parallel: Parallel, batch: Batch, count: float, first_row: int, settings: TrainSettings, objective: Objective
 ) -> Tensor:
     """Accumulate the gradients of the step's mean loss over micro-batches; return this rank's part of the loss.
 
-    The part is in nats, on the device, and not waited for; the parts of all ranks add up to the mean over `num_targets`
-    targets of the step. Each micro-batch is divided by the whole step's count, and its dropout is seeded by its first
-    row in the stream, so the result does not depend on how the batch is cut or shared. Backward of the last micro-batch
-    all-reduces the gradients.
+    The part is on the device, and not waited for; the parts of all ranks add up to the mean over the `count` of the
+    step, such as its number of targets. Each micro-batch is divided by the whole step's count, and its dropout is
+    seeded by its first row in the stream, so the result does not depend on how the batch is cut or shared. Backward of
+    the last micro-batch all-reduces the gradients.
     """
     device = parallel.runtime.device
 
     def micro_batch_step(micro_batch: Batch, divisor: Tensor) -> Tensor:
         with parallel.runtime.autocast():
-            head = summed_loss(micro_batch.targets, settings.compile)
-            loss = parallel.forward(micro_batch.tokens, documents=micro_batch.documents, output_head=head) / divisor
+            loss = objective.summed_loss(parallel.forward, micro_batch) / divisor
         torch.autograd.backward(loss * parallel.world.size)  # data parallelism averages over ranks: make it the sum
         return loss.detach()
 
     total = torch.zeros((), dtype=torch.float32, device=device)
-    divisor = torch.full((), float(num_targets), dtype=torch.float32, device=device)
+    divisor = torch.full((), float(count), dtype=torch.float32, device=device)
     size = min(settings.micro_batch_size or len(batch.tokens), len(batch.tokens))
     micro_batches = list(batch.split(size))
     graphed = parallel.cuda_graph is not None and len(micro_batches) == 1
@@ -148,11 +149,13 @@ def forward_backward(
     return total
 
 
-def measure_step(state: TrainState, batch: Batch, first_row: int, settings: TrainSettings) -> tuple[float, float]:
+def measure_step(
+    state: TrainState, batch: Batch, first_row: int, settings: TrainSettings, objective: Objective
+) -> tuple[float, float]:
     """Return the loss and the gradient norm of a step without updating weights."""
     world = state.parallel.world
-    num_targets = int(world.all_reduce_sum(batch.num_targets)[0])
-    local_loss = forward_backward(state.parallel, batch, num_targets, first_row, settings)
+    (count,) = world.all_reduce_sum(objective.count(batch))
+    local_loss = forward_backward(state.parallel, batch, count, first_row, settings, objective)
     norm = full_tensor(state.optimizers.grad_norm()).item()
     state.optimizers.zero_grad()
     return world.all_reduce_sum(local_loss.item())[0], norm

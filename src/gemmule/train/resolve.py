@@ -19,6 +19,7 @@ from gemmule.settings import Problem
 from gemmule.tokenizer import Tokenizer
 from gemmule.train.autotune import Trial, tune
 from gemmule.train.loop import forward_backward
+from gemmule.train.objective import NextToken, Objective
 from gemmule.train.optim import Optimizers
 from gemmule.train.parallel import parallelize
 from gemmule.train.recipe import Recipe, gives_vocabulary
@@ -139,12 +140,13 @@ def resolve_steps(
     on_progress("compiling" if settings.compile else "measuring the time per step", 0, None)
     state = build(recipe, runtime)
     state.parallel.model.train()
+    objective = build_objective(recipe)
     batch = rows.rows(0, settings.batch_size // world.size)
     times: list[float] = []
     # The first three steps also compile and warm up caches.
     while world.broadcast(len(times) < 8 or (sum(times[3:]) < 4 and len(times) < 30)):
         began = time.perf_counter()
-        forward_backward(state.parallel, batch, batch.num_targets * world.size, 0, settings)
+        forward_backward(state.parallel, batch, objective.count(batch) * world.size, 0, settings, objective)
         state.optimizers.clip_grad_norm(state.optimizers.grad_norm())
         state.optimizers.set_learning_rate(1e-3)
         state.optimizers.step()
@@ -177,6 +179,11 @@ def build(recipe: Recipe, runtime: Runtime, start: Start | None = None) -> Train
         init,
     )
     return TrainState(parallel, Optimizers(parallel.model, recipe.optimizer, runtime.precision))
+
+
+def build_objective(recipe: Recipe) -> Objective:
+    """Return what a recipe minimizes."""
+    return NextToken(recipe.train.compile)
 
 
 def training_rows(dataset: Dataset, recipe: Recipe) -> RowStream:

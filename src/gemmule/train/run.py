@@ -31,7 +31,7 @@ from gemmule.train.observer import Observer, SampleFunction
 from gemmule.train.open_run import Extension, claim_run, differences, keep_recipe, remove_leftovers
 from gemmule.train.parallel import gather_model
 from gemmule.train.recipe import Recipe
-from gemmule.train.resolve import ResolvedRecipe, build, check_ranks, resolve, training_rows
+from gemmule.train.resolve import ResolvedRecipe, build, build_objective, check_ranks, resolve, training_rows
 from gemmule.train.settings import TrainSettings
 from gemmule.train.start import Start, open_start
 from gemmule.train.state import Position, TrainState
@@ -221,7 +221,14 @@ def _train(
         try:
             if recipe.train.compile:
                 observer.on_progress("compiling", 0, None)
-            train(state, training_rows(dataset, recipe), recipe.train, recipe.schedule, callbacks)
+            train(
+                state,
+                training_rows(dataset, recipe),
+                recipe.train,
+                recipe.schedule,
+                callbacks,
+                build_objective(recipe),
+            )
         finally:
             logs.stop_tracking()
             for end in (saver.finish, logs.metrics.close, logs.samples.close):
