@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from gemmule.data import batches
 from gemmule.train import loss as loss_module
-from gemmule.train.loss import IGNORED, rows_at_once, summed_loss
+from gemmule.train.loss import IGNORED, rows_at_once, summed_loss, target_log_probabilities
 from runs import number_printed_by
 
 VOCABULARY = 11
@@ -209,3 +209,31 @@ def test_half_precision_states_are_summed_in_fp32() -> None:
     assert value.dtype == torch.float32
     expected = plain_loss(hidden.bfloat16().float(), targets, vocabulary.bfloat16().float())
     torch.testing.assert_close(value, expected, rtol=1e-2, atol=0)
+
+
+@given(
+    rows=st.integers(1, 3),
+    length=st.integers(1, 5),
+    ignored=st.sampled_from([0.0, 0.4, 1.0]),
+    at_once=st.integers(1, 8 * VOCABULARY),
+    seed=st.integers(0, 9),
+)
+def test_log_probabilities_of_targets_are_those_of_log_softmax(
+    rows: int, length: int, ignored: float, at_once: int, seed: int
+) -> None:
+    hidden, targets, vocabulary = draw(rows, length, ignored, seed)
+    weights = torch.randn(targets.shape, generator=torch.Generator().manual_seed(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
+        patch.setattr(loss_module, "VOCABULARY_CHUNK", 4)
+        found = target_log_probabilities(targets)(hidden, vocabulary)
+        gradients = torch.autograd.grad((found * weights).sum(), (hidden, vocabulary))
+    known = targets != IGNORED
+    logits = functional.log_softmax(hidden @ vocabulary.T, dim=-1)
+    expected = logits.gather(2, targets.where(known, 0)[..., None])[..., 0].where(known, 0.0)
+    torch.testing.assert_close(found, expected)
+    for gradient, wanted in zip(
+        gradients, torch.autograd.grad((expected * weights).sum(), (hidden, vocabulary)), strict=True
+    ):
+        torch.testing.assert_close(gradient, wanted)
+    assert -found.sum().item() == pytest.approx(summed_loss(targets)(hidden, vocabulary).item(), abs=1e-5)
