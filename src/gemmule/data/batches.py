@@ -2,7 +2,7 @@
 
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
 from typing import NamedTuple, Protocol
@@ -24,6 +24,7 @@ class Batch(NamedTuple):
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64; IGNORED where there is no loss
     documents: Tensor | None  # (B, T) int32, document ids within a row; None where attention crosses documents
+    inputs: Mapping[str, Tensor] = {}  # what the objective needs besides, each (B, ...)
 
     @property
     def num_targets(self) -> int:
@@ -43,7 +44,8 @@ class Batch(NamedTuple):
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         documents = None if self.documents is None else change(self.documents)
-        return Batch(change(self.tokens), change(self.targets), documents)
+        inputs = {name: change(value) for name, value in self.inputs.items()}
+        return Batch(change(self.tokens), change(self.targets), documents, inputs)
 
 
 class Epoch(NamedTuple):

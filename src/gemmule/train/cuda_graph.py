@@ -68,4 +68,5 @@ class CudaGraphStep:
 
 
 def _tensors(batch: Batch, num_targets: Tensor) -> list[Tensor]:
-    return [tensor for tensor in (*batch, num_targets) if tensor is not None]
+    tensors = (batch.tokens, batch.targets, batch.documents, *batch.inputs.values(), num_targets)
+    return [tensor for tensor in tensors if tensor is not None]

@@ -58,7 +58,7 @@ def train(
         step = state.position.step
         optimizers.set_learning_rate(lr_scale(step, settings.steps, schedule))
         batch, first_row = batches.next()
-        num_targets, count = map(int, world.all_reduce_sum(batch.num_targets, objective.count(batch)))
+        num_targets, count = map(int, world.all_reduce_sum(batch.num_targets, objective.begin_step(batch)))
         if step == 0:
             with clock.paused():
                 check_causal(parallel, batch)
@@ -94,7 +94,7 @@ def train(
             metrics |= {"lr": optimizers.learning_rate, "tokens_per_second": clock.rate()}
             metrics |= {"skipped_steps": state.position.skipped} if state.position.skipped else {}
             metrics |= {"spike": 1} if spike else {}
-            metrics |= objective.metrics()
+            metrics |= objective.metrics(world)
         with clock.paused():
             metrics |= {"seconds": clock.seconds} if logging_now else {}
             if logging_now and not validating:
@@ -154,7 +154,7 @@ def measure_step(
 ) -> tuple[float, float]:
     """Return the loss and the gradient norm of a step without updating weights."""
     world = state.parallel.world
-    (count,) = world.all_reduce_sum(objective.count(batch))
+    (count,) = world.all_reduce_sum(objective.begin_step(batch))
     local_loss = forward_backward(state.parallel, batch, count, first_row, settings, objective)
     norm = full_tensor(state.optimizers.grad_norm()).item()
     state.optimizers.zero_grad()

@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from gemmule.data.batches import Batch
+from gemmule.distributed import World
 from gemmule.train.loss import summed_loss
 
 # The forward of a model or of its wrapper: (tokens, documents=..., output_head=...) -> what the output head returns.
@@ -15,16 +16,16 @@ Forward = Callable[..., Tensor]
 class Objective(Protocol):
     """A loss over a batch: a sum, which the loop divides by the count of the whole optimizer step."""
 
-    def count(self, batch: Batch) -> int:
-        """Return what the summed loss of a batch is divided by, such as its number of targets."""
+    def begin_step(self, batch: Batch) -> int:
+        """Begin an optimizer step; return what its summed loss is divided by, such as the number of targets."""
         ...
 
     def summed_loss(self, forward: Forward, batch: Batch) -> Tensor:
         """Return the summed loss of a micro-batch, which is on the model's device, as a scalar."""
         ...
 
-    def metrics(self) -> dict[str, float]:
-        """Return further metrics of the steps since the last call, averaged over them."""
+    def metrics(self, world: World) -> dict[str, float]:
+        """Return further metrics of the step over all ranks; every rank calls it."""
         ...
 
 
@@ -34,7 +35,7 @@ class NextToken:
     def __init__(self, compiled: bool = False) -> None:
         self._compiled = compiled
 
-    def count(self, batch: Batch) -> int:
+    def begin_step(self, batch: Batch) -> int:
         """Return the number of targets."""
         return batch.num_targets
 
@@ -42,6 +43,6 @@ class NextToken:
         """Sum -log p(target) in nats."""
         return forward(batch.tokens, documents=batch.documents, output_head=summed_loss(batch.targets, self._compiled))
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, world: World) -> dict[str, float]:  # noqa: ARG002 - part of the protocol
         """Return nothing beyond the loss."""
         return {}

@@ -146,7 +146,7 @@ def resolve_steps(
     # The first three steps also compile and warm up caches.
     while world.broadcast(len(times) < 8 or (sum(times[3:]) < 4 and len(times) < 30)):
         began = time.perf_counter()
-        forward_backward(state.parallel, batch, objective.count(batch) * world.size, 0, settings, objective)
+        forward_backward(state.parallel, batch, objective.begin_step(batch) * world.size, 0, settings, objective)
         state.optimizers.clip_grad_norm(state.optimizers.grad_norm())
         state.optimizers.set_learning_rate(1e-3)
         state.optimizers.step()
