@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from gemmule.data import batches
+from gemmule.train import log_probabilities
 from gemmule.train import loss as loss_module
-from gemmule.train.loss import IGNORED, rows_at_once, summed_loss, target_log_probabilities
+from gemmule.train.log_probabilities import target_log_probabilities
+from gemmule.train.loss import IGNORED, rows_at_once, summed_loss
 from runs import number_printed_by
 
 VOCABULARY = 11
@@ -159,7 +161,7 @@ def test_without_gradients_none_are_computed_or_held(
     hidden, targets, vocabulary = draw(3, 5, 0.2, 0)
     vocabulary = torch.nn.Parameter(vocabulary.detach())
     with_gradients = summed_loss(targets)(hidden, vocabulary)
-    for owner, name in ((loss_module, "_accumulate_matmul"), (torch, "zeros_like")):
+    for owner, name in ((loss_module, "accumulate_matmul"), (torch, "zeros_like")):
         monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("a gradient is made"))
     with mode():
         value = summed_loss(targets)(hidden, vocabulary)
@@ -226,6 +228,7 @@ def test_log_probabilities_of_targets_are_those_of_log_softmax(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
         patch.setattr(loss_module, "VOCABULARY_CHUNK", 4)
+        patch.setattr(log_probabilities, "VOCABULARY_CHUNK", 4)
         found = target_log_probabilities(targets)(hidden, vocabulary)
         gradients = torch.autograd.grad((found * weights).sum(), (hidden, vocabulary))
     known = targets != IGNORED

@@ -1,4 +1,4 @@
-"""Cross-entropy as an output head, summed or for each target, in chunks: without ever holding all logits."""
+"""Chunked cross-entropy as an output head: summed over the targets, without ever holding all logits."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -57,9 +57,9 @@ class _SummedLoss(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             entries = vocabulary.to(dtype)
             parts = [slice(part, part + VOCABULARY_CHUNK) for part in range(0, len(entries), VOCABULARY_CHUNK)]
-            for chunk in _chunks(hidden, vocabulary):
+            for chunk in chunks(hidden, vocabulary):
                 states = hidden[chunk].to(dtype)
-                loss, grad_logits = losses(_logits(states, entries), targets[chunk], with_gradient)
+                loss, grad_logits = losses(logits_of(states, entries), targets[chunk], with_gradient)
                 total += loss
                 if grad_logits is None:
                     continue
@@ -67,7 +67,7 @@ class _SummedLoss(torch.autograd.Function):
                     if to_hidden is not None:
                         to_hidden[chunk] += grad_logits[:, part] @ entries[part]
                     if to_vocabulary is not None:
-                        _accumulate_matmul(to_vocabulary[part], grad_logits[:, part].T, states)
+                        accumulate_matmul(to_vocabulary[part], grad_logits[:, part].T, states)
         ctx.gradients = to_hidden, to_vocabulary
         return total
 
@@ -79,70 +79,15 @@ class _SummedLoss(torch.autograd.Function):
         return *(None if gradient is None else gradient.mul_(wanted) for gradient in made), None, None, None
 
 
-def target_log_probabilities(targets: Tensor) -> OutputHead:
-    """Return an output head that gives log p(target) (B,T) in nats and fp32, 0 for targets that are IGNORED.
-
-    For losses that weigh sequences against each other: the weights of their gradients are known only afterwards, so the
-    backward pass computes the logits again. What is ignored costs nothing.
-    """
-
-    def read(hidden: Tensor, vocabulary: Tensor) -> Tensor:
-        known = targets != IGNORED
-        arguments = (hidden[known], vocabulary, targets[known])
-        found: Tensor = _TargetLogProbabilities.apply(*arguments)  # type: ignore[no-untyped-call]
-        return torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device).masked_scatter(known, found)
-
-    return read
-
-
-class _TargetLogProbabilities(torch.autograd.Function):
-    """Keeps the states and the log-sum-exp of their logits, and neither logits nor probabilities."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, vocabulary: Tensor, targets: Tensor) -> Tensor:
-        """Return the log-probability of targets (M) after hidden (M,D), with the head's vocabulary (V,D)."""
-        kind = hidden.device.type
-        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        with torch.autocast(kind, enabled=False):
-            entries, sums, found = vocabulary.to(ctx.dtype), [], []
-            for chunk in _chunks(hidden, vocabulary):
-                logits = _logits(hidden[chunk].to(ctx.dtype), entries).float()
-                sums.append(logits.logsumexp(dim=-1))
-                found.append(logits.gather(1, targets[chunk, None])[:, 0] - sums[-1])
-        empty = torch.zeros(0, dtype=torch.float32, device=hidden.device)
-        ctx.save_for_backward(hidden, vocabulary, targets, torch.cat([empty, *sums]))
-        return torch.cat([empty, *found])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, wanted: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients: one-hot minus softmax, times the gradient of each log-probability."""
-        hidden, vocabulary, targets, sums = ctx.saved_tensors
-        to_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        to_vocabulary = torch.zeros_like(vocabulary, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            entries = vocabulary.to(ctx.dtype)
-            for chunk in _chunks(hidden, vocabulary):
-                states, weights = hidden[chunk].to(ctx.dtype), wanted[chunk, None]
-                slopes = (_logits(states, entries).float() - sums[chunk, None]).exp_().mul_(-weights)
-                grad_logits = slopes.scatter_add_(1, targets[chunk, None], weights).to(ctx.dtype)
-                for first in range(0, len(entries), VOCABULARY_CHUNK):
-                    part = slice(first, first + VOCABULARY_CHUNK)
-                    if to_hidden is not None:
-                        to_hidden[chunk] += grad_logits[:, part] @ entries[part]
-                    if to_vocabulary is not None:
-                        _accumulate_matmul(to_vocabulary[part], grad_logits[:, part].T, states)
-        return to_hidden, to_vocabulary, None
-
-
-def _chunks(hidden: Tensor, vocabulary: Tensor) -> Iterator[slice]:
+def chunks(hidden: Tensor, vocabulary: Tensor) -> Iterator[slice]:
+    """Yield the rows of hidden (M,D) whose logits are held at once."""
     rows = rows_at_once(len(vocabulary), hidden.device)
     return (slice(first, first + rows) for first in range(0, len(hidden), rows))
 
 
-def _logits(states: Tensor, entries: Tensor) -> Tensor:
+def logits_of(states: Tensor, entries: Tensor) -> Tensor:
     """Return the logits of states (rows,D) by entries (V,D) of the vocabulary."""
-    return _concatenate([states @ part.T for part in entries.split(VOCABULARY_CHUNK)])
+    return _concatenate([states @ part.T for part in torch.split(entries, VOCABULARY_CHUNK)])
 
 
 def _concatenate(parts: list[Tensor]) -> Tensor:
@@ -150,7 +95,7 @@ def _concatenate(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
-def _accumulate_matmul(total: Tensor, one: Tensor, other: Tensor) -> None:
+def accumulate_matmul(total: Tensor, one: Tensor, other: Tensor) -> None:
     """Add a matmul to an fp32 tensor, in place."""
     if total.is_cuda and one.dtype != total.dtype:  # within the matmul, which accumulates in fp32 there anyway
         torch.addmm(total, one, other, out_dtype=total.dtype, out=total)

@@ -12,7 +12,8 @@ from gemmule.data.batches import Batch
 from gemmule.distributed import World
 from gemmule.fields import NotNegative, Positive, Text
 from gemmule.settings import Problem, Settings
-from gemmule.train.loss import IGNORED, target_log_probabilities
+from gemmule.train.log_probabilities import target_log_probabilities
+from gemmule.train.loss import IGNORED
 from gemmule.train.objective import Forward
 
 # The key of `Batch.inputs` with the reference's log-probability of each document of a row, (B,M).
@@ -111,7 +112,7 @@ class Preferences:
     def summed_loss(self, forward: Forward, batch: Batch) -> Tensor:
         """Sum the loss over pairs, with the cross-entropy of the chosen replies as far as it is weighed in."""
         head = target_log_probabilities(batch.targets)
-        chosen, rejected = _sides(batch, forward(batch.tokens, documents=batch.documents, output_head=head))
+        chosen, rejected = _pairs(batch, forward(batch.tokens, documents=batch.documents, output_head=head))
         margin = self._loss.reward(chosen, self._settings) - self._loss.reward(rejected, self._settings)
         losses = self._loss.loss(margin, self._settings)
         if self._settings.sft_weight:
@@ -132,7 +133,7 @@ METRICS = (
 )  # fmt: skip
 
 
-def _sides(batch: Batch, log_probabilities: Tensor) -> tuple[Replies, Replies]:
+def _pairs(batch: Batch, log_probabilities: Tensor) -> tuple[Replies, Replies]:
     """Gather the chosen and the rejected replies of a batch from log-probabilities of its targets (B,T)."""
     policy = _sums_of_documents(batch, log_probabilities)
     tokens = _sums_of_documents(batch, batch.targets != IGNORED)
@@ -147,5 +148,5 @@ def _sums_of_documents(batch: Batch, values: Tensor) -> Tensor:
     assert batch.documents is not None
     number = batch.inputs[REFERENCE].shape[1]
     places = batch.documents.long().where(batch.targets != IGNORED, number)  # the last column is left out
-    sums = torch.zeros(len(values), number + 1, device=values.device)
+    sums = torch.zeros(len(values), number + 1, dtype=torch.float32, device=values.device)
     return sums.scatter_add(1, places, values.float())[:, :number]
