@@ -1,6 +1,6 @@
 """Tasks about stories: an instruction, a reply that is right, and what checks any reply, from one description.
 
-Kinds: tell a story with given facts, or say that there is none; go on with a story; answer a question about it; mend a
+Kinds: tell a story with given facts, or say that there is none; continue a story; answer a question about it; mend a
 planted fault. Each reply is a sample of the grammar given its instruction, so its log-probability is exact, and so is
 the entropy of all replies to that instruction: the lower bound of any model's loss. Which split a task belongs to is
 decided by a hash of what is asked, without its wording, so nothing that is asked in training is held out.
@@ -16,7 +16,7 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from gemmule.storybook.check import World, check_story, read_story
-from gemmule.storybook.faults import FAULTS, plant_fault
+from gemmule.storybook.faults import FAULTS, HELD_OUT_FAULTS, plant_fault
 from gemmule.storybook.measure import PLOT, PLOTS, measure_rest, measure_stories
 from gemmule.storybook.questions import answers
 from gemmule.storybook.story import Story, tell_story
@@ -30,7 +30,7 @@ _MOST_FACTS = 4
 _WITH_KIND = 0.3  # how often the hero's kind is given with the name
 _HELD_OUT_SHARE = 10  # one constraint in so many
 _HELD_OUT_WORDINGS = 2
-_MOST_LINES = 12  # of a story that is to go on
+_MOST_LINES = 12  # of a story that is to be continued
 _UNNUMBERED = 1 << 53  # stories of tasks are numbered at random below
 
 
@@ -71,6 +71,14 @@ class Task:
         return self.wording >= len(_wordings(self.kind)) - _HELD_OUT_WORDINGS
 
 
+class Preference(NamedTuple):
+    """A task to tell a story, of which the reply is the chosen one, and the same story with one fault of a kind."""
+
+    task: Task
+    rejected: str
+    fault: str
+
+
 class _Draft(NamedTuple):
     """A task before it is worded."""
 
@@ -92,8 +100,7 @@ def make_task(seed: int, index: int, held_out: bool = False, kinds: Sequence[str
     The same on every machine and Python version. Held-out tasks have constraints that no other ever has, and also the
     wordings that are held out.
     """
-    digest = blake2b(f"task:{seed}:{index}:{held_out}".encode(), digest_size=16).digest()
-    draw = random.Random(int.from_bytes(digest, "big"))
+    draw = _generator(f"task:{seed}:{index}:{held_out}")
     names = list(kinds or KINDS)
     (kind,) = draw.choices(names, [KINDS[name].weight for name in names])
     while True:
@@ -111,6 +118,17 @@ def make_task(seed: int, index: int, held_out: bool = False, kinds: Sequence[str
 def make_tasks(count: int, seed: int, held_out: bool = False, kinds: Sequence[str] = ()) -> Iterator[Task]:
     """Make the first `count` tasks of the collection `seed`."""
     return (make_task(seed, index, held_out, kinds) for index in range(count))
+
+
+def make_preference(seed: int, index: int, held_out: bool = False) -> Preference:
+    """Make pair number `index` of the collection `seed`; held-out ones have the kinds of fault that are held out."""
+    draw = _generator(f"preference:{seed}:{index}:{held_out}")
+    kinds = [kind for kind in FAULTS if (kind in HELD_OUT_FAULTS) == held_out]
+    while True:
+        task = make_task(draw.randrange(_UNNUMBERED), 0, held_out, ["tell"])
+        changed = with_fault(task.reply, kinds, draw)
+        if changed is not None:
+            return Preference(task, *changed)
 
 
 def is_held_out(constraint: str) -> bool:
@@ -140,7 +158,12 @@ def with_fault(story: str, kinds: Sequence[str], draw: random.Random) -> tuple[s
     return None
 
 
-def _tell(draw: random.Random) -> _Draft:
+def _generator(key: str) -> random.Random:
+    """Return a generator that is the same on every machine."""
+    return random.Random(int.from_bytes(blake2b(key.encode(), digest_size=16).digest(), "big"))
+
+
+def _draft_story(draw: random.Random) -> _Draft:
     facts, story = _facts_and_story(draw)
     measure = measure_stories(facts)
     log_probability = story.log_probability - measure.log_probability
@@ -148,7 +171,7 @@ def _tell(draw: random.Random) -> _Draft:
     return _Draft(facts, {"facts": _list_facts(facts, draw)}, story.text, goal, log_probability, measure.nats)
 
 
-def _refuse(draw: random.Random) -> _Draft | None:
+def _draft_refusal(draw: random.Random) -> _Draft | None:
     """Ask for a combination of facts that no story has: those of one story with one of another."""
     facts, _ = _facts_and_story(draw)
     others, _ = _facts_and_story(draw)
@@ -159,7 +182,7 @@ def _refuse(draw: random.Random) -> _Draft | None:
     return _Draft(facts, {"facts": _list_facts(facts, draw)}, _texts()["texts"]["refusal"], {"kind": "refuse"})
 
 
-def _continue(draw: random.Random) -> _Draft:
+def _draft_continuation(draw: random.Random) -> _Draft:
     """Draw how much is given before the story, so that the rest is a sample of what may follow."""
     given, lines = draw.randint(2, _MOST_LINES), list[str]()
     while len(lines) <= given:
@@ -175,7 +198,7 @@ def _continue(draw: random.Random) -> _Draft:
     return _Draft(asked, asked, story.text[len(prefix) :].strip(), goal, log_probability, entropy)
 
 
-def _answer(draw: random.Random) -> _Draft | None:
+def _draft_answer(draw: random.Random) -> _Draft | None:
     """Ask about a whole story, or who has the thing after a part of it."""
     story = _random_story(draw).text
     if draw.random() < 0.5:
@@ -194,7 +217,7 @@ def _answer(draw: random.Random) -> _Draft | None:
     return _Draft(asked, asked, f"{answer[0].upper()}{answer[1:]}.", {"kind": "answer", "answer": answer})
 
 
-def _mend(draw: random.Random) -> _Draft | None:
+def _draft_mending(draw: random.Random) -> _Draft | None:
     story = _random_story(draw).text
     changed = with_fault(story, [name for name, fault in FAULTS.items() if fault.mendable], draw)
     if changed is None:
@@ -212,11 +235,11 @@ class Kind(NamedTuple):
 
 # By name; a new one is one line, its wordings, and a checker.
 KINDS: dict[str, Kind] = {
-    "tell": Kind(5, _tell),
-    "continue": Kind(1, _continue),
-    "answer": Kind(2, _answer),
-    "mend": Kind(1, _mend),
-    "refuse": Kind(1, _refuse),
+    "tell": Kind(5, _draft_story),
+    "continue": Kind(1, _draft_continuation),
+    "answer": Kind(2, _draft_answer),
+    "mend": Kind(1, _draft_mending),
+    "refuse": Kind(1, _draft_refusal),
 }
 
 
