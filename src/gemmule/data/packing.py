@@ -12,6 +12,7 @@ import torch
 
 from gemmule.data.batches import IGNORED, PADDING, Batch, RowStream
 from gemmule.data.corpus import Corpus, check_corpus
+from gemmule.errors import DatasetError
 
 
 class Epoch(NamedTuple):
@@ -76,12 +77,101 @@ class PackedRows:
             number, within = number + 1, 0
 
     def _shuffle(self, number: int) -> Epoch:
-        # Raw bits: NumPy guarantees the stream of a bit generator across versions, but not that of `permutation`.
-        keys = np.random.PCG64(np.random.SeedSequence([self.seed, number])).random_raw(self.corpus.documents)
-        order = np.argsort(keys, kind="stable")
+        order = _permutation(self.corpus.documents, self.seed, number)
         return Epoch(order, np.cumsum(self.corpus.lengths[order], dtype=np.int64))
 
 
+class PackedConversations:
+    """Training rows of whole conversations, each of which attends to itself alone, with the loss mask in the targets.
+
+    All documents are packed once, best-fit, in rows of `context` tokens; each epoch has the same rows in another order.
+    `group` documents in a row stay together, such as the chosen and the rejected reply of a pair, and are numbered
+    within a row in their order. A group that is longer than a row is left out, and counted as `too_long`.
+    """
+
+    def __init__(self, corpus: Corpus, context: int, seed: int, pad_id: int | None, group: int = 1) -> None:
+        self.corpus, self.context, self.seed, self._pad_id = corpus, context, seed, pad_id or 0
+        self._packed, self.too_long = _pack_groups(corpus, context, group, seed)
+        if not self._packed:
+            longest = int(corpus.lengths.max()) - 1
+            raise DatasetError(
+                f"train.context = {context}: none of the {corpus.documents:,} conversations fits; the longest needs "
+                f"{longest * group:,}"
+            )
+        self.order = lru_cache(maxsize=2)(self._shuffle)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """How many rows hold all conversations."""
+        return len(self._packed)
+
+    def documents(self, row: int) -> list[int]:
+        """Return the documents of row `row` of the stream, in their order."""
+        epoch, within = divmod(row, len(self._packed))
+        return self._packed[int(self.order(epoch)[within])]
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Return rows `first` to `first + count`; deterministic, a pure function of (seed, first, count)."""
+        return conversation_rows(
+            self.corpus, [self.documents(row) for row in range(first, first + count)], self.context, self._pad_id
+        )
+
+    def _shuffle(self, epoch: int) -> npt.NDArray[np.int64]:
+        return _permutation(len(self._packed), self.seed, epoch)
+
+
+def conversation_rows(corpus: Corpus, rows: Sequence[Sequence[int]], length: int, pad_id: int) -> Batch:
+    """Return rows of whole documents with their loss masks, padded to a length."""
+    tokens = np.full((len(rows), length), pad_id, dtype=np.int64)
+    targets = np.full((len(rows), length), IGNORED, dtype=np.int64)
+    documents = np.full((len(rows), length), PADDING, dtype=np.int32)
+    for row, members in enumerate(rows):
+        filled = 0
+        for number, document in enumerate(members):
+            size = int(corpus.lengths[document])
+            ids = corpus.read(document, 0, size).astype(np.int64)
+            filling = slice(filled, filled + size - 1)
+            tokens[row, filling] = ids[:-1]
+            targets[row, filling] = np.where(corpus.read_mask(document, 1, size), ids[1:], IGNORED)
+            documents[row, filling] = number
+            filled = filling.stop
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
+
+
+def _pack_groups(corpus: Corpus, context: int, group: int, seed: int) -> tuple[list[list[int]], int]:
+    """Pack groups of documents best-fit into rows; return the documents of each row, and how many groups were left out.
+
+    Groups are taken in an order that the seed decides, so that rows do not follow the order of the sources.
+    """
+    sizes = (corpus.lengths.astype(np.int64) - 1).reshape(-1, group).sum(axis=1)
+    rows: list[list[int]] = []
+    space: list[tuple[int, int]] = []  # (free positions, row), ascending
+    for number in _permutation(len(sizes), seed, _PACKING).tolist():
+        size = int(sizes[number])
+        if size <= context:
+            row = _best_fit(space, size, context, len(rows))
+            if row == len(rows):
+                rows.append([])
+            rows[row] += range(number * group, (number + 1) * group)
+    return rows, int((sizes > context).sum())
+
+
+def _best_fit(space: list[tuple[int, int]], size: int, length: int, rows: int) -> int:
+    """Return the row with the least sufficient space, `rows` for a new one, and keep what is left of it."""
+    best = bisect_left(space, (size, 0))
+    free, row = (length, rows) if best == len(space) else space.pop(best)
+    if free > size:
+        insort(space, (free - size, row))
+    return row
+
+
+def _permutation(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    # Raw bits: NumPy guarantees the stream of a bit generator across versions, but not that of `permutation`.
+    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    return np.argsort(keys, kind="stable")
+
+
+_PACKING = 2**32  # the order in which groups are packed has a number that no epoch reaches
 _PERIOD = 4096  # rows after which the order of sources in a mixture repeats
 
 
@@ -149,12 +239,12 @@ class Piece(NamedTuple):
 class WholeDocuments:
     """Packed validation batches: whole documents in rows of sequence length `context`, with padding and document masks.
 
-    The documents are the first of the corpus up to `limit_documents`, or `limit_tokens` targets. Every token but the
-    first of a document is a target exactly once. A document longer than a row is read in windows of `context` tokens
-    that move by `stride`: from the second on, a window predicts only what the one before did not, so that each target
-    has at least `context` - `stride` tokens of left context. By default the stride is the context: documents are cut,
-    and the later pieces are without the earlier context. Rows may be longer than the context (`row_length`), so that
-    less of them is padding. Memory: about 60 bytes per document.
+    The documents are the first of the corpus up to `limit_documents`, or `limit_tokens` targets. Every token but
+    the first of a document is a target exactly once, as far as the loss mask has it. A document longer than a row
+    is read in windows of `context` tokens that move by `stride`: from the second on, a window predicts only what
+    the one before did not, so that each target has at least `context` - `stride` tokens of left context. By default
+    the stride is the context: documents are cut, and the later pieces are without the earlier context. Rows may be
+    longer than the context (`row_length`), so that less of them is padding. Memory: about 60 bytes per document.
     """
 
     def __init__(
@@ -173,7 +263,7 @@ class WholeDocuments:
         targets = np.cumsum(corpus.lengths, dtype=np.int64) - np.arange(1, corpus.documents + 1)
         enough = corpus.documents if limit_tokens is None else int(np.searchsorted(targets, limit_tokens)) + 1
         self.documents = min(enough, corpus.documents, limit_documents or corpus.documents)
-        self.targets = int(targets[self.documents - 1])
+        self.targets = corpus.count_targets(self.documents)
         self.bytes = corpus.first_bytes(self.documents)
         self._pieces, self._ends = _pack(corpus, self.documents, context, stride or context, self._row_length)
 
@@ -202,10 +292,11 @@ class WholeDocuments:
             filled = 0
             begin = self._ends[which - 1] if which else 0
             for number, (document, start, first, stop) in enumerate(self._pieces[begin : self._ends[which]].tolist()):
-                ids = self._corpus.read(document, start, stop + 1)
+                ids = self._corpus.read(document, start, stop + 1).astype(np.int64)
                 filling = slice(filled, filled + len(ids) - 1)
                 tokens[row, filling] = ids[:-1]
-                targets[row, filled + first - start : filling.stop] = ids[1 + first - start :]
+                known = self._corpus.read_mask(document, first + 1, stop + 1)
+                targets[row, filled + first - start : filling.stop] = np.where(known, ids[1 + first - start :], IGNORED)
                 documents[row, filling] = number
                 filled = filling.stop
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
@@ -232,16 +323,10 @@ def _pack_some(corpus: Corpus, documents: range, context: int, stride: int, row_
     space: list[tuple[int, int]] = []  # (free positions, row), ascending
     for document in documents:
         for piece in _windows(document, int(corpus.lengths[document]) - 1, context, stride):
-            size = piece.stop - piece.start
-            best = bisect_left(space, (size, 0))
-            if best == len(space):
+            row = _best_fit(space, piece.stop - piece.start, row_length, len(rows))
+            if row == len(rows):
                 rows.append([])
-                free, row = row_length, len(rows) - 1
-            else:
-                free, row = space.pop(best)
             rows[row].append(piece)
-            if free > size:
-                insort(space, (free - size, row))
     return rows
 
 
