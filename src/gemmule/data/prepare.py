@@ -61,7 +61,7 @@ Progress = Callable[[str, int, int | None], None]
 
 # Settings of the cleaning stage; the others matter in later stages, or in training.
 _CLEANING_SETTINGS = {
-    "separator", "column", "min_characters", "max_characters", "keep_matching", "drop_matching", "quality",
+    "kind", "separator", "column", "min_characters", "max_characters", "keep_matching", "drop_matching", "quality",
 }  # fmt: skip
 
 
@@ -245,7 +245,7 @@ class Preparation:
         elif not in_split(labels, "train").any() or not in_split(labels, "validation").any():
             shards = [IntermediateShard(self.clean, unit.name) for unit in units]
             size = sum(int(shard.sizes().sum()) for shard in shards)
-            works = working_share(shards, labels, self.settings.holdout)
+            works = working_share(shards, labels, self.settings.holdout, divide=self.settings.kind == "text")
             advice = (
                 "set data.validation, add text, or set data.separator to the separator between the documents of a file"
             )
