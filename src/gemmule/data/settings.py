@@ -30,7 +30,8 @@ class DataSettings(Settings):
     """The training and validation data.
 
     A SOURCE is a file, a folder, a glob, hf:owner/name[:split[:column]], hf:owner/name/FILE, storybook[:count[:start]],
-    or a dataset of `gemmule prepare`, which has its own validation split.
+    storybook-tasks[:count[:start[:kinds]]], text-tasks:SOURCE, or a dataset of `gemmule prepare`, which has its own
+    validation split.
     """
 
     train: Sources = Field(description="the SOURCE to train on, or a list of several", examples=["storybook"])
