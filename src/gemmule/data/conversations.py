@@ -159,11 +159,11 @@ def _read_messages(value: Any, name: str) -> Messages:
             raise SourceError(f"{name} is text, not a list of messages with role and content") from None
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise SourceError(f"{name} is {_described(value)}, not a list of messages with role and content")
-    messages = []
+    messages: Messages = []
     for number, message in enumerate(value, 1):
         if not isinstance(message, Mapping):
             raise SourceError(f"{name}, message {number}: is {_described(message)}, not an object of role and content")
-        role = message.get("role") or message.get("from")
+        role = str(message.get("role") or message.get("from"))
         content = message.get("content") if message.get("content") is not None else message.get("value")
         messages.append({"role": _ROLES.get(role, role), "content": _text(content, f"{name}, message {number}")})
     return messages
