@@ -56,9 +56,9 @@ def stored_or_computed(
     try:
         stored: LogProbabilities = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DatasetError(f"{file}: cannot be read ({error}); remove it, and it is computed again") from None
+        raise DatasetError(f"{file}: cannot be read ({error}); remove it, and a run computes it anew") from None
     if stored.shape != (corpus.documents,) or stored.dtype != np.float32 or not np.isfinite(stored).all():
-        raise DatasetError(f"{file}: does not fit the data; remove it, and it is computed again")
+        raise DatasetError(f"{file}: does not fit the data; remove it, and a run computes it anew")
     return stored
 
 
