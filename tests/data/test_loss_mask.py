@@ -10,12 +10,13 @@ import pytest
 from corpora import write_corpus
 from source_files import write
 
-from gemmule.data.corpus import Corpus, CorpusWriter, open_corpus
+from gemmule.data.corpus import Corpus, open_corpus
 from gemmule.data.dataset import Dataset, open_dataset
 from gemmule.data.loss_mask import ROLES, check_loss_mask, segments, token_roles
 from gemmule.data.prepare import prepare_dataset
 from gemmule.data.rendering import read_prompts
 from gemmule.data.settings import DataSettings
+from gemmule.data.shards import ShardWriter
 from gemmule.errors import DatasetError, RecipeError, TokenizerError
 from gemmule.tokenizer import Tokenizer, TokenizerSettings
 from gemmule.tokenizer.chat import render_chat
@@ -84,7 +85,9 @@ def test_of_a_pair_the_last_replies_alone_are_trained(tmp_path: Path, tiny_token
     assert dataset.report.train.kept * 2 == dataset.train.documents
     found = documents(dataset.train)
     for pair in (found[0:2], found[2:4]):
-        texts = [tiny_tokenizer.decode([i for i, own in zip(*each, strict=True) if own], specials=True) for each in pair]
+        texts = [
+            tiny_tokenizer.decode([i for i, own in zip(*each, strict=True) if own], specials=True) for each in pair
+        ]
         assert re.fullmatch(r"Yes \d+<end_of_turn>No (\d+)<end_of_turn>", "".join(texts))
         assert texts[0].replace("Yes", "No") == texts[1]
     check_loss_mask(dataset.train, tiny_tokenizer, "train")
@@ -120,11 +123,12 @@ def test_roles_end_with_their_document(tiny_tokenizer: Tokenizer) -> None:
 
 
 def masked_corpus(folder: Path, ids: list[int], trained: list[bool], tokenizer: Tokenizer) -> Corpus:
-    with CorpusWriter(folder, "train", tokenizer.fingerprint, tokenizer.vocab_size, masked=True) as writer:
-        good = render_chat(tokenizer, conversation(0)["messages"])
-        writer.append(good.ids, 1, good.trained)
-        writer.append(ids, 1, trained)
-    return open_corpus(folder, writer.names, tokenizer.fingerprint)
+    writer = ShardWriter(folder / "train.tokens", tokenizer.fingerprint, tokenizer.vocab_size, masked=True)
+    good = render_chat(tokenizer, conversation(0)["messages"])
+    writer.append(good.ids, 1, good.trained)
+    writer.append(ids, 1, trained)
+    writer.finalize()
+    return open_corpus(folder, ["train.tokens"], tokenizer.fingerprint)
 
 
 def test_masks_that_teach_nothing_or_no_end_are_refused(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
@@ -147,7 +151,7 @@ def test_masks_that_teach_nothing_or_no_end_are_refused(tmp_path: Path, tiny_tok
 def test_a_tokenizer_that_is_missing_or_without_turns_is_refused(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     source = write(tmp_path / "a.jsonl", json.dumps(conversation(0)))
     settings = DataSettings(train=(str(source),), kind="conversations")
-    with pytest.raises(RecipeError, match=r"data\.kind = \"conversations\": needs a tokenizer that exists: set train\.st"):
+    with pytest.raises(RecipeError, match=r"data\.kind = .* needs a tokenizer that exists: set train\.start"):
         prepare_dataset(settings, TokenizerSettings(), tmp_path / "out")
     without = Tokenizer(tiny_tokenizer._document.replace("<end_of_turn>", "<other>"), {})
     with pytest.raises(TokenizerError, match="the tokenizer has no <end_of_turn>"):
