@@ -48,10 +48,9 @@ class LoRALinear(nn.Linear):
         self.in_features, self.out_features, self.lora = base.in_features, base.out_features, lora
         self.weight = base.weight
         self.register_parameter("bias", None)
-        like: dict[str, Any] = {"dtype": torch.float32, "device": base.weight.device}
-        self.lora_a = nn.Parameter(torch.zeros(lora.rank, base.in_features, **like))
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, lora.rank, **like))
-        self.magnitude = nn.Parameter(torch.ones(base.out_features, **like)) if lora.dora else None
+        self.lora_a = _parameter(base, lora.rank, base.in_features)
+        self.lora_b = _parameter(base, base.out_features, lora.rank)
+        self.magnitude = _parameter(base, base.out_features) if lora.dora else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform x (..., in) by the layer and its adapter; the result has the layer's dtype."""
@@ -83,6 +82,10 @@ class LoRALinear(nn.Linear):
             return _norms(torch.addmm(self.weight.float(), b, a, alpha=self.lora.scale))
 
 
+def _parameter(base: nn.Linear | nn.Embedding, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=base.weight.device))
+
+
 def _norms(weight: Tensor) -> Tensor:
     return weight.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -96,9 +99,9 @@ class RowsEmbedding(nn.Embedding):
         super(nn.Embedding, self).__init__()
         self.num_embeddings, self.embedding_dim, self.chosen = base.num_embeddings, base.embedding_dim, ids
         self.weight = base.weight
-        device = base.weight.device
-        self.rows = nn.Parameter(torch.zeros(len(ids), base.embedding_dim, dtype=torch.float32, device=device))
-        self.register_buffer("ids", torch.tensor(ids, dtype=torch.long, device=device), persistent=False)
+        self.rows = _parameter(base, len(ids), base.embedding_dim)
+        numbers = torch.tensor(ids, dtype=torch.long, device=base.weight.device)
+        self.register_buffer("ids", numbers, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Look tokens up, (B,T,D)."""
@@ -114,7 +117,7 @@ class RowsEmbedding(nn.Embedding):
     def merged(self, full: Full) -> Tensor:
         """Return the weight (V,D) with the rows in it, fp32."""
         weight, rows = full(self.weight.detach()).float(), full(self.rows.detach()).float()
-        return weight.index_copy(0, torch.tensor(self.chosen, device=weight.device), rows)
+        return weight.index_copy(0, torch.tensor(self.chosen, dtype=torch.long, device=weight.device), rows)
 
 
 def add_lora(model: Gemma3, lora: LoRA) -> None:
@@ -164,7 +167,7 @@ def init_lora(
             if module.magnitude is not None:
                 copy(module.magnitude, _norms(full(module.weight.detach()).float()))
         elif isinstance(module, RowsEmbedding):
-            module.ids.copy_(torch.tensor(module.chosen))
+            module.ids.copy_(torch.tensor(module.chosen, dtype=torch.long))
             copy(module.rows, full(module.weight.detach())[list(module.chosen)].float())
 
 
