@@ -464,4 +464,5 @@ def test_a_file_may_have_the_name_of_a_kind(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_every_kind_of_source_is_tested_here() -> None:
-    assert set(SOURCES) == {"hf", "storybook"}
+    tasks = {"storybook-tasks", "text-tasks"}  # in test_tasks.py
+    assert set(SOURCES) == {"hf", "storybook"} | tasks

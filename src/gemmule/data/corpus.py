@@ -33,6 +33,12 @@ class Corpus:
         begin = int(shard.ends[index - 1]) if index else 0
         return shard.tokens[begin + start : min(begin + stop, int(shard.ends[index]))]
 
+    def read_mask(self, document: int, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Return whether tokens start to stop of a document are trained on (the loss mask)."""
+        shard, index = self._locate(document)
+        begin = int(shard.ends[index - 1]) if index else 0
+        return shard.read_mask(begin + start, min(begin + stop, int(shard.ends[index])))
+
     def text_bytes(self, document: int) -> int:
         """Return the UTF-8 bytes of a document's tokens after its first."""
         shard, index = self._locate(document)

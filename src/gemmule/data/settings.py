@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -21,6 +21,8 @@ Sources = Annotated[
     BeforeValidator(_listed),
     Noun("a SOURCE or a list of SOURCEs"),
 ]
+# What the rows of the SOURCEs are.
+Kind = Literal["text", "conversations", "preferences", "prompts"]
 Weights = Annotated[tuple[float, ...], Field(min_length=1, strict=False)]
 
 
@@ -28,10 +30,16 @@ class DataSettings(Settings):
     """The training and validation data.
 
     A SOURCE is a file, a folder, a glob, hf:owner/name[:split[:column]], hf:owner/name/FILE, storybook[:count[:start]],
-    or a dataset of `gemmule prepare`, which has its own validation split.
+    storybook-tasks[:count[:start[:kinds]]], text-tasks:SOURCE, or a dataset of `gemmule prepare`, which has its own
+    validation split.
     """
 
     train: Sources = Field(description="the SOURCE to train on, or a list of several", examples=["storybook"])
+    kind: Annotated[Kind, Noun('"text", "conversations", "preferences" or "prompts"')] = Field(
+        "text",
+        description="what the rows are: text; conversations, of which the replies are learned; preferences, with a "
+        "chosen and a rejected reply; or prompts for rewards",
+    )
     validation: Sources | None = Field(
         None, description="the SOURCE to validate on, or a list; without it, train documents are held out"
     )

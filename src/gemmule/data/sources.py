@@ -16,6 +16,7 @@ from gemmule.data.rows import text_of
 from gemmule.data.settings import DataSettings
 from gemmule.data.spool import is_stream, spool
 from gemmule.data.streams import File, file_version, hub_errors
+from gemmule.data.tasks import StorybookTaskRange, TextTaskRange, parse_kinds
 from gemmule.errors import MissingExtra, SourceError
 from gemmule.reading import local_path, path_kind
 
@@ -29,6 +30,7 @@ _MAX_UNITS = 2048  # work units per source, approximately
 # Stories of different seeds are different samples, so no story is in both splits.
 _STORY_SEEDS: dict[Split, int] = {"train": 1, "validation": 2}
 _STORY_COUNTS: dict[Split, int] = {"train": 40_000, "validation": 1_000}
+_TASK_COUNTS: dict[Split, int] = {"train": 20_000, "validation": 500}
 _STORY_SIZE = 800  # bytes, approximately
 
 
@@ -230,6 +232,62 @@ def parse_storybook(rest: str) -> Source:
 
 
 @dataclass(frozen=True)
+class StorybookTaskSource:
+    """Tasks about stories, of some kinds (none: all): `count` of them (None: a default per split) from `start`."""
+
+    count: int | None = None
+    start: int = 0
+    kinds: tuple[str, ...] = ()
+
+    def ranges(self, settings: DataSettings, split: Split) -> Iterator[AnyRange]:
+        """Yield ranges of task numbers; those of validation are held out, and of another seed."""
+        if settings.kind == "text":
+            raise SourceError(
+                'storybook-tasks is no text: set data.kind to "conversations", "preferences" or "prompts"'
+            )
+        end = self.start + (_TASK_COUNTS[split] if self.count is None else self.count)
+        step = UNIT // (4 * _STORY_SIZE)  # a task takes longer to make than a story
+        for first in range(self.start, end, step):
+            stop = min(first + step, end)
+            size = (stop - first) * _STORY_SIZE
+            yield StorybookTaskRange(_STORY_SEEDS[split], first, stop, size, split == "validation", self.kinds)
+
+
+def parse_storybook_tasks(rest: str) -> Source:
+    """Parse COUNT:START:KINDS, all optional."""
+    numbers, kinds = rest.split(":")[:2], rest.split(":")[2:]
+    malformed = len(kinds) > 1 or (rest and not all(part.isdecimal() for part in numbers)) or numbers[0] == "0"
+    if malformed:
+        raise SourceError(
+            f"storybook-tasks:{rest}: write it as storybook-tasks, storybook-tasks:COUNT, storybook-tasks:COUNT:START "
+            "or storybook-tasks:COUNT:START:KINDS"
+        )
+    count, start = (*map(int, filter(None, numbers)), None, None)[:2]
+    return StorybookTaskSource(count, start or 0, parse_kinds(kinds[0]) if kinds else ())
+
+
+@dataclass(frozen=True)
+class TextTaskSource:
+    """Tasks made from the documents of another SOURCE: words that must occur, at most n sentences, an ending."""
+
+    source: Source
+
+    def ranges(self, settings: DataSettings, split: Split) -> Iterator[AnyRange]:
+        """Yield the ranges of the source."""
+        if settings.kind not in ("conversations", "prompts"):
+            raise SourceError('text-tasks gives tasks: set data.kind to "conversations" or "prompts"')
+        for each in self.source.ranges(settings, split):
+            yield TextTaskRange(each, read_range, each.origin, each.size, split == "validation")
+
+
+def parse_text_tasks(rest: str) -> Source:
+    """Parse the SOURCE that tasks are made from."""
+    if not rest:
+        raise SourceError("text-tasks: write it as text-tasks:SOURCE, such as text-tasks:stories.txt")
+    return TextTaskSource(parse_source(rest))
+
+
+@dataclass(frozen=True)
 class HubFile:
     """One file of a dataset repository of the Hugging Face Hub, read by byte ranges without a download."""
 
@@ -306,4 +364,6 @@ def _hub_dataset(name: str, split: str) -> Any:
 SOURCES: dict[str, Callable[[str], Source]] = {
     "hf": parse_hub,
     "storybook": parse_storybook,
+    "storybook-tasks": parse_storybook_tasks,
+    "text-tasks": parse_text_tasks,
 }

@@ -6,14 +6,13 @@ what the replay of the story knows. Items are deterministic in their seed.
 
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from itertools import chain, count, islice
+from itertools import count, islice
 from typing import NamedTuple, TypeVar
 
 from gemmule.storybook.check import World, check_story, read_story
-from gemmule.storybook.grammar import Option, book
-from gemmule.storybook.parser import NAMED
+from gemmule.storybook.faults import alternatives, repetitions
 from gemmule.storybook.story import tell_story
 
 CHOICES = 4
@@ -64,13 +63,13 @@ def _generator(seed: int, index: int) -> random.Random:
 def _cloze(story: str, draw: random.Random) -> Cloze | None:
     """Make a cloze of a story; None where it repeats nothing that could be contradicted."""
     chosen = read_story(story).chosen
-    places = [(place, option) for option in chosen.values() for place in _repetitions(story, option.text)]
+    places = [(place, option) for option in chosen.values() for place in repetitions(story, option.text)]
     for (start, stop), option in draw.sample(places, len(places)):
         context, rest = story[: start - 1], story[stop : _sentence_end(story, stop)]
         right = option.text + rest
         if check_story(f"{context} {right}").problems != _UNFINISHED:  # the line goes on after this sentence
             continue
-        others = (other + rest for other in _alternatives(option, chosen, draw))
+        others = (other + rest for other in alternatives(option, chosen, draw))
         wrong = (other for other in others if len(check_story(f"{context} {other}").problems) > 1)
         if len(distractors := list(islice(wrong, CHOICES - 1))) == CHOICES - 1:
             choices = draw.sample([right, *distractors], CHOICES)
@@ -78,27 +77,9 @@ def _cloze(story: str, draw: random.Random) -> Cloze | None:
     return None
 
 
-def _repetitions(story: str, text: str) -> Iterator[tuple[int, int]]:
-    """Yield where a text stands again in a story, as a word after a space that no article belongs to."""
-    found = [match.span() for match in re.finditer(rf"(?<![\w-]){re.escape(text)}(?![\w-])", story)]
-    for start, stop in found[1:]:
-        if story[start - 1] == " " and not re.search(r"\b[Aa]n? $", story[:start]):
-            yield start, stop
-
-
 def _sentence_end(story: str, start: int) -> int:
     match = _SENTENCE_END.search(story, start)
     return match.end() if match else len(story)
-
-
-def _alternatives(option: Option, chosen: Mapping[str, Option], draw: random.Random) -> list[str]:
-    """Return other texts for a choice, those that the story itself has chosen first."""
-    kinds = [name for name, options in book().lexicons.items() if option in options]
-    kinds = list(NAMED) if set(kinds) & set(NAMED) else kinds
-    options = list(chain.from_iterable(book().lexicons[kind] for kind in kinds))
-    shuffled = draw.sample(options, len(options))
-    in_story = [other for other in shuffled if other in chosen.values()]
-    return [other.text for other in dict.fromkeys([*in_story, *shuffled]) if other.text != option.text]
 
 
 Ask = tuple[Sequence[str], str, Callable[[World], str]]
@@ -116,12 +97,14 @@ QUESTIONS: tuple[Ask, ...] = (
 )
 
 
+def answers(world: World) -> list[tuple[str, str]]:
+    """Return the questions that a story answers, with their answers."""
+    texts = {name: option.text for name, option in world.chosen.items()}
+    known = [(question, answer(world)) for needs, question, answer in QUESTIONS if texts.keys() >= set(needs)]
+    return [(question.format_map(texts), answer) for question, answer in known if answer not in ("", "nobody")]
+
+
 def _question(story: str, draw: random.Random) -> Question | None:
     """Ask one of the questions that a story answers."""
-    world = read_story(story)
-    known = [(question, answer(world)) for needs, question, answer in QUESTIONS if world.chosen.keys() >= set(needs)]
-    answered = [(question, answer) for question, answer in known if answer not in ("", "nobody")]
-    if not answered:
-        return None
-    question, answer = draw.choice(answered)
-    return Question(story, question.format_map({name: option.text for name, option in world.chosen.items()}), answer)
+    answered = answers(read_story(story))
+    return Question(story, *draw.choice(answered)) if answered else None
