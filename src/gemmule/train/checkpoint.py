@@ -1,9 +1,9 @@
 """Checkpoints: everything that an exact resume needs, written atomically in the background.
 
 A checkpoint is a model folder, or of a run that trains an adapter the folder of that, with two more kinds of files: the
-optimizer state, and `state.json` with the position and the sha256 of every file. Data order and dropout are pure functions of (seed, step), so the step is all that they need.
-Tensors go through torch.distributed.checkpoint (`storage.py`), so a checkpoint written by any number of ranks is read
-by any other number.
+optimizer state, and `state.json` with the position and the sha256 of every file. Data order and dropout are pure
+functions of (seed, step), so the step is all that they need. Tensors go through torch.distributed.checkpoint
+(`storage.py`), so a checkpoint written by any number of ranks is read by any other number.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from gemmule.errors import CheckpointError, OutputError
 from gemmule.files import as_output_error, atomic_replace, partial_folder, reason_of, remove, sha256
-from gemmule.formats.adapter import adapter_tensors, base_sha256, save_adapter_config, weights_metadata
+from gemmule.formats.adapter import adapter_tensors, base_sha256, save_adapter_config
 from gemmule.formats.config_json import write_json
 from gemmule.formats.folder import save_settings
 from gemmule.formats.names import tensor_name_pairs
@@ -84,9 +84,7 @@ class Saver:
         if self._state.parallel.world.is_main:
             with suppress(OSError):  # a process that was killed may have left it
                 remove(partial_folder(folder))
-        adapter = self._state.adapter
-        metadata = None if adapter is None else weights_metadata(adapter.base)
-        writer = Writer(folder, partial(self._complete, folder, position), metadata)
+        writer = Writer(folder, partial(self._complete, folder, position))
         state = _tensors(self._state)
         future = async_save(state, storage_writer=writer, process_group=self._state.parallel.world.checkpoint_group)
         assert isinstance(future, Future)

@@ -1,12 +1,13 @@
 """How torch.distributed.checkpoint keeps tensors here: safetensors files, one a process and kind, and nothing pickled.
 
 A process alone writes `model.safetensors` under Hugging Face's names, or of an adapter `adapter_model.safetensors`
-under peft's, and `optimizer.safetensors`; process 2 of 4 writes `model-00002-of-00004.safetensors`. A tensor of which a process has rows 8 to 16 is kept as `NAME[8:16]`.
+under peft's, and `optimizer.safetensors`; process 2 of 4 writes `model-00002-of-00004.safetensors`. A tensor of which a
+process has rows 8 to 16 is kept as `NAME[8:16]`.
 """
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,8 @@ class Writer(_Plain, StorageWriter):
     Where that fails for want of space or rights, OutputError names the folder.
     """
 
-    def __init__(
-        self, folder: Path, finish: Callable[[dict[str, str]], None], metadata: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, finish: Callable[[dict[str, str]], None]) -> None:
         self._folder, self._aside, self._finish = folder, partial_folder(folder), finish
-        self._metadata = {"format": "pt", **(metadata or {})}
 
     def set_up_storage_writer(self, *_: Any, **__: Any) -> None:
         """Make the folder; every process may, so that none depends on when it sees another's."""
@@ -94,7 +92,7 @@ class Writer(_Plain, StorageWriter):
                 tensors[name] = values.detach().cpu().contiguous()
             file = self._aside / f"{kind}{plan.storage_data}.safetensors"
             with as_output_error(self._folder):
-                save_file(tensors, file, metadata=self._metadata)
+                save_file(tensors, file, metadata={"format": "pt"})
                 file.chmod(self._aside.stat().st_mode & 0o666)  # the library lets nobody but the owner read it
                 sync(file)
                 written = (file.name, sha256(file))
