@@ -39,6 +39,22 @@ class Corpus:
         begin = int(shard.ends[index - 1]) if index else 0
         return shard.read_mask(begin + start, min(begin + stop, int(shard.ends[index])))
 
+    @property
+    def masked(self) -> bool:
+        """Whether there is a loss mask."""
+        return any(shard.mask is not None for shard in self.shards)
+
+    def targets(self) -> npt.NDArray[np.int64]:
+        """Return the number of targets of each document: the tokens after its first that are trained on."""
+        if not self.masked:
+            return self.lengths.astype(np.int64) - 1
+        counts = []
+        for shard in self.shards:
+            mask = shard.read_mask(0, shard.header.tokens).astype(np.int64)
+            starts = np.append(0, shard.ends[:-1])
+            counts.append(np.add.reduceat(mask, starts) - mask[starts])
+        return np.concatenate(counts)
+
     def text_bytes(self, document: int) -> int:
         """Return the UTF-8 bytes of a document's tokens after its first."""
         shard, index = self._locate(document)

@@ -2,7 +2,7 @@
 
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -76,10 +76,15 @@ class PackedRows:
             number, within = number + 1, 0
 
     def _shuffle(self, number: int) -> Epoch:
-        # Raw bits: NumPy guarantees the stream of a bit generator across versions, but not that of `permutation`.
-        keys = np.random.PCG64(np.random.SeedSequence([self.seed, number])).random_raw(self.corpus.documents)
-        order = np.argsort(keys, kind="stable")
+        order = random_order(self.corpus.documents, self.seed, number)
         return Epoch(order, np.cumsum(self.corpus.lengths[order], dtype=np.int64))
+
+
+def random_order(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Return the order of `count` things in an epoch."""
+    # Raw bits: NumPy guarantees the stream of a bit generator across versions, but not that of `permutation`.
+    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    return np.argsort(keys, kind="stable")
 
 
 _PERIOD = 4096  # rows after which the order of sources in a mixture repeats
@@ -117,6 +122,7 @@ class MixedRows:
             torch.cat([part.tokens for part in parts])[inverse],
             torch.cat([part.targets for part in parts])[inverse],
             torch.cat(documents)[inverse] if documents else None,
+            {name: torch.cat([part.inputs[name] for part in parts])[inverse] for name in parts[0].inputs},
         )
 
     def _rows_before(self, row: int) -> npt.NDArray[np.int64]:
@@ -150,11 +156,12 @@ class WholeDocuments:
     """Packed validation batches: whole documents in rows of sequence length `context`, with padding and document masks.
 
     The documents are the first of the corpus up to `limit_documents`, or `limit_tokens` targets. Every token but the
-    first of a document is a target exactly once. A document longer than a row is read in windows of `context` tokens
-    that move by `stride`: from the second on, a window predicts only what the one before did not, so that each target
-    has at least `context` - `stride` tokens of left context. By default the stride is the context: documents are cut,
-    and the later pieces are without the earlier context. Rows may be longer than the context (`row_length`), so that
-    less of them is padding. Memory: about 60 bytes per document.
+    first of a document is a target exactly once, of a corpus with a loss mask every one that is trained on. A document
+    longer than a row is read in windows of `context` tokens that move by `stride`: from the second on, a window
+    predicts only what the one before did not, so that each target has at least `context` - `stride` tokens of left
+    context. By default the stride is the context: documents are cut, and the later pieces are without the earlier
+    context. Rows may be longer than the context (`row_length`), so that less of them is padding. Memory: about 60 bytes
+    per document.
     """
 
     def __init__(
@@ -170,7 +177,7 @@ class WholeDocuments:
     ) -> None:
         self._corpus, self._batch_size, self._pad_id = corpus, batch_size, pad_id or 0
         self._row_length = row_length or context
-        targets = np.cumsum(corpus.lengths, dtype=np.int64) - np.arange(1, corpus.documents + 1)
+        targets = np.cumsum(corpus.targets(), dtype=np.int64)
         enough = corpus.documents if limit_tokens is None else int(np.searchsorted(targets, limit_tokens)) + 1
         self.documents = min(enough, corpus.documents, limit_documents or corpus.documents)
         self.targets = int(targets[self.documents - 1])
@@ -205,7 +212,9 @@ class WholeDocuments:
                 ids = self._corpus.read(document, start, stop + 1)
                 filling = slice(filled, filled + len(ids) - 1)
                 tokens[row, filling] = ids[:-1]
-                targets[row, filled + first - start : filling.stop] = ids[1 + first - start :]
+                trained = self._corpus.read_mask(document, first + 1, stop + 1)
+                scored = slice(filled + first - start, filling.stop)
+                targets[row, scored] = np.where(trained, ids[1 + first - start :].astype(np.int64), IGNORED)
                 documents[row, filling] = number
                 filled = filling.stop
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
@@ -227,21 +236,29 @@ def _pack(
 
 
 def _pack_some(corpus: Corpus, documents: range, context: int, stride: int, row_length: int) -> list[list[Piece]]:
-    """Best-fit packing: put each piece into the row with the least sufficient space, or into a new one."""
-    rows: list[list[Piece]] = []
+    """Pack the windows of documents best-fit."""
+    lengths = corpus.lengths
+    pieces = [
+        piece for document in documents for piece in _windows(document, int(lengths[document]) - 1, context, stride)
+    ]
+    packed = best_fit([piece.stop - piece.start for piece in pieces], row_length)
+    return [[pieces[number] for number in row] for row in packed]
+
+
+def best_fit(sizes: Iterable[int], row_length: int) -> list[list[int]]:
+    """Pack things best-fit: each goes into the row with the least sufficient space, or into a new one."""
+    rows: list[list[int]] = []
     space: list[tuple[int, int]] = []  # (free positions, row), ascending
-    for document in documents:
-        for piece in _windows(document, int(corpus.lengths[document]) - 1, context, stride):
-            size = piece.stop - piece.start
-            best = bisect_left(space, (size, 0))
-            if best == len(space):
-                rows.append([])
-                free, row = row_length, len(rows) - 1
-            else:
-                free, row = space.pop(best)
-            rows[row].append(piece)
-            if free > size:
-                insort(space, (free - size, row))
+    for number, size in enumerate(sizes):
+        best = bisect_left(space, (size, 0))
+        if best == len(space):
+            rows.append([])
+            free, row = row_length, len(rows) - 1
+        else:
+            free, row = space.pop(best)
+        rows[row].append(number)
+        if free > size:
+            insort(space, (free - size, row))
     return rows
 
 

@@ -32,7 +32,7 @@ from gemmule.data.plain_text import Separator
 from gemmule.data.plot import plot_report
 from gemmule.data.rendering import ROWS_SUFFIX, check_tokenizer
 from gemmule.data.report import CorpusReport, LossMaskReport, SourceReport, SplitReport, add_loss_masks, counted
-from gemmule.data.settings import CHAT_SETTINGS, DataSettings
+from gemmule.data.settings import DataSettings
 from gemmule.data.sources import UNIT, Split, WorkUnit, plan_units
 from gemmule.data.stage_cache import cache_key, commit, committed, open_stage
 from gemmule.data.vocabulary import ChosenTokenizer, Vocabulary
@@ -352,7 +352,7 @@ class Preparation:
             train_sources=tuple(unit.source for unit, count in zip(units, counts, strict=True) if "train" in count),
             validation=tuple(shard["name"] for shard in shards["validation"]),
             floor_nats=self._entropy_floor(units, labels),
-            settings=settings.model_dump(exclude=set(CHAT_SETTINGS) if settings.kind == "text" else None),
+            settings=settings.model_dump(),
             **({"lossless": False} if self._report_lossy(shards) else {}),
         )
         plot_report(report, self.staged / PLOT_FILE)
