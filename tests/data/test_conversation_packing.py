@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from gemmule.data.batches import IGNORED, PADDING
 from gemmule.data.corpus import Corpus, open_corpus
-from gemmule.data.packed_conversations import PackedConversations
-from gemmule.data.packing import MixedRows, WholeDocuments, best_fit
+from gemmule.data.packing import MixedRows, PackedConversations, WholeDocuments
 from gemmule.data.shards import ShardWriter
 from gemmule.errors import DatasetError
 
@@ -59,15 +58,13 @@ def test_each_epoch_trains_each_reply_that_fits_once(
     corpus = masked_corpus(Path(tempfile.mkdtemp(dir=folders)), turns, min(shards, len(turns)))
     fitting = [each for each in turns if size(each) <= context]
     if not fitting:
-        with pytest.raises(
-            DatasetError, match=f"every conversation is longer; the shortest needs {min(map(size, turns))}"
-        ):
+        with pytest.raises(DatasetError, match=f"conversations fits; the shortest needs {min(map(size, turns))}"):
             PackedConversations(corpus, context, seed, 0)
         return
     rows = PackedConversations(corpus, context, seed, 0)
-    assert (rows.packing.kept, rows.packing.dropped) == (len(fitting), len(turns) - len(fitting))
+    assert (rows.kept, rows.too_long) == (len(fitting), len(turns) - len(fitting))
     for epoch in range(2):
-        batch = rows.rows(epoch * rows.packing.rows, rows.packing.rows)
+        batch = rows.rows(epoch * rows.rows_per_epoch, rows.rows_per_epoch)
         targets = Counter(batch.targets[batch.targets != IGNORED].tolist())
         assert set(targets.values()) == {1}
         assert targets.total() == sum(reply for each in fitting for _, reply in each)
@@ -84,9 +81,9 @@ def test_a_row_is_whole_conversations_from_their_beginning(
         rows = PackedConversations(corpus, context, 1, 0, drop_turns=drop)
     except DatasetError:
         return
-    batch = rows.rows(0, rows.packing.rows)
+    batch = rows.rows(0, rows.rows_per_epoch)
     assert batch.documents is not None
-    for row in range(rows.packing.rows):
+    for row in range(rows.rows_per_epoch):
         for number, document in enumerate(rows.documents(row)):
             here = batch.documents[row] == number
             tokens, targets = batch.tokens[row, here].tolist(), batch.targets[row, here].tolist()
@@ -102,14 +99,12 @@ def test_the_last_turns_are_dropped_of_what_is_too_long(tmp_path: Path) -> None:
     turns: list[Conversation] = [[(3, 3), (2, 2), (5, 5)], [(2, 2)], [(9, 9)]]
     corpus = masked_corpus(tmp_path, turns)
     whole = PackedConversations(corpus, 12, 0, 0)
-    assert (whole.packing.kept, whole.packing.dropped, whole.packing.shortened) == (1, 2, 0)
-    assert "2 longer than train.context = 12 left out" in whole.packing.describe(12)
+    assert (whole.kept, whole.too_long, whole.shortened) == (1, 2, 0)
+    assert "2 longer than train.context = 12 left out" in whole.describe()
     rows = PackedConversations(corpus, 12, 0, 0, drop_turns=True)
-    assert rows.packing[:4] == (2, 1, 1, 1)
-    assert "1 longer than train.context = 12 left out; 1 without their last turns (1 reply)" in rows.packing.describe(
-        12
-    )
-    batch = rows.rows(0, rows.packing.rows)
+    assert (rows.kept, rows.too_long, rows.shortened, rows.dropped_replies) == (2, 1, 1, 1)
+    assert "12 left out; 1 without their last turns (1 replies left out)" in rows.describe()
+    batch = rows.rows(0, rows.rows_per_epoch)
     assert sorted(batch.targets[batch.targets != IGNORED].tolist()) == [4, 5, 6, 9, 10, 24, 25]
 
 
@@ -145,7 +140,7 @@ def test_a_pair_stays_in_one_row(folders: Path, turns: list[Conversation], conte
     except DatasetError:
         return
     found: list[int] = []
-    for row in range(rows.packing.rows):
+    for row in range(rows.rows_per_epoch):
         documents = rows.documents(row)
         assert [document % 2 for document in documents] == [0, 1] * (len(documents) // 2)
         assert all(rejected == chosen + 1 for chosen, rejected in zip(documents[::2], documents[1::2], strict=True))
@@ -153,15 +148,6 @@ def test_a_pair_stays_in_one_row(folders: Path, turns: list[Conversation], conte
     both = turns + turns
     pairs = [(n, n + 1) for n in range(0, len(both), 2) if size(both[n]) + size(both[n + 1]) <= context]
     assert sorted(found) == [document for pair in pairs for document in pair]
-
-
-@given(sizes=st.lists(st.integers(1, 10), min_size=1, max_size=40))
-def test_best_fit_fills_rows_and_never_overfills_one(sizes: list[int]) -> None:
-    rows = best_fit(sizes, 10)
-    assert sorted(number for row in rows for number in row) == list(range(len(sizes)))
-    filled = [sum(sizes[number] for number in row) for row in rows]
-    assert max(filled) <= 10
-    assert sum(each <= 5 for each in filled) <= 1  # two such rows would have been one
 
 
 @given(turns=conversations, context=st.integers(2, 30), limit=st.integers(1, 40))

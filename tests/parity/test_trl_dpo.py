@@ -14,7 +14,22 @@ from tiny import lively_model, shallow_config
 trl = pytest.importorskip("trl")
 pytestmark = MARKS
 
-WORDS = ("the", "cat", "saw", "a", "red", "kite", "and", "then", "it", "ran", "home", "again", "with", "joy")
+WORDS: tuple[str, ...] = (
+    "the",
+    "cat",
+    "saw",
+    "a",
+    "red",
+    "kite",
+    "and",
+    "then",
+    "it",
+    "ran",
+    "home",
+    "again",
+    "with",
+    "joy",
+)
 WORDS += (".", ",", "?")
 EXAMPLES = [
     {"prompt": "the cat", "chosen": " saw a red kite .", "rejected": " and and a"},

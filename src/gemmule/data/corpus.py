@@ -39,21 +39,36 @@ class Corpus:
         begin = int(shard.ends[index - 1]) if index else 0
         return shard.read_mask(begin + start, min(begin + stop, int(shard.ends[index])))
 
-    @property
-    def masked(self) -> bool:
-        """Whether there is a loss mask."""
-        return any(shard.mask is not None for shard in self.shards)
-
-    def targets(self) -> npt.NDArray[np.int64]:
-        """Return the number of targets of each document: the tokens after its first that are trained on."""
-        if not self.masked:
+    def count_targets(self) -> npt.NDArray[np.int64]:
+        """Count the targets of each document: the tokens after its first that are trained on."""
+        if all(shard.mask is None for shard in self.shards):
             return self.lengths.astype(np.int64) - 1
         counts = []
         for shard in self.shards:
-            mask = shard.read_mask(0, shard.header.tokens).astype(np.int64)
             starts = np.append(0, shard.ends[:-1])
+            mask = shard.read_mask(0, shard.header.tokens).astype(np.int64)
             counts.append(np.add.reduceat(mask, starts) - mask[starts])
         return np.concatenate(counts)
+
+    def count_read_tokens(self, longest: int, drop_turns: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return how many tokens of each document are read, up to its last trained one, and how many replies it loses.
+
+        Of a document that is longer than `longest` so far, none are; with `drop_turns` those up to the end of the last
+        reply that fits.
+        """
+        stops, lost = [], []
+        for shard in self.shards:
+            mask = shard.read_mask(0, shard.header.tokens)
+            ends = np.asarray(shard.ends, dtype=np.int64)
+            starts = np.append(0, ends[:-1])
+            replies = np.flatnonzero(mask & ~np.append(mask[1:], False))  # the last token of each
+            before, after = np.searchsorted(replies, starts), np.searchsorted(replies, ends)
+            fitting = np.searchsorted(replies, np.minimum(ends, starts + longest))
+            last = fitting if drop_turns else np.where(fitting == after, after, before)
+            there = last > before
+            stops.append(np.where(there, np.append(replies, 0)[last - 1] + 1 - starts, 0))
+            lost.append(np.where(there, after - last, 0))
+        return np.concatenate(stops), np.concatenate(lost)
 
     def text_bytes(self, document: int) -> int:
         """Return the UTF-8 bytes of a document's tokens after its first."""
@@ -79,23 +94,29 @@ class CorpusWriter:
     """Writes documents to shards PREFIX-00000.tokens, PREFIX-00001.tokens ...; use it in a `with` block."""
 
     def __init__(
-        self, folder: Path, prefix: str, fingerprint: str, vocab_size: int, largest: int = _LARGEST_SHARD
+        self,
+        folder: Path,
+        prefix: str,
+        fingerprint: str,
+        vocab_size: int,
+        largest: int = _LARGEST_SHARD,
+        masked: bool = False,
     ) -> None:
-        self._folder, self._prefix, self._largest = folder, prefix, largest
+        self._folder, self._prefix, self._largest, self._masked = folder, prefix, largest, masked
         self._fingerprint, self._vocab_size = fingerprint, vocab_size
         self._shard: ShardWriter | None = None
         self.names: list[str] = []
         self.tokens = 0
 
-    def append(self, ids: Sequence[int], text_bytes: int) -> None:
-        """Append one document: its tokens, and the UTF-8 bytes of those after the first."""
+    def append(self, ids: Sequence[int], text_bytes: int, trained: Sequence[bool] | None = None) -> None:
+        """Append one document: its tokens, the UTF-8 bytes of those after the first, and its loss mask."""
         if self._shard and self._shard.size >= self._largest:
             self._shard.finalize()
             self._shard = None
         if self._shard is None:
             self.names.append(f"{self._prefix}-{len(self.names):05d}.tokens")
-            self._shard = ShardWriter(self._folder / self.names[-1], self._fingerprint, self._vocab_size)
-        self._shard.append(ids, text_bytes)
+            self._shard = ShardWriter(self._folder / self.names[-1], self._fingerprint, self._vocab_size, self._masked)
+        self._shard.append(ids, text_bytes, trained)
         self.tokens += len(ids)
 
     def __enter__(self) -> Self:

@@ -2,7 +2,7 @@
 
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 
 from gemmule.data.batches import IGNORED, PADDING, Batch, RowStream
 from gemmule.data.corpus import Corpus, check_corpus
+from gemmule.errors import DatasetError
 
 
 class Epoch(NamedTuple):
@@ -76,17 +77,127 @@ class PackedRows:
             number, within = number + 1, 0
 
     def _shuffle(self, number: int) -> Epoch:
-        order = random_order(self.corpus.documents, self.seed, number)
+        order = _permutation(self.corpus.documents, self.seed, number)
         return Epoch(order, np.cumsum(self.corpus.lengths[order], dtype=np.int64))
 
 
-def random_order(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Return the order of `count` things in an epoch."""
+class PackedConversations:
+    """Training rows of whole conversations, each of which attends to itself alone, with the loss mask in the targets.
+
+    All documents are packed once, best-fit, in rows of `context` tokens; each epoch has the same rows in another order.
+    What comes after the last trained token of a document is not read. `group` documents in a row stay together, such as
+    the chosen and the rejected reply of a pair, and are numbered within a row in their order. A group that is longer
+    than a row is left out, and counted as `too_long`; with `drop_turns` a conversation loses its last turns instead, so
+    that none is cut in a reply and each reply that is left has all of its context.
+    """
+
+    def __init__(
+        self, corpus: Corpus, context: int, seed: int, pad_id: int | None, group: int = 1, drop_turns: bool = False
+    ) -> None:
+        self.corpus, self.context, self.seed, self._pad_id = corpus, context, seed, pad_id or 0
+        self._stops, lost = corpus.count_read_tokens(context + 1, drop_turns and group == 1)
+        sizes = np.where(self._stops > 0, self._stops - 1, context + 1).reshape(-1, group).sum(axis=1)
+        fits = sizes <= context
+        if not fits.any():
+            every, _ = corpus.count_read_tokens(1 << 40, drop_turns=False)
+            shortest = int((every - 1).reshape(-1, group).sum(axis=1).min())
+            also = "" if drop_turns or group > 1 else ', or set data.too_long = "drop_turns"'
+            raise DatasetError(
+                f"train.context = {context}: none of the {len(sizes):,} conversations fits; the shortest needs "
+                f"{shortest:,}{also}"
+            )
+        self._packed = _pack_groups(sizes, context, group, seed)
+        self.order = lru_cache(maxsize=2)(self._shuffle)
+        self.kept, self.too_long = int(fits.sum()), int((~fits).sum())
+        self.shortened, self.dropped_replies = int((lost > 0).sum()), int(lost.sum())
+        self.filled = int(sizes[fits].sum()) / (context * len(self._packed))  # share of the positions without padding
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """How many rows hold all conversations."""
+        return len(self._packed)
+
+    def documents(self, row: int) -> list[int]:
+        """Return the documents of row `row` of the stream, in their order."""
+        epoch, within = divmod(row, len(self._packed))
+        return self._packed[int(self.order(epoch)[within])]
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Return rows `first` to `first + count`; deterministic, a pure function of (seed, first, count)."""
+        members = [self.documents(row) for row in range(first, first + count)]
+        return conversation_rows(self.corpus, members, self.context, self._pad_id, self._stops)
+
+    def describe(self) -> str:
+        """Describe how the conversations fill rows, and which do not."""
+        text = f"{self.kept:,} conversations in {self.rows_per_epoch:,} rows of {self.context} tokens, "
+        text += f"{self.filled:.1%} full"
+        if self.too_long:
+            text += f"; {self.too_long:,} longer than train.context = {self.context} left out"
+        if self.shortened:
+            text += f"; {self.shortened:,} without their last turns ({self.dropped_replies:,} replies left out)"
+        return text
+
+    def _shuffle(self, epoch: int) -> npt.NDArray[np.int64]:
+        return _permutation(len(self._packed), self.seed, epoch)
+
+
+def conversation_rows(
+    corpus: Corpus,
+    rows: Sequence[Sequence[int]],
+    length: int,
+    pad_id: int,
+    stops: npt.NDArray[np.int64] | None = None,
+) -> Batch:
+    """Return rows of whole documents with their loss masks, padded to a length; `stops` is how much of each is read."""
+    tokens = np.full((len(rows), length), pad_id, dtype=np.int64)
+    targets = np.full((len(rows), length), IGNORED, dtype=np.int64)
+    documents = np.full((len(rows), length), PADDING, dtype=np.int32)
+    for row, members in enumerate(rows):
+        filled = 0
+        for number, document in enumerate(members):
+            size = int((corpus.lengths if stops is None else stops)[document])
+            ids = corpus.read(document, 0, size).astype(np.int64)
+            filling = slice(filled, filled + size - 1)
+            tokens[row, filling] = ids[:-1]
+            targets[row, filling] = np.where(corpus.read_mask(document, 1, size), ids[1:], IGNORED)
+            documents[row, filling] = number
+            filled = filling.stop
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
+
+
+def _pack_groups(sizes: npt.NDArray[np.int64], context: int, group: int, seed: int) -> list[list[int]]:
+    """Pack groups of documents best-fit into rows, those that fit; return the documents of each row.
+
+    Groups are taken in an order that the seed decides, so that rows do not follow the order of the sources.
+    """
+    rows: list[list[int]] = []
+    space: list[tuple[int, int]] = []  # (free positions, row), ascending
+    for number in _permutation(len(sizes), seed, _PACKING).tolist():
+        size = int(sizes[number])
+        if size <= context:
+            row = _best_fit(space, size, context, len(rows))
+            if row == len(rows):
+                rows.append([])
+            rows[row] += range(number * group, (number + 1) * group)
+    return rows
+
+
+def _best_fit(space: list[tuple[int, int]], size: int, length: int, rows: int) -> int:
+    """Return the row with the least sufficient space, `rows` for a new one, and keep what is left of it."""
+    best = bisect_left(space, (size, 0))
+    free, row = (length, rows) if best == len(space) else space.pop(best)
+    if free > size:
+        insort(space, (free - size, row))
+    return row
+
+
+def _permutation(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     # Raw bits: NumPy guarantees the stream of a bit generator across versions, but not that of `permutation`.
     keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
     return np.argsort(keys, kind="stable")
 
 
+_PACKING = 2**32  # the order in which groups are packed has a number that no epoch reaches
 _PERIOD = 4096  # rows after which the order of sources in a mixture repeats
 
 
@@ -155,13 +266,12 @@ class Piece(NamedTuple):
 class WholeDocuments:
     """Packed validation batches: whole documents in rows of sequence length `context`, with padding and document masks.
 
-    The documents are the first of the corpus up to `limit_documents`, or `limit_tokens` targets. Every token but the
-    first of a document is a target exactly once, of a corpus with a loss mask every one that is trained on. A document
-    longer than a row is read in windows of `context` tokens that move by `stride`: from the second on, a window
-    predicts only what the one before did not, so that each target has at least `context` - `stride` tokens of left
-    context. By default the stride is the context: documents are cut, and the later pieces are without the earlier
-    context. Rows may be longer than the context (`row_length`), so that less of them is padding. Memory: about 60 bytes
-    per document.
+    The documents are the first of the corpus up to `limit_documents`, or `limit_tokens` targets. Every token but
+    the first of a document is a target exactly once, as far as the loss mask has it. A document longer than a row
+    is read in windows of `context` tokens that move by `stride`: from the second on, a window predicts only what
+    the one before did not, so that each target has at least `context` - `stride` tokens of left context. By default
+    the stride is the context: documents are cut, and the later pieces are without the earlier context. Rows may be
+    longer than the context (`row_length`), so that less of them is padding. Memory: about 60 bytes per document.
     """
 
     def __init__(
@@ -177,7 +287,7 @@ class WholeDocuments:
     ) -> None:
         self._corpus, self._batch_size, self._pad_id = corpus, batch_size, pad_id or 0
         self._row_length = row_length or context
-        targets = np.cumsum(corpus.targets(), dtype=np.int64)
+        targets = np.cumsum(corpus.count_targets())
         enough = corpus.documents if limit_tokens is None else int(np.searchsorted(targets, limit_tokens)) + 1
         self.documents = min(enough, corpus.documents, limit_documents or corpus.documents)
         self.targets = int(targets[self.documents - 1])
@@ -209,12 +319,11 @@ class WholeDocuments:
             filled = 0
             begin = self._ends[which - 1] if which else 0
             for number, (document, start, first, stop) in enumerate(self._pieces[begin : self._ends[which]].tolist()):
-                ids = self._corpus.read(document, start, stop + 1)
+                ids = self._corpus.read(document, start, stop + 1).astype(np.int64)
                 filling = slice(filled, filled + len(ids) - 1)
                 tokens[row, filling] = ids[:-1]
-                trained = self._corpus.read_mask(document, first + 1, stop + 1)
-                scored = slice(filled + first - start, filling.stop)
-                targets[row, scored] = np.where(trained, ids[1 + first - start :].astype(np.int64), IGNORED)
+                known = self._corpus.read_mask(document, first + 1, stop + 1)
+                targets[row, filled + first - start : filling.stop] = np.where(known, ids[1 + first - start :], IGNORED)
                 documents[row, filling] = number
                 filled = filling.stop
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
@@ -236,29 +345,15 @@ def _pack(
 
 
 def _pack_some(corpus: Corpus, documents: range, context: int, stride: int, row_length: int) -> list[list[Piece]]:
-    """Pack the windows of documents best-fit."""
-    lengths = corpus.lengths
-    pieces = [
-        piece for document in documents for piece in _windows(document, int(lengths[document]) - 1, context, stride)
-    ]
-    packed = best_fit([piece.stop - piece.start for piece in pieces], row_length)
-    return [[pieces[number] for number in row] for row in packed]
-
-
-def best_fit(sizes: Iterable[int], row_length: int) -> list[list[int]]:
-    """Pack things best-fit: each goes into the row with the least sufficient space, or into a new one."""
-    rows: list[list[int]] = []
+    """Best-fit packing: put each piece into the row with the least sufficient space, or into a new one."""
+    rows: list[list[Piece]] = []
     space: list[tuple[int, int]] = []  # (free positions, row), ascending
-    for number, size in enumerate(sizes):
-        best = bisect_left(space, (size, 0))
-        if best == len(space):
-            rows.append([])
-            free, row = row_length, len(rows) - 1
-        else:
-            free, row = space.pop(best)
-        rows[row].append(number)
-        if free > size:
-            insort(space, (free - size, row))
+    for document in documents:
+        for piece in _windows(document, int(corpus.lengths[document]) - 1, context, stride):
+            row = _best_fit(space, piece.stop - piece.start, row_length, len(rows))
+            if row == len(rows):
+                rows.append([])
+            rows[row].append(piece)
     return rows
 
 
