@@ -46,6 +46,7 @@ from gemmule.files import (
     partial_folder,
 )
 from gemmule.tokenizer import Tokenizer, TokenizerSettings
+from gemmule.tokenizer.chat import CHAT_TEMPLATE
 from gemmule.tokenizer.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from gemmule.tokenizer.training import train_tokenizer
 
@@ -271,6 +272,8 @@ class Preparation:
                 self.progress("training the tokenizer", 0, None)
                 sample = self._sample(units, labels, cleaned)
                 given = train_tokenizer(sample, chosen.vocab_size, at_most=chosen.at_most)
+            elif self.settings.kind != "text" and given.chat_template is None:
+                given = given.with_chat_template(CHAT_TEMPLATE)  # which a model that learns from them is to bring
             given.save(self.staged)
             commit(manifest, {"fingerprint": given.fingerprint}, sorted(self.staged.glob("tokenizer*.json")))
         return Tokenizer.load(self.staged)
