@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemmule.cli.examples import show_examples
 from gemmule.cli.screen import Screen, logged_to, note, print_json
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def prepare(
             help="Files, folders, globs, hf:owner/name[:split[:column]], storybook[:count], or - for standard input."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the dataset to create.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the dataset to create.")] = None,
     validation: Annotated[
         list[str] | None, typer.Option(help="SOURCE of the validation split; by default, documents are held out.")
     ] = None,
@@ -36,6 +37,18 @@ def prepare(
     ] = None,
     column: Annotated[
         str | None, typer.Option(help="Column with the text, in JSONL, CSV, Parquet and hf: sources.  [default: text]")
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="What the rows are: text, conversations, preferences or prompts.  [default: text]"),
+    ] = None,
+    show: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Print so many documents with the trained tokens marked, and write them to a page; SOURCE may "
+            "be a dataset that is prepared already.",
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -63,13 +76,22 @@ def prepare(
         gemmule prepare train.txt --validation valid.txt --out data/stories --vocab-size 8192
 
         gemmule prepare hf:roneneldan/TinyStories --out data/tinystories --set data.near_duplicates=0.8
+
+        gemmule prepare chats.jsonl --kind conversations --tokenizer runs/story/model --out data/chats --show 5
+
+        gemmule prepare data/chats --show 5
     """
     from gemmule.data.engines import ENGINES
     from gemmule.data.prepare import PLOT_FILE
 
     if engine not in ENGINES:
         raise typer.BadParameter(f"{engine!r}: use {' or '.join(ENGINES)}", param_hint="--engine")
-    data = {"train": source, "validation": validation, "separator": separator, "column": column}
+    if show is not None and out is None and is_dataset(source):
+        show_examples(Path(source[0]).expanduser(), show, as_json)
+        return
+    if out is None:
+        raise typer.BadParameter("name the folder of the dataset to create", param_hint="--out")
+    data = {"train": source, "validation": validation, "separator": separator, "column": column, "kind": kind}
     vocabulary = {"vocab_size": vocab_size, "path": str(tokenizer) if tokenizer else None}
     table = {"data": _given(data), "tokenizer": _given(vocabulary)}
     settings, training = _settings(table, overrides or [], recipe)
@@ -80,9 +102,24 @@ def prepare(
         screen.print(training(dataset))
     if not (out / PLOT_FILE).exists():
         screen.print(f"no {PLOT_FILE}: plots need matplotlib: pip install 'gemmule[plots]'")
-    screen.print(f'dataset written to {out}; use it in a recipe by  data.train = "{out}"')
+    screen.print(
+        f'dataset written to {out}; use it in a recipe by  data.train = "{out}"{_kind_in_recipe(settings.data)}'
+    )
+    if show is not None:
+        show_examples(out, show, as_json)
     if as_json:
         print_json(dataset.report.model_dump(mode="json"))
+
+
+def is_dataset(source: list[str]) -> bool:
+    """Whether the SOURCEs are one prepared dataset."""
+    from gemmule.data.dataset import DATASET_FILE
+
+    return len(source) == 1 and (Path(source[0]).expanduser() / DATASET_FILE).is_file()
+
+
+def _kind_in_recipe(data: Any) -> str:
+    return "" if data.kind == "text" else f'  and  data.kind = "{data.kind}"'
 
 
 def _prepare(settings: Any, out: Path, workers: int | None, engine: str, screen: Screen) -> "Dataset":

@@ -85,20 +85,32 @@ class PackedConversations:
     """Training rows of whole conversations, each of which attends to itself alone, with the loss mask in the targets.
 
     All documents are packed once, best-fit, in rows of `context` tokens; each epoch has the same rows in another order.
-    `group` documents in a row stay together, such as the chosen and the rejected reply of a pair, and are numbered
-    within a row in their order. A group that is longer than a row is left out, and counted as `too_long`.
+    What comes after the last trained token of a document is not read. `group` documents in a row stay together, such as
+    the chosen and the rejected reply of a pair, and are numbered within a row in their order. A group that is longer
+    than a row is left out, and counted as `too_long`; with `drop_turns` a conversation loses its last turns instead, so
+    that none is cut in a reply and each reply that is left has all of its context.
     """
 
-    def __init__(self, corpus: Corpus, context: int, seed: int, pad_id: int | None, group: int = 1) -> None:
+    def __init__(
+        self, corpus: Corpus, context: int, seed: int, pad_id: int | None, group: int = 1, drop_turns: bool = False
+    ) -> None:
         self.corpus, self.context, self.seed, self._pad_id = corpus, context, seed, pad_id or 0
-        self._packed, self.too_long = _pack_groups(corpus, context, group, seed)
-        if not self._packed:
-            longest = int(corpus.lengths.max()) - 1
+        self._stops, lost = corpus.count_read_tokens(context + 1, drop_turns and group == 1)
+        sizes = np.where(self._stops > 0, self._stops - 1, context + 1).reshape(-1, group).sum(axis=1)
+        fits = sizes <= context
+        if not fits.any():
+            every, _ = corpus.count_read_tokens(1 << 40, drop_turns=False)
+            shortest = int((every - 1).reshape(-1, group).sum(axis=1).min())
+            also = "" if drop_turns or group > 1 else ', or set data.too_long = "drop_turns"'
             raise DatasetError(
-                f"train.context = {context}: none of the {corpus.documents:,} conversations fits; the longest needs "
-                f"{longest * group:,}"
+                f"train.context = {context}: none of the {len(sizes):,} conversations fits; the shortest needs "
+                f"{shortest:,}{also}"
             )
+        self._packed = _pack_groups(sizes, context, group, seed)
         self.order = lru_cache(maxsize=2)(self._shuffle)
+        self.kept, self.too_long = int(fits.sum()), int((~fits).sum())
+        self.shortened, self.dropped_replies = int((lost > 0).sum()), int(lost.sum())
+        self.filled = int(sizes[fits].sum()) / (context * len(self._packed))  # share of the positions without padding
 
     @property
     def rows_per_epoch(self) -> int:
@@ -117,23 +129,38 @@ class PackedConversations:
 
     def rows(self, first: int, count: int) -> Batch:
         """Return rows `first` to `first + count`; deterministic, a pure function of (seed, first, count)."""
-        return conversation_rows(
-            self.corpus, [self.documents(row) for row in range(first, first + count)], self.context, self._pad_id
-        )
+        members = [self.documents(row) for row in range(first, first + count)]
+        return conversation_rows(self.corpus, members, self.context, self._pad_id, self._stops)
+
+    def describe(self) -> str:
+        """Describe how the conversations fill rows, and which do not."""
+        text = f"{self.kept:,} conversations in {self.rows_per_epoch:,} rows of {self.context} tokens, "
+        text += f"{self.filled:.1%} full"
+        if self.too_long:
+            text += f"; {self.too_long:,} longer than train.context = {self.context} left out"
+        if self.shortened:
+            text += f"; {self.shortened:,} without their last turns ({self.dropped_replies:,} replies left out)"
+        return text
 
     def _shuffle(self, epoch: int) -> npt.NDArray[np.int64]:
         return _permutation(len(self._packed), self.seed, epoch)
 
 
-def conversation_rows(corpus: Corpus, rows: Sequence[Sequence[int]], length: int, pad_id: int) -> Batch:
-    """Return rows of whole documents with their loss masks, padded to a length."""
+def conversation_rows(
+    corpus: Corpus,
+    rows: Sequence[Sequence[int]],
+    length: int,
+    pad_id: int,
+    stops: npt.NDArray[np.int64] | None = None,
+) -> Batch:
+    """Return rows of whole documents with their loss masks, padded to a length; `stops` is how much of each is read."""
     tokens = np.full((len(rows), length), pad_id, dtype=np.int64)
     targets = np.full((len(rows), length), IGNORED, dtype=np.int64)
     documents = np.full((len(rows), length), PADDING, dtype=np.int32)
     for row, members in enumerate(rows):
         filled = 0
         for number, document in enumerate(members):
-            size = int(corpus.lengths[document])
+            size = int((corpus.lengths if stops is None else stops)[document])
             ids = corpus.read(document, 0, size).astype(np.int64)
             filling = slice(filled, filled + size - 1)
             tokens[row, filling] = ids[:-1]
@@ -143,12 +170,11 @@ def conversation_rows(corpus: Corpus, rows: Sequence[Sequence[int]], length: int
     return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
 
 
-def _pack_groups(corpus: Corpus, context: int, group: int, seed: int) -> tuple[list[list[int]], int]:
-    """Pack groups of documents best-fit into rows; return the documents of each row, and how many groups were left out.
+def _pack_groups(sizes: npt.NDArray[np.int64], context: int, group: int, seed: int) -> list[list[int]]:
+    """Pack groups of documents best-fit into rows, those that fit; return the documents of each row.
 
     Groups are taken in an order that the seed decides, so that rows do not follow the order of the sources.
     """
-    sizes = (corpus.lengths.astype(np.int64) - 1).reshape(-1, group).sum(axis=1)
     rows: list[list[int]] = []
     space: list[tuple[int, int]] = []  # (free positions, row), ascending
     for number in _permutation(len(sizes), seed, _PACKING).tolist():
@@ -158,7 +184,7 @@ def _pack_groups(corpus: Corpus, context: int, group: int, seed: int) -> tuple[l
             if row == len(rows):
                 rows.append([])
             rows[row] += range(number * group, (number + 1) * group)
-    return rows, int((sizes > context).sum())
+    return rows
 
 
 def _best_fit(space: list[tuple[int, int]], size: int, length: int, rows: int) -> int:
@@ -212,6 +238,7 @@ class MixedRows:
             torch.cat([part.tokens for part in parts])[inverse],
             torch.cat([part.targets for part in parts])[inverse],
             torch.cat(documents)[inverse] if documents else None,
+            {name: torch.cat([part.inputs[name] for part in parts])[inverse] for name in parts[0].inputs},
         )
 
     def _rows_before(self, row: int) -> npt.NDArray[np.int64]:
@@ -265,10 +292,10 @@ class WholeDocuments:
     ) -> None:
         self._corpus, self._batch_size, self._pad_id = corpus, batch_size, pad_id or 0
         self._row_length = row_length or context
-        targets = np.cumsum(corpus.lengths, dtype=np.int64) - np.arange(1, corpus.documents + 1)
+        targets = np.cumsum(corpus.count_targets())
         enough = corpus.documents if limit_tokens is None else int(np.searchsorted(targets, limit_tokens)) + 1
         self.documents = min(enough, corpus.documents, limit_documents or corpus.documents)
-        self.targets = corpus.count_targets(self.documents)
+        self.targets = int(targets[self.documents - 1])
         self.bytes = corpus.first_bytes(self.documents)
         self._pieces, self._ends = _pack(corpus, self.documents, context, stride or context, self._row_length)
 
