@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gemmule.data.batches import RowStream
+from gemmule.data.conversation_packing import PackedConversations
 from gemmule.data.dataset import Dataset
-from gemmule.data.packing import MixedRows, PackedConversations, PackedRows, WholeDocuments
+from gemmule.data.packing import MixedRows, PackedRows, WholeDocuments
 from gemmule.errors import RecipeError
 from gemmule.runtime import Runtime
 from gemmule.settings import Problem
