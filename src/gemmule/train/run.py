@@ -24,7 +24,7 @@ from gemmule.train.checkpoint import Saver, checkpoints, load_checkpoint, newest
 from gemmule.train.environment import log_environment
 from gemmule.train.loop import Callbacks, train
 from gemmule.train.memory import out_of_memory_explained
-from gemmule.train.metrics import JsonLines, OverfittingWatch
+from gemmule.train.metrics import ChosenRepliesWatch, JsonLines, OverfittingWatch
 from gemmule.train.objectives import (
     build_objective,
     check_kind,
@@ -270,9 +270,10 @@ class RunLogs:
         self.metrics = JsonLines(run.metrics if is_main else nowhere, position.metrics_bytes)
         self.samples = JsonLines(run.samples if is_main else nowhere, position.samples_bytes)
         self._tracking = Tracking(recipe.tracking if is_main else TrackingSettings(to=()), run, position.step)
-        self._overfitting = OverfittingWatch()
+        self._watches = (OverfittingWatch(), ChosenRepliesWatch())
         for line in run.read_metrics() if is_main else ():
-            self._overfitting.note(line)
+            for watch in self._watches:
+                watch.note(line)
 
     def log_metrics(self, line: dict[str, Any]) -> None:
         """Log a line of metrics."""
@@ -281,8 +282,9 @@ class RunLogs:
         self.metrics.write(line)
         self._tracking.log_metrics(line)
         self._observer.on_metrics(line, self._recipe.train.steps)
-        if warning := self._overfitting.note(line):
-            log.warning(warning)
+        for watch in self._watches:
+            if warning := watch.note(line):
+                log.warning(warning)
 
     def sample(self, step: int) -> None:
         """Continue the sample prompts with the model as it is, and log the texts."""
