@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from gemmule.settings import Settings
+from gemmule.train.lora import Adapter
 from gemmule.train.optim import Optimizers
 from gemmule.train.parallel import Parallel
 from gemmule.train.schedule import ScheduleSettings
@@ -74,3 +75,4 @@ class TrainState:
     parallel: Parallel
     optimizers: Optimizers
     position: Position = field(default_factory=Position)
+    adapter: Adapter | None = None  # which is all that learns
