@@ -41,8 +41,8 @@ def train_transformers(job: dict[str, Any]) -> None:
     import torch
     import transformers
 
-    from gemmule.data.batches import PackedRows
     from gemmule.data.dataset import open_dataset
+    from gemmule.data.packing import PackedRows
     from gemmule.formats.config_json import write_config
     from gemmule.settings import read_recipe
     from gemmule.train.recipe import Recipe

@@ -285,7 +285,7 @@ def test_a_name_of_other_programs_leads_to_ours(wrong: str, meant: str) -> None:
     ("wrong", "advice"),
     [
         ("train.zzz", "no such setting; train has steps, start, minutes, batch_size, micro_batch_size, context, seed"),
-        ("zzz", "no such setting; a recipe has data, tokenizer, model, train, optimizer, schedule, parallel"),
+        ("zzz", "no such setting; a recipe has data, tokenizer, model, train, optimizer, schedule, preferences"),
         ("train.wandb", "no such setting; did you mean tracking.to? (or the option --track; see docs/tracking.md)"),
         ("train.comet", "no such setting; there are TensorBoard, wandb, mlflow and trackio; see docs/tracking.md"),
         ("train.init_from", "no such setting; a run starts from new weights"),

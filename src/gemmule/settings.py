@@ -54,6 +54,10 @@ class Settings(BaseModel):
         """Yield each invalid combination of values, with keys relative to this group."""
         yield from ()
 
+    def unused(self) -> frozenset[str]:
+        """Return the fields without a meaning beside the others, which a written recipe leaves out."""
+        return frozenset()
+
     @classmethod
     def adapt(cls, table: dict[str, Any], changes: dict[str, Any]) -> Iterator[str]:  # noqa: ARG003 - for subclasses
         """Adapt a recipe file to overrides that contradict it, and both to new names; yield one sentence per change."""
@@ -204,7 +208,8 @@ def write_recipe(
     dotted keys.
     """
     lines = [f"# {note}"]
-    _write_table(settings.model_dump(exclude_none=True, exclude_unset=given_only), (), lines, comments or {})
+    table = settings.model_dump(exclude_none=True, exclude_unset=given_only, exclude=set(settings.unused()))
+    _write_table(table, (), lines, comments or {})
     try:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:

@@ -14,9 +14,10 @@ def write_corpus(
     text_bytes: Sequence[int] | None = None,
     vocab_size: int = 1000,
     largest: int = 1 << 28,
+    masks: Sequence[Sequence[bool]] | None = None,
 ) -> Corpus:
     sizes = text_bytes or [len(document) for document in documents]
-    with CorpusWriter(folder, "train", FINGERPRINT, vocab_size, largest) as writer:
-        for document, size in zip(documents, sizes, strict=True):
-            writer.append(document, size)
+    with CorpusWriter(folder, "train", FINGERPRINT, vocab_size, largest, masked=masks is not None) as writer:
+        for number, (document, size) in enumerate(zip(documents, sizes, strict=True)):
+            writer.append(document, size, masks[number] if masks else None)
     return open_corpus(folder, writer.names, FINGERPRINT)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from corpora import write_corpus
 
-from gemmule.data.batches import MixedRows, PackedRows
 from gemmule.data.corpus import Corpus
+from gemmule.data.packing import MixedRows, PackedRows
 
 CONTEXT = 8
 

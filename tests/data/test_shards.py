@@ -1,3 +1,4 @@
+import random
 import tempfile
 from pathlib import Path
 
@@ -6,7 +7,7 @@ from corpora import FINGERPRINT, write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemmule.data.corpus import check_corpus, open_corpus
+from gemmule.data.corpus import Corpus, check_corpus, open_corpus
 from gemmule.data.shards import ShardHeader, ShardWriter, open_shard, verify_shard
 from gemmule.errors import DatasetError
 
@@ -131,3 +132,22 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "train-00001.tokens").unlink()
     with pytest.raises(DatasetError, match=r"train-00001\.tokens"):
         open_corpus(tmp_path, ["train-00000.tokens", "train-00001.tokens"], FINGERPRINT)
+
+
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6), seed=st.integers(0, 9))
+def test_a_loss_mask_is_kept_bit_by_bit(lengths: list[int], seed: int) -> None:
+    draw = random.Random(seed)
+    masks = [[draw.random() < 0.5 for _ in range(length)] for length in lengths]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train-00000.tokens"
+        writer = ShardWriter(path, FINGERPRINT, 1000, masked=True)
+        for mask in masks:
+            writer.append(range(len(mask)), 3, mask)
+        writer.finalize()
+        shard = open_shard(path, FINGERPRINT)
+        verify_shard(shard, 1000)
+        corpus = Corpus([shard])
+        for document, mask in enumerate(masks):
+            start = draw.randrange(len(mask))
+            assert corpus.read_mask(document, start, len(mask) + 1).tolist() == mask[start:]
+    assert shard.header.version == 2

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from gemmule.data.batches import WholeDocuments
 from gemmule.data.encode import EncodedText
+from gemmule.data.packing import WholeDocuments
 from gemmule.evaluate import log_probabilities as module
 from gemmule.evaluate.log_probabilities import ContinuationScore, score_batches, score_continuations
 from gemmule.evaluate.text import EncodedDocuments

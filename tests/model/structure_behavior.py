@@ -7,8 +7,8 @@ from tempfile import TemporaryDirectory
 import torch
 from structure_instruments import Answer, ModelUnderTest, differ
 
-from gemmule.data.batches import WholeDocuments
 from gemmule.data.corpus import CorpusWriter, open_corpus
+from gemmule.data.packing import WholeDocuments
 from gemmule.model.cache import Cache
 from gemmule.runtime import Runtime
 from gemmule.train.loss import summed_loss

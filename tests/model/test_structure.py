@@ -13,7 +13,8 @@ from structure_instruments import ModelUnderTest
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gemmule.data.batches import IGNORED, Batch, WholeDocuments
+from gemmule.data.batches import IGNORED, Batch
+from gemmule.data.packing import WholeDocuments
 from gemmule.model import gemma3
 from gemmule.model.attention import KERNELS, AttentionMask, reference
 from gemmule.model.gemma3 import Gemma3, all_logits

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gemmule.data.batches import IGNORED, Batch, PackedRows
+from gemmule.data.batches import IGNORED, Batch
 from gemmule.data.corpus import Corpus
+from gemmule.data.packing import PackedRows
 from gemmule.errors import RecipeError, TrainingError
 from gemmule.model.attention import KERNELS
 from gemmule.model.config import Gemma3Config

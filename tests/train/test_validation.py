@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from gemmule.data.batches import WholeDocuments
 from gemmule.data.corpus import Corpus
+from gemmule.data.packing import WholeDocuments
 from gemmule.model.gemma3 import Gemma3
 from gemmule.runtime import Runtime
 from gemmule.train.validation import Score, score

@@ -33,6 +33,19 @@ class Corpus:
         begin = int(shard.ends[index - 1]) if index else 0
         return shard.tokens[begin + start : min(begin + stop, int(shard.ends[index]))]
 
+    def read_mask(self, document: int, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Return whether tokens start to stop of a document are trained on (the loss mask)."""
+        shard, index = self._locate(document)
+        begin = int(shard.ends[index - 1]) if index else 0
+        return shard.read_mask(begin + start, min(begin + stop, int(shard.ends[index])))
+
+    def count_targets(self, documents: int) -> int:
+        """Count the tokens that are trained on among the first documents, without the first token of each."""
+        if all(shard.mask is None for shard in self.shards):
+            return int(self.lengths[:documents].sum()) - documents
+        lengths = self.lengths[:documents].tolist()
+        return sum(int(self.read_mask(number, 1, length).sum()) for number, length in enumerate(lengths))
+
     def text_bytes(self, document: int) -> int:
         """Return the UTF-8 bytes of a document's tokens after its first."""
         shard, index = self._locate(document)
@@ -57,23 +70,29 @@ class CorpusWriter:
     """Writes documents to shards PREFIX-00000.tokens, PREFIX-00001.tokens ...; use it in a `with` block."""
 
     def __init__(
-        self, folder: Path, prefix: str, fingerprint: str, vocab_size: int, largest: int = _LARGEST_SHARD
+        self,
+        folder: Path,
+        prefix: str,
+        fingerprint: str,
+        vocab_size: int,
+        largest: int = _LARGEST_SHARD,
+        masked: bool = False,
     ) -> None:
-        self._folder, self._prefix, self._largest = folder, prefix, largest
+        self._folder, self._prefix, self._largest, self._masked = folder, prefix, largest, masked
         self._fingerprint, self._vocab_size = fingerprint, vocab_size
         self._shard: ShardWriter | None = None
         self.names: list[str] = []
         self.tokens = 0
 
-    def append(self, ids: Sequence[int], text_bytes: int) -> None:
-        """Append one document: its tokens, and the UTF-8 bytes of those after the first."""
+    def append(self, ids: Sequence[int], text_bytes: int, trained: Sequence[bool] | None = None) -> None:
+        """Append one document: its tokens, the UTF-8 bytes of those after the first, and its loss mask."""
         if self._shard and self._shard.size >= self._largest:
             self._shard.finalize()
             self._shard = None
         if self._shard is None:
             self.names.append(f"{self._prefix}-{len(self.names):05d}.tokens")
-            self._shard = ShardWriter(self._folder / self.names[-1], self._fingerprint, self._vocab_size)
-        self._shard.append(ids, text_bytes)
+            self._shard = ShardWriter(self._folder / self.names[-1], self._fingerprint, self._vocab_size, self._masked)
+        self._shard.append(ids, text_bytes, trained)
         self.tokens += len(ids)
 
     def __enter__(self) -> Self:

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from gemmule.errors import DatasetError
 
 MAGIC = b"GEMMULE\0"
-VERSION = 1
+# Version 2 has a loss mask, version 1 has none: all of its tokens are trained on.
+VERSIONS = PLAIN, MASKED = 1, 2
 _LAYOUT = struct.Struct("<8sIIQQQ32s32s24x")  # 128 bytes; read and written by ShardHeader alone
 _BLOCK = 1 << 20  # a multiple of both widths of a token
 
@@ -39,9 +40,14 @@ class ShardHeader(NamedTuple):
         return _LAYOUT.size + -(-self.tokens * self.token_width // 8) * 8
 
     @property
+    def mask_start(self) -> int:
+        """The byte offset of the loss mask: after the document index."""
+        return self.index_start + 16 * self.documents
+
+    @property
     def file_size(self) -> int:
         """The size of the whole file in bytes."""
-        return self.index_start + 16 * self.documents
+        return self.mask_start + (-(-self.tokens // 8) if self.version == MASKED else 0)
 
 
 class Shard(NamedTuple):
@@ -52,20 +58,30 @@ class Shard(NamedTuple):
     tokens: Tokens
     ends: npt.NDArray[np.int64]  # end of each document, in tokens
     text_bytes: npt.NDArray[np.int64]  # UTF-8 bytes of each document's tokens after its first
+    mask: npt.NDArray[np.uint8] | None = None  # loss mask, one bit a token, the first is the highest; None: all of them
+
+    def read_mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Return whether tokens start to stop are trained on."""
+        if self.mask is None:
+            return np.ones(stop - start, dtype=np.bool_)
+        first = start // 8
+        bits = np.unpackbits(self.mask[first : -(-stop // 8)])
+        return bits[start - 8 * first : stop - 8 * first].view(np.bool_)
 
 
 class ShardWriter:
     """Writes one shard, the header last, so that an unfinished file is not a valid shard.
 
-    Memory: 16 bytes per document.
+    Memory: 16 bytes per document, and with a loss mask a byte per token.
     """
 
-    def __init__(self, path: Path, fingerprint: str, vocab_size: int) -> None:
+    def __init__(self, path: Path, fingerprint: str, vocab_size: int, masked: bool = False) -> None:
         self._fingerprint = bytes.fromhex(fingerprint)
         self._dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self._checksum = hashlib.sha256()
         self._ends = array("q")
         self._text_bytes = array("q")
+        self._mask = bytearray() if masked else None
         self.tokens = 0
         self._file = path.open("wb")
         self._file.seek(_LAYOUT.size)
@@ -75,8 +91,10 @@ class ShardWriter:
         """The size of the tokens written so far in bytes."""
         return self.tokens * self._dtype.itemsize
 
-    def append(self, ids: Sequence[int], text_bytes: int) -> None:
-        """Append one document: its tokens, and the UTF-8 bytes of those after the first."""
+    def append(self, ids: Sequence[int], text_bytes: int, trained: Sequence[bool] | None = None) -> None:
+        """Append one document: its tokens, the UTF-8 bytes of those after the first, and in masked shards its mask."""
+        if self._mask is not None:
+            self._mask += bytes(trained if trained is not None else [True] * len(ids))
         self.tokens += len(ids)
         self._ends.append(self.tokens)
         self._text_bytes.append(text_bytes)
@@ -88,9 +106,11 @@ class ShardWriter:
             self._write(bytes(-self.size % 8))
             for column in (self._ends, self._text_bytes):
                 self._write(np.asarray(column, dtype="<i8").tobytes())
+            if self._mask is not None:
+                self._write(np.packbits(np.frombuffer(self._mask, np.uint8)).tobytes())
             header = ShardHeader(
                 MAGIC,
-                VERSION,
+                PLAIN if self._mask is None else MASKED,
                 self._dtype.itemsize,
                 self.tokens,
                 len(self._ends),
@@ -122,7 +142,9 @@ def open_shard(path: Path, fingerprint: str) -> Shard:
     index = np.memmap(path, "<i8", "r", header.index_start, (2, header.documents))
     if int(index[0, -1]) != header.tokens or (np.diff(index[0], prepend=0) < 1).any():
         raise DatasetError(f"shard {path}: damaged (its documents do not fill it); prepare the data again")
-    return Shard(path, header, tokens, index[0], index[1])
+    masked = header.version == MASKED
+    mask = np.memmap(path, "u1", "r", header.mask_start, -(-header.tokens // 8)) if masked else None
+    return Shard(path, header, tokens, index[0], index[1], mask)
 
 
 def verify_shard(shard: Shard, vocab_size: int) -> None:
@@ -160,9 +182,10 @@ def _read_header(path: Path) -> ShardHeader:
     if len(raw) < _LAYOUT.size:
         raise DatasetError(f"shard {path}: truncated: {size} bytes, fewer than its header's {_LAYOUT.size}")
     header = ShardHeader(*_LAYOUT.unpack(raw))
-    if header.version != VERSION:
+    if header.version not in VERSIONS:
         raise DatasetError(
-            f"shard {path}: of version {header.version}, this Gemmule reads {VERSION}; prepare the data again"
+            f"shard {path}: of version {header.version}, this Gemmule reads {' and '.join(map(str, VERSIONS))}; "
+            "prepare the data again"
         )
     if header.token_width not in (2, 4) or not header.documents:
         raise DatasetError(f"shard {path}: damaged (its header makes no sense); prepare the data again")

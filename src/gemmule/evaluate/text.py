@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gemmule.data.batches import Batch, WholeDocuments
+from gemmule.data.batches import Batch
 from gemmule.data.clean import clean_document
 from gemmule.data.corpus import Corpus
 from gemmule.data.dataset import open_dataset
 from gemmule.data.encode import EncodedText, encode_texts
 from gemmule.data.intermediate import StoredText
+from gemmule.data.packing import WholeDocuments
 from gemmule.data.report import counted, describe_tally
 from gemmule.data.settings import DataSettings
 from gemmule.data.shards import Tokens

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from gemmule.data.batches import MixedRows, PackedRows, RowStream
+from gemmule.data.batches import RowStream
 from gemmule.data.dataset import Dataset
+from gemmule.data.packing import MixedRows, PackedRows
 from gemmule.distributed import World
 from gemmule.errors import RecipeError
 from gemmule.model.gemma3 import Gemma3

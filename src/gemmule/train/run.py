@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemmule.compiler import rebuilding
-from gemmule.data.batches import WholeDocuments
 from gemmule.data.dataset import DATASET_FILE, Dataset, open_dataset, prepared_folder
+from gemmule.data.packing import WholeDocuments
 from gemmule.data.report import describe_epochs
 from gemmule.distributed import World, process_group
 from gemmule.errors import CheckpointError, GemmuleError, OutputError, RecipeError

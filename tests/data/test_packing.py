@@ -11,8 +11,9 @@ from corpora import write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemmule.data.batches import IGNORED, PADDING, Batch, PackedRows, WholeDocuments
+from gemmule.data.batches import IGNORED, PADDING, Batch
 from gemmule.data.corpus import Corpus
+from gemmule.data.packing import PackedRows, WholeDocuments
 from gemmule.errors import DatasetError
 
 BOS, EOS = 2, 1
@@ -111,10 +112,13 @@ def test_targets_are_the_next_inputs(folders: Path) -> None:
 
 def test_batches_split_into_portions_of_rows(folders: Path) -> None:
     batch = PackedRows(corpus_of(numbered([5, 3, 8, 1]), folders), 4, 0, True, BOS).rows(0, 5)
+    batch = batch._replace(inputs={"reference": torch.randn(5, 2)})
     portions = list(batch.split(2))
     assert [len(portion.tokens) for portion in portions] == [2, 2, 1]
-    for joined, whole in zip(map(torch.cat, zip(*portions, strict=True)), batch.to(torch.device("cpu")), strict=True):
-        assert torch.equal(joined, whole)
+    whole = batch.to(torch.device("cpu"))
+    for name in ("tokens", "targets", "documents"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in portions]), getattr(whole, name))
+    assert torch.equal(torch.cat([part.inputs["reference"] for part in portions]), whole.inputs["reference"])
     assert sum(portion.num_targets for portion in portions) == batch.num_targets
 
 
@@ -241,4 +245,4 @@ def test_validation_packs_tightly(folders: Path) -> None:
 def test_validation_is_the_same_each_time(folders: Path) -> None:
     validation = WholeDocuments(corpus_of(numbered([4, 2, 7, 30]), folders), 8, 2, 0)
     for first, second in zip(validation, validation, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))

@@ -1,0 +1,340 @@
+"""Sequence packing: rows of tokens for training and validation, deterministic in (seed, row)."""
+
+from array import array
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gemmule.data.batches import IGNORED, PADDING, Batch, RowStream
+from gemmule.data.corpus import Corpus, check_corpus
+from gemmule.errors import DatasetError
+
+
+class Epoch(NamedTuple):
+    """One pass over a corpus, shuffled."""
+
+    order: npt.NDArray[np.int64]  # the shuffled documents
+    ends: npt.NDArray[np.int64]  # end of each document, in tokens of the epoch
+
+
+class PackedRows:
+    """Packed training rows: an endless document stream, reshuffled per epoch, in rows of sequence length `context`.
+
+    Row r holds tokens r T to r T + T of the stream, the first T as inputs and the last T as targets, so every token is
+    a target once. The first token of a document is IGNORED where no context can predict it: where it is `bos_id`, and
+    with `mask_documents`.
+    """
+
+    def __init__(
+        self, corpus: Corpus, context: int, seed: int, mask_documents: bool = False, bos_id: int | None = None
+    ) -> None:
+        check_corpus(corpus, context)
+        self.corpus = corpus
+        self.context = context
+        self.seed = seed
+        self.mask_documents = mask_documents
+        self.bos_id = bos_id
+        self.epoch = lru_cache(maxsize=2)(self._shuffle)  # a batch may span two epochs
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Return rows `first` to `first + count`; deterministic, a pure function of (seed, first, count)."""
+        length = count * self.context + 1
+        stream = np.empty(length, dtype=np.int64)
+        segment = np.empty(length, dtype=np.int32)
+        filled = 0
+        for number, (document, start, stop) in enumerate(self._slices(first * self.context, length)):
+            filling = slice(filled, filled + stop - start)
+            stream[filling] = self.corpus.read(document, start, stop)
+            segment[filling] = number
+            filled = filling.stop
+        shape = (count, self.context)
+        begins = segment[1:] != segment[:-1]
+        unpredictable = begins & (self.mask_documents | (stream[1:] == self.bos_id))
+        targets = np.where(unpredictable, IGNORED, stream[1:]).reshape(shape)
+        documents = torch.from_numpy(segment[:-1].reshape(shape)) if self.mask_documents else None
+        return Batch(torch.from_numpy(stream[:-1].reshape(shape)), torch.from_numpy(targets), documents)
+
+    def _slices(self, position: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (document, start, stop) for `length` tokens of the stream from `position`."""
+        number, within = divmod(position, self.corpus.tokens)
+        while length:
+            epoch = self.epoch(number)
+            index = int(np.searchsorted(epoch.ends, within, side="right"))
+            while length and index < len(epoch.order):
+                document = int(epoch.order[index])
+                size = int(self.corpus.lengths[document])
+                start = within - (int(epoch.ends[index]) - size)
+                stop = min(size, start + length)
+                yield document, start, stop
+                length -= stop - start
+                within += stop - start
+                index += 1
+            number, within = number + 1, 0
+
+    def _shuffle(self, number: int) -> Epoch:
+        order = _permutation(self.corpus.documents, self.seed, number)
+        return Epoch(order, np.cumsum(self.corpus.lengths[order], dtype=np.int64))
+
+
+class PackedConversations:
+    """Training rows of whole conversations, each of which attends to itself alone, with the loss mask in the targets.
+
+    All documents are packed once, best-fit, in rows of `context` tokens; each epoch has the same rows in another order.
+    `group` documents in a row stay together, such as the chosen and the rejected reply of a pair, and are numbered
+    within a row in their order. A group that is longer than a row is left out, and counted as `too_long`.
+    """
+
+    def __init__(self, corpus: Corpus, context: int, seed: int, pad_id: int | None, group: int = 1) -> None:
+        self.corpus, self.context, self.seed, self._pad_id = corpus, context, seed, pad_id or 0
+        self._packed, self.too_long = _pack_groups(corpus, context, group, seed)
+        if not self._packed:
+            longest = int(corpus.lengths.max()) - 1
+            raise DatasetError(
+                f"train.context = {context}: none of the {corpus.documents:,} conversations fits; the longest needs "
+                f"{longest * group:,}"
+            )
+        self.order = lru_cache(maxsize=2)(self._shuffle)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """How many rows hold all conversations."""
+        return len(self._packed)
+
+    def documents(self, row: int) -> list[int]:
+        """Return the documents of row `row` of the stream, in their order."""
+        epoch, within = divmod(row, len(self._packed))
+        return self._packed[int(self.order(epoch)[within])]
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Return rows `first` to `first + count`; deterministic, a pure function of (seed, first, count)."""
+        return conversation_rows(
+            self.corpus, [self.documents(row) for row in range(first, first + count)], self.context, self._pad_id
+        )
+
+    def _shuffle(self, epoch: int) -> npt.NDArray[np.int64]:
+        return _permutation(len(self._packed), self.seed, epoch)
+
+
+def conversation_rows(corpus: Corpus, rows: Sequence[Sequence[int]], length: int, pad_id: int) -> Batch:
+    """Return rows of whole documents with their loss masks, padded to a length."""
+    tokens = np.full((len(rows), length), pad_id, dtype=np.int64)
+    targets = np.full((len(rows), length), IGNORED, dtype=np.int64)
+    documents = np.full((len(rows), length), PADDING, dtype=np.int32)
+    for row, members in enumerate(rows):
+        filled = 0
+        for number, document in enumerate(members):
+            size = int(corpus.lengths[document])
+            ids = corpus.read(document, 0, size).astype(np.int64)
+            filling = slice(filled, filled + size - 1)
+            tokens[row, filling] = ids[:-1]
+            targets[row, filling] = np.where(corpus.read_mask(document, 1, size), ids[1:], IGNORED)
+            documents[row, filling] = number
+            filled = filling.stop
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
+
+
+def _pack_groups(corpus: Corpus, context: int, group: int, seed: int) -> tuple[list[list[int]], int]:
+    """Pack groups of documents best-fit into rows; return the documents of each row, and how many groups were left out.
+
+    Groups are taken in an order that the seed decides, so that rows do not follow the order of the sources.
+    """
+    sizes = (corpus.lengths.astype(np.int64) - 1).reshape(-1, group).sum(axis=1)
+    rows: list[list[int]] = []
+    space: list[tuple[int, int]] = []  # (free positions, row), ascending
+    for number in _permutation(len(sizes), seed, _PACKING).tolist():
+        size = int(sizes[number])
+        if size <= context:
+            row = _best_fit(space, size, context, len(rows))
+            if row == len(rows):
+                rows.append([])
+            rows[row] += range(number * group, (number + 1) * group)
+    return rows, int((sizes > context).sum())
+
+
+def _best_fit(space: list[tuple[int, int]], size: int, length: int, rows: int) -> int:
+    """Return the row with the least sufficient space, `rows` for a new one, and keep what is left of it."""
+    best = bisect_left(space, (size, 0))
+    free, row = (length, rows) if best == len(space) else space.pop(best)
+    if free > size:
+        insort(space, (free - size, row))
+    return row
+
+
+def _permutation(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    # Raw bits: NumPy guarantees the stream of a bit generator across versions, but not that of `permutation`.
+    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    return np.argsort(keys, kind="stable")
+
+
+_PACKING = 2**32  # the order in which groups are packed has a number that no epoch reaches
+_PERIOD = 4096  # rows after which the order of sources in a mixture repeats
+
+
+class MixedRows:
+    """A weighted mixture of packed rows from several corpora, interleaved evenly.
+
+    The order of sources repeats after 4,096 rows, so weights are exact to one of these. Each source gives the rows of
+    its own stream in order.
+    """
+
+    def __init__(self, sources: Sequence[RowStream], weights: Sequence[float]) -> None:
+        self.sources = tuple(sources)
+        counts = _apportion(_PERIOD, weights)
+        positions = [(np.arange(count) + 0.5) / count for count in counts]
+        owners = np.repeat(np.arange(len(counts)), counts)
+        self._pattern = owners[np.argsort(np.concatenate(positions), kind="stable")]
+        one_hot = self._pattern[:, None] == np.arange(len(counts))
+        self._before = np.concatenate([np.zeros((1, len(counts)), np.int64), np.cumsum(one_hot, axis=0)])
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Return rows `first` to `first + count`; deterministic, a pure function of (seed, first, count)."""
+        owners = torch.from_numpy(self._pattern[np.arange(first, first + count) % _PERIOD])
+        order, parts = [], []
+        for number, (start, stop) in enumerate(
+            zip(self._rows_before(first), self._rows_before(first + count), strict=True)
+        ):
+            if stop > start:
+                parts.append(self.sources[number].rows(int(start), int(stop - start)))
+                order.append(torch.nonzero(owners == number)[:, 0])
+        inverse = torch.argsort(torch.cat(order))
+        documents = [part.documents for part in parts if part.documents is not None]
+        return Batch(
+            torch.cat([part.tokens for part in parts])[inverse],
+            torch.cat([part.targets for part in parts])[inverse],
+            torch.cat(documents)[inverse] if documents else None,
+        )
+
+    def _rows_before(self, row: int) -> npt.NDArray[np.int64]:
+        """Return the number of rows of each source before row `row`."""
+        periods, within = divmod(row, _PERIOD)
+        before: npt.NDArray[np.int64] = periods * self._before[-1] + self._before[within]
+        return before
+
+
+def _apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """Divide a number in proportion to weights (largest remainder method), at least 1 each."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [max(1, int(share)) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda number: counts[number] - exact[number])
+    for number in by_remainder[: max(0, total - sum(counts))]:
+        counts[number] += 1
+    counts[counts.index(max(counts))] -= sum(counts) - total
+    return counts
+
+
+class Piece(NamedTuple):
+    """Consecutive tokens of a document in a row: inputs `start` to `stop`, of which those from `first` are scored."""
+
+    document: int
+    start: int
+    first: int
+    stop: int
+
+
+class WholeDocuments:
+    """Packed validation batches: whole documents in rows of sequence length `context`, with padding and document masks.
+
+    The documents are the first of the corpus up to `limit_documents`, or `limit_tokens` targets. Every token but
+    the first of a document is a target exactly once, as far as the loss mask has it. A document longer than a row
+    is read in windows of `context` tokens that move by `stride`: from the second on, a window predicts only what
+    the one before did not, so that each target has at least `context` - `stride` tokens of left context. By default
+    the stride is the context: documents are cut, and the later pieces are without the earlier context. Rows may be
+    longer than the context (`row_length`), so that less of them is padding. Memory: about 60 bytes per document.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        context: int,
+        batch_size: int,
+        pad_id: int | None,
+        limit_tokens: int | None = None,
+        limit_documents: int | None = None,
+        stride: int | None = None,
+        row_length: int | None = None,
+    ) -> None:
+        self._corpus, self._batch_size, self._pad_id = corpus, batch_size, pad_id or 0
+        self._row_length = row_length or context
+        targets = np.cumsum(corpus.lengths, dtype=np.int64) - np.arange(1, corpus.documents + 1)
+        enough = corpus.documents if limit_tokens is None else int(np.searchsorted(targets, limit_tokens)) + 1
+        self.documents = min(enough, corpus.documents, limit_documents or corpus.documents)
+        self.targets = corpus.count_targets(self.documents)
+        self.bytes = corpus.first_bytes(self.documents)
+        self._pieces, self._ends = _pack(corpus, self.documents, context, stride or context, self._row_length)
+
+    def __len__(self) -> int:
+        return -(-len(self._ends) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in range(len(self)):
+            yield self._batch(self._rows(number))
+
+    def pieces(self, batch: int) -> list[Piece]:
+        """Return the pieces of a batch in the order of its targets, row by row."""
+        rows = self._rows(batch)
+        first = self._ends[rows.start - 1] if rows.start else 0
+        return [Piece(*piece) for piece in self._pieces[first : self._ends[rows.stop - 1]].tolist()]
+
+    def _rows(self, batch: int) -> range:
+        return range(len(self._ends))[batch * self._batch_size : (batch + 1) * self._batch_size]
+
+    def _batch(self, rows: range) -> Batch:
+        shape = (len(rows), self._row_length)
+        tokens = np.full(shape, self._pad_id, dtype=np.int64)
+        targets = np.full(shape, IGNORED, dtype=np.int64)
+        documents = np.full(shape, PADDING, dtype=np.int32)
+        for row, which in enumerate(rows):
+            filled = 0
+            begin = self._ends[which - 1] if which else 0
+            for number, (document, start, first, stop) in enumerate(self._pieces[begin : self._ends[which]].tolist()):
+                ids = self._corpus.read(document, start, stop + 1).astype(np.int64)
+                filling = slice(filled, filled + len(ids) - 1)
+                tokens[row, filling] = ids[:-1]
+                known = self._corpus.read_mask(document, first + 1, stop + 1)
+                targets[row, filled + first - start : filling.stop] = np.where(known, ids[1 + first - start :], IGNORED)
+                documents[row, filling] = number
+                filled = filling.stop
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
+
+
+_PACKED = 1 << 16  # documents per call of best-fit packing
+
+
+def _pack(
+    corpus: Corpus, documents: int, context: int, stride: int, row_length: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Pack documents into rows; return their pieces (M,4) row by row, and the end of each row among the pieces."""
+    pieces, ends = array("q"), array("q")
+    for first in range(0, documents, _PACKED):
+        for row in _pack_some(corpus, range(first, min(first + _PACKED, documents)), context, stride, row_length):
+            pieces.extend(number for piece in row for number in piece)
+            ends.append(len(pieces) // len(Piece._fields))
+    return np.array(pieces, np.int64).reshape(-1, len(Piece._fields)), np.array(ends, np.int64)
+
+
+def _pack_some(corpus: Corpus, documents: range, context: int, stride: int, row_length: int) -> list[list[Piece]]:
+    """Best-fit packing: put each piece into the row with the least sufficient space, or into a new one."""
+    rows: list[list[Piece]] = []
+    space: list[tuple[int, int]] = []  # (free positions, row), ascending
+    for document in documents:
+        for piece in _windows(document, int(corpus.lengths[document]) - 1, context, stride):
+            row = _best_fit(space, piece.stop - piece.start, row_length, len(rows))
+            if row == len(rows):
+                rows.append([])
+            rows[row].append(piece)
+    return rows
+
+
+def _windows(document: int, inputs: int, context: int, stride: int) -> Iterator[Piece]:
+    """Yield the windows of a document, which together score each of its inputs once."""
+    scored = 0
+    while scored < inputs:
+        start = max(0, scored - context + stride) if scored else 0
+        stop = min(start + context, inputs)
+        yield Piece(document, start, scored, stop)
+        scored = stop
