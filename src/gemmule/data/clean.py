@@ -1,10 +1,12 @@
 """Cleaning and filtering of documents, one work unit at a time, with counts."""
 
+import json
 from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gemmule.data.conversations import contents_of, row_text, with_contents
 from gemmule.data.documents import Document, ReadStats
 from gemmule.data.filters import reason_to_drop
 from gemmule.data.intermediate import IntermediateWriter
@@ -56,12 +58,13 @@ def clean_document(document: Document, settings: DataSettings, tally: Counter[st
     """
     tally["read"] += 1
     known = document.log_probability is not None
-    text = document.text if known else _clean_text(document.text, tally)
+    is_row = settings.kind != "text"
+    text = document.text if known else (_clean_row if is_row else _clean_text)(document.text, tally)
     if not isinstance(text, str):
         tally["not_utf8"] += 1
     elif not text:
         tally["empty"] += 1
-    elif not known and (reason := reason_to_drop(text, settings)):
+    elif not known and (reason := reason_to_drop(_text_of_row(text) if is_row else text, settings)):
         tally[reason] += 1
     else:
         return CleanDocument(text, text_key(text), document.log_probability)
@@ -94,3 +97,20 @@ def _clean_text(text: str | bytes, tally: Counter[str]) -> str | None:
     repaired = repair_mojibake(text)
     tally["repaired"] += repaired != text
     return repaired.replace("\r\n", "\n").strip()
+
+
+def _clean_row(text: str | bytes, tally: Counter[str]) -> str | None:
+    """Return the canonical JSON of a row with each of its texts repaired and stripped; None as for a text."""
+    if isinstance(text, bytes):
+        return None
+    row, repaired = json.loads(text), Counter[str]()
+    contents = [_clean_text(content, repaired) for content in contents_of(row)]
+    tally["repaired"] += bool(repaired["repaired"])
+    if None in contents or _clean_text(text, repaired) is None:
+        return None
+    return row_text(with_contents(row, [content or "" for content in contents]))
+
+
+def _text_of_row(text: str) -> str:
+    """Return what the filters see of a row: its texts, one below the other."""
+    return "\n\n".join(contents_of(json.loads(text)))

@@ -42,7 +42,8 @@ def label_documents(
         labels[others] = np.where(leaked, Label.NEAR_LEAKED, Label.NEAR_DUPLICATE)
     if settings.validation is None:
         sizes = np.concatenate([shard.sizes() for shard in shards])
-        hold_out(labels, keys, sizes, known, settings.holdout)
+        whole = known | (settings.kind != "text")  # a conversation is never divided
+        hold_out(labels, keys, sizes, whole, settings.holdout)
     return labels
 
 

@@ -1,6 +1,6 @@
 """Tokenization: the kept documents of a work unit become token shards."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +9,10 @@ import numpy as np
 
 from gemmule.data.intermediate import IntermediateShard, StoredText
 from gemmule.data.labels import in_split, split_texts
+from gemmule.data.loss_mask import count_loss_mask
+from gemmule.data.rendering import ROWS_SUFFIX, EncodedDocument, encode_rows
 from gemmule.data.report import LENGTHS
-from gemmule.data.shards import ShardWriter
+from gemmule.data.shards import ShardWriter, open_shard
 from gemmule.data.sources import WorkUnit
 from gemmule.data.stage_cache import commit, committed
 from gemmule.tokenizer import Tokenizer
@@ -26,19 +28,19 @@ class EncodingTask(NamedTuple):
 
 
 def encode_unit(
-    task: EncodingTask, clean: Path, labels: Path, share: float, folder: Path, fingerprint: str
+    task: EncodingTask, clean: Path, labels: Path, share: float, folder: Path, fingerprint: str, kind: str = "text"
 ) -> dict[str, Any]:
     """Write the token shards of a work unit below `folder`, unless cached; return the counts of each by its split.
 
-    `share` is the part of a divided document that is held out.
+    `share` is the part of a divided document that is held out, `kind` that of the rows.
     """
     manifest = folder / f"{task.unit.name}.json"
     cached = committed(manifest)
-    return _encode_unit(task, clean, labels, share, manifest, fingerprint) if cached is None else cached
+    return _encode_unit(task, clean, labels, share, manifest, fingerprint, kind) if cached is None else cached
 
 
 def _encode_unit(
-    task: EncodingTask, clean: Path, labels: Path, share: float, manifest: Path, fingerprint: str
+    task: EncodingTask, clean: Path, labels: Path, share: float, manifest: Path, fingerprint: str, kind: str
 ) -> dict[str, Any]:
     stored = IntermediateShard(clean, task.unit.name)
     own = np.load(labels, mmap_mode="r")[task.start : task.start + len(stored.sizes())]
@@ -47,19 +49,47 @@ def _encode_unit(
     for split in ("train", "validation"):
         if in_split(own, split).any():
             file = manifest.parent / "dataset" / f"{split}-{task.unit.number:05d}.tokens"
-            counts[split] = _write_shard(file, split_texts(stored, own, split, share), tokenizer)
-            files.append(file)
+            texts = split_texts(stored, own, split, share)
+            if kind == "text":
+                counts[split] = _write_shard(file, encode_texts(texts, tokenizer), tokenizer, masked=False)
+            else:
+                counts[split] = _write_rows(file, list(texts), tokenizer, kind)
+            files += [file, *([file.with_suffix(ROWS_SUFFIX)] if kind == "prompts" else [])]
     commit(manifest, counts, files)
     return counts
 
 
-def _write_shard(file: Path, texts: Iterable[StoredText], tokenizer: Tokenizer) -> dict[str, Any]:
+def _write_rows(file: Path, rows: Sequence[StoredText], tokenizer: Tokenizer, kind: str) -> dict[str, Any]:
+    """Write the shard of rows, and beside one of prompts the rows themselves."""
+    spellings = 0
+
+    def encoded() -> Iterator[EncodedDocument]:
+        nonlocal spellings
+        for document in encode_rows(rows, tokenizer, kind):
+            spellings += document.special_spellings
+            yield document
+
+    counts = _write_shard(file, encoded(), tokenizer, masked=True)
+    counts["documents"] = len(rows)
+    if kind != "prompts":
+        shard = open_shard(file, tokenizer.fingerprint)
+        counts["loss_mask"] = count_loss_mask(shard, tokenizer, spellings).model_dump()
+    else:
+        text = "".join(f"{row.text}\n" for row in rows)
+        file.with_suffix(ROWS_SUFFIX).write_text(text, encoding="utf-8", newline="")
+    return counts
+
+
+def _write_shard(
+    file: Path, documents: Iterable["EncodedText | EncodedDocument"], tokenizer: Tokenizer, masked: bool
+) -> dict[str, Any]:
     lengths: list[int] = []
     size = changed = 0
-    shard = ShardWriter(file, tokenizer.fingerprint, tokenizer.vocab_size)
+    shard = ShardWriter(file, tokenizer.fingerprint, tokenizer.vocab_size, masked)
     try:
-        for document in encode_texts(texts, tokenizer):
-            shard.append(document.ids, document.predicted_bytes)
+        for document in documents:
+            trained = document.trained if isinstance(document, EncodedDocument) else None
+            shard.append(document.ids, document.predicted_bytes, trained)
             lengths.append(len(document.ids))
             size += document.size
             changed += not document.restored

@@ -39,14 +39,17 @@ def hold_out(
         labels[held if held.any() or not fits(first) else first] = Label.VALIDATION
 
 
-def working_share(train: Sequence[IntermediateShard], labels: Labels, share: float) -> float | None:
+def working_share(
+    train: Sequence[IntermediateShard], labels: Labels, share: float, divide: bool = True
+) -> float | None:
     """Return the share nearest to `share` that gives two non-empty splits; None where there is none.
 
-    `labels` are those of the train documents at `share`, where one split is empty.
+    `labels` are those of the train documents at `share`, where one split is empty. `divide` is whether the end of a
+    document may be held out.
     """
     keys = np.concatenate([shard.keys() for shard in train])
     sizes = np.concatenate([shard.sizes() for shard in train])
-    known = ~np.isnan(np.concatenate([shard.log_probabilities() for shard in train]))
+    known = ~np.isnan(np.concatenate([shard.log_probabilities() for shard in train])) | (not divide)
     before = np.where(labels <= Label.VALIDATION, Label.TRAIN, labels).astype(np.uint8)
     usable = before == Label.TRAIN
     thresholds = np.sort(keys[usable]) / 2.0**64

@@ -30,8 +30,9 @@ from gemmule.data.intermediate import IntermediateShard
 from gemmule.data.labels import DROPPED, Label, Labels, in_split, split_texts
 from gemmule.data.plain_text import Separator
 from gemmule.data.plot import plot_report
-from gemmule.data.report import CorpusReport, SourceReport, SplitReport, counted
-from gemmule.data.settings import DataSettings
+from gemmule.data.rendering import ROWS_SUFFIX, check_tokenizer
+from gemmule.data.report import CorpusReport, LossMaskReport, SourceReport, SplitReport, add_loss_masks, counted
+from gemmule.data.settings import CHAT_SETTINGS, DataSettings
 from gemmule.data.sources import UNIT, Split, WorkUnit, plan_units
 from gemmule.data.stage_cache import cache_key, commit, committed, open_stage
 from gemmule.data.vocabulary import ChosenTokenizer, Vocabulary
@@ -61,7 +62,7 @@ Progress = Callable[[str, int, int | None], None]
 
 # Settings of the cleaning stage; the others matter in later stages, or in training.
 _CLEANING_SETTINGS = {
-    "separator", "column", "min_characters", "max_characters", "keep_matching", "drop_matching", "quality",
+    "kind", "separator", "column", "min_characters", "max_characters", "keep_matching", "drop_matching", "quality",
 }  # fmt: skip
 
 
@@ -118,7 +119,9 @@ def _roll_back(staged: Path, out: Path) -> list[str]:
         manifest = Manifest.model_validate_json((staged / DATASET_FILE).read_bytes())
     except (OSError, ValidationError):
         return []  # the staged dataset was incomplete, so nothing was moved
-    names = [*manifest.train, *manifest.validation, REPORT_FILE, PLOT_FILE, TOKENIZER_FILE, CONFIG_FILE]
+    shards = [*manifest.train, *manifest.validation]
+    rows = [str(Path(name).with_suffix(ROWS_SUFFIX)) for name in shards]
+    names = [*shards, *rows, REPORT_FILE, PLOT_FILE, TOKENIZER_FILE, CONFIG_FILE]
     moved = [name for name in names if (out / name).is_file() and not (staged / name).exists()]
     for name in moved:
         (out / name).rename(staged / name)
@@ -159,6 +162,8 @@ class Preparation:
         holdout = settings.holdout if settings.validation is None else None
         label_key = cache_key(clean_key, holdout, settings.near_duplicates)
         chosen = ChosenTokenizer.of(vocabulary) if isinstance(vocabulary, Tokenizer | TokenizerSettings) else None
+        if settings.kind != "text":
+            check_tokenizer(chosen and chosen.given, settings.kind)
         if chosen and (self.staged / DATASET_FILE).is_file() and open_stage(self.encode, chosen.key(label_key)):
             return self.staged
         reused = all([open_stage(self.clean, clean_key), open_stage(self.label, label_key)])
@@ -245,7 +250,7 @@ class Preparation:
         elif not in_split(labels, "train").any() or not in_split(labels, "validation").any():
             shards = [IntermediateShard(self.clean, unit.name) for unit in units]
             size = sum(int(shard.sizes().sum()) for shard in shards)
-            works = working_share(shards, labels, self.settings.holdout)
+            works = working_share(shards, labels, self.settings.holdout, divide=self.settings.kind == "text")
             advice = (
                 "set data.validation, add text, or set data.separator to the separator between the documents of a file"
             )
@@ -315,6 +320,7 @@ class Preparation:
             share=self.settings.holdout,
             folder=self.encode,
             fingerprint=fingerprint,
+            kind=self.settings.kind,
         )
         return self.engine(function, tasks, workers, on_result)
 
@@ -346,11 +352,13 @@ class Preparation:
             train_sources=tuple(unit.source for unit, count in zip(units, counts, strict=True) if "train" in count),
             validation=tuple(shard["name"] for shard in shards["validation"]),
             floor_nats=self._entropy_floor(units, labels),
-            settings=settings.model_dump(),
+            settings=settings.model_dump(exclude=set(CHAT_SETTINGS) if settings.kind == "text" else None),
             **({"lossless": False} if self._report_lossy(shards) else {}),
         )
         plot_report(report, self.staged / PLOT_FILE)
-        (self.staged / REPORT_FILE).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (self.staged / REPORT_FILE).write_text(
+            report.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8"
+        )
         with atomic_write(self.staged / DATASET_FILE) as temporary:
             temporary.write_text(manifest.model_dump_json(indent=2, exclude_unset=True) + "\n", encoding="utf-8")
 
@@ -397,6 +405,7 @@ def _report(source: str, shards: Sequence[dict[str, Any]], tally: Counter[str]) 
     lengths = np.zeros(max(len(shard["lengths"]) for shard in shards), np.int64)
     for shard in shards:
         lengths[: len(shard["lengths"])] += shard["lengths"]
+    masks = [LossMaskReport(**shard["loss_mask"]) for shard in shards if "loss_mask" in shard]
     return SplitReport(
         source=source,
         kept=sum(shard["documents"] for shard in shards),
@@ -404,6 +413,7 @@ def _report(source: str, shards: Sequence[dict[str, Any]], tally: Counter[str]) 
         tokens=sum(shard["tokens"] for shard in shards),
         longest=max(shard["longest"] for shard in shards),
         lengths=tuple(lengths.tolist()),
+        loss_mask=add_loss_masks(masks) if masks else None,
         **tally,
     )
 

@@ -22,6 +22,9 @@ class Format(NamedTuple):
 
 def split_file(file: File, settings: DataSettings, step: int) -> Iterator[FileRange]:
     """Yield the ranges of a file, of about `step` bytes each, in order; compressed files are not split."""
+    if settings.kind != "text" and file.suffix in (".txt", ".md"):
+        advice = "is plain text without rows; name .jsonl, .json, .csv or .parquet files"
+        raise SourceError(f'{file}: {advice} for data.kind = "{settings.kind}"')
     with read_errors(file):
         split = _unsplit if file.compression else FORMATS[file.suffix].split
         yield from split(file, file_version(file), settings, step)

@@ -10,6 +10,47 @@ _BAR = 30  # characters: the longest bar
 _DROPPED = "dropped: "  # prefix of the titles of reasons to drop
 
 
+class LossMaskReport(BaseModel):
+    """What is trained on in a split of conversations or preferences, counted in its token shards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: dict[str, int]  # by role; "template" is what is of none
+    trained: dict[str, int]  # the same, of the tokens that are trained on
+    replies: int = 0  # runs of trained tokens
+    ended: int = 0  # replies that end with <end_of_turn>
+    special_spellings: int = 0  # messages whose text spells a special token, which stays text
+
+    @property
+    def trained_tokens(self) -> int:
+        """Trained tokens of all roles."""
+        return sum(self.trained.values())
+
+    def __str__(self) -> str:
+        total, trained = sum(self.tokens.values()), self.trained_tokens
+        roles = ", ".join(f"{role} {self.trained[role]:,} of {count:,}" for role, count in self.tokens.items())
+        lines = [
+            f"{trained:,} of {total:,} tokens ({trained / max(1, total):.1%}) are trained: {roles}",
+            f"replies that end with <end_of_turn>: {self.ended:,} of {self.replies:,}",
+        ]
+        if self.special_spellings:
+            lines.append(f"messages that spell a special token, which stays text: {self.special_spellings:,}")
+        return "; ".join(lines)
+
+
+def add_loss_masks(reports: Sequence[LossMaskReport]) -> LossMaskReport:
+    """Add the counts of several reports."""
+    roles = list(reports[0].tokens)
+    tokens, trained = (
+        {role: sum(getattr(report, name)[role] for report in reports) for role in roles}
+        for name in ("tokens", "trained")
+    )
+    sums = {
+        name: sum(getattr(report, name) for report in reports) for name in ("replies", "ended", "special_spellings")
+    }
+    return LossMaskReport(tokens=tokens, trained=trained, **sums)
+
+
 class SourceReport(BaseModel):
     """The counts of one source in the train split."""
 
@@ -49,6 +90,7 @@ class SplitReport(BaseModel):
     tokens: int  # with bos and eos
     longest: int  # tokens of the longest document
     lengths: tuple[int, ...] = ()  # histogram of document lengths over LENGTHS, up to the last non-empty bin
+    loss_mask: LossMaskReport | None = None  # of conversations and preferences
 
     @property
     def bytes_per_token(self) -> float:
@@ -72,7 +114,12 @@ class CorpusReport(BaseModel):
             if any(values):
                 lines.append(f"{title:<34}" + "".join(f"{_figure(value):>16}" for value in values))
         named = f"sources: {self.train.source} (train), {self.validation.source} (validation)"
-        return "\n".join([named, *lines, *_histogram(self.train.lengths), *self._shares()])
+        return "\n".join([named, *lines, *self._loss_masks(), *_histogram(self.train.lengths), *self._shares()])
+
+    def _loss_masks(self) -> Iterator[str]:
+        for name, split in (("train", self.train), ("validation", self.validation)):
+            if split.loss_mask is not None:
+                yield f"{name}: {split.loss_mask}"
 
     def _shares(self) -> Iterator[str]:
         if len(self.sources) > 1:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import IO, Any
 
+from gemmule.data.conversations import COLUMNS, check_columns, row_document
 from gemmule.data.documents import Document, FileRange
 from gemmule.data.plain_text import BLOCK, LINE_END, split_after
 from gemmule.data.settings import DataSettings
@@ -17,6 +18,15 @@ from gemmule.errors import MissingExtra, SourceError
 LARGEST = 64 << 20  # the longest line of JSON Lines or CSV in bytes, the longest JSON object in characters
 _CHATS = "messages"  # the column read where data.column does not exist
 _NAMED = 20  # columns that a message names
+
+
+def document_of(
+    row: Mapping[str, Any], settings: DataSettings, where: Callable[[], str], known: bool = False
+) -> Document:
+    """Return the document of a row of `settings.kind`: its text, or the canonical JSON of a conversation."""
+    if settings.kind == "text":
+        return text_of(row, settings.column, where, known)
+    return row_document(row, settings, where)
 
 
 def text_of(row: Mapping[str, Any], column: str, where: Callable[[], str], known: bool = False) -> Document:
@@ -114,7 +124,7 @@ def read_lines(file_range: FileRange, settings: DataSettings) -> Iterator[Docume
                 raise SourceError(f"{where(number)} is not valid JSON ({error})") from None
             if not isinstance(row, dict):
                 raise SourceError(f"{where(number)} is not a JSON object")
-            yield text_of(row, settings.column, partial(where, number), known)
+            yield document_of(row, settings, partial(where, number), known)
             known = True
 
 
@@ -169,7 +179,7 @@ def read_json(file_range: FileRange, settings: DataSettings) -> Iterator[Documen
             where = partial("{}: object {}".format, file_range.file, number)
             if not isinstance(row, dict):
                 raise SourceError(f"{where()} is not a JSON object but {type(row).__name__}")
-            yield text_of(row, settings.column, where, known=number > 1)
+            yield document_of(row, settings, where, known=number > 1)
 
 
 class _JsonText:
@@ -290,7 +300,9 @@ def _read_records(file_range: FileRange, settings: DataSettings, delimiter: str)
         records = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             names = next(records, [])
-            if _value_of(dict.fromkeys(names), settings.column) is _MISSING:
+            if settings.kind != "text":
+                check_columns(names, settings, where(1))
+            elif _value_of(dict.fromkeys(names), settings.column) is _MISSING:
                 if any(other in name for name in names for other in ";\t|"):
                     advice = "save it with commas, or with tabs as .tsv"
                     raise SourceError(f"{where(1)}: the columns do not seem to be separated by {delimiter!r}; {advice}")
@@ -301,7 +313,7 @@ def _read_records(file_range: FileRange, settings: DataSettings, delimiter: str)
                 if len(values) != len(names):
                     fields = f"{len(values)} fields, where the header has {len(names)} columns"
                     raise SourceError(f"{where(records.line_num)}: {fields}; quote fields with a {delimiter!r}")
-                yield text_of(dict(zip(names, values, strict=True)), settings.column, partial(where, records.line_num))
+                yield document_of(dict(zip(names, values, strict=True)), settings, partial(where, records.line_num))
         except csv.Error as error:
             advice = 'a field that contains " must be quoted, with each " inside it doubled'
             raise SourceError(f"{where(records.line_num)}: not valid CSV ({error}): {advice}") from None
@@ -313,8 +325,8 @@ def _read_records(file_range: FileRange, settings: DataSettings, delimiter: str)
 def split_table(file: File, version: FileVersion, settings: DataSettings, step: int) -> Iterator[FileRange]:
     """Yield ranges of whole row groups."""
     with _open_table(file) as table:
-        column = _check_column(file, table, settings.column)
-        sizes = [_text_size(table.metadata.row_group(group), column) for group in range(table.num_row_groups)]
+        columns = _columns_to_read(file, table, settings)
+        sizes = [_text_size(table.metadata.row_group(group), columns) for group in range(table.num_row_groups)]
     start = size = 0
     for group, more in enumerate(sizes):
         size += more
@@ -323,22 +335,24 @@ def split_table(file: File, version: FileVersion, settings: DataSettings, step: 
             start, size = group + 1, 0
 
 
-def _text_size(group: Any, column: str) -> int:
-    columns = (group.column(number) for number in range(group.num_columns))
-    return sum(part.total_uncompressed_size for part in columns if part.path_in_schema.partition(".")[0] == column)
+def _text_size(group: Any, columns: Sequence[str]) -> int:
+    parts = (group.column(number) for number in range(group.num_columns))
+    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema.partition(".")[0] in columns)
 
 
 def read_table(file_range: FileRange, settings: DataSettings) -> Iterator[Document]:
     """Yield the document of each row of a range."""
     with _open_table(file_range.file) as table:
-        column = _check_column(file_range.file, table, settings.column)
+        columns = _columns_to_read(file_range.file, table, settings)
         groups: Sequence[int] = range(table.num_row_groups)[file_range.start : file_range.stop]
         metadata = [table.metadata.row_group(group) for group in groups]
-        largest = max((_text_size(group, column) // max(1, group.num_rows) for group in metadata), default=0)
+        largest = max((_text_size(group, columns) // max(1, group.num_rows) for group in metadata), default=0)
         batch_size = max(1, min(1024, LARGEST // max(1, largest)))
-        for batch in table.iter_batches(batch_size=batch_size, row_groups=groups, columns=[column]):
+        number = sum(table.metadata.row_group(group).num_rows for group in range(file_range.start))
+        for batch in table.iter_batches(batch_size=batch_size, row_groups=groups, columns=columns):
             for row in batch.to_pylist():
-                yield text_of(row, settings.column, lambda: str(file_range.file))
+                number += 1
+                yield document_of(row, settings, partial("{}: row {}".format, file_range.file, number))
 
 
 @contextmanager
@@ -355,10 +369,14 @@ def _open_table(file: File) -> Iterator[Any]:
         raise SourceError(f"{file}: not a readable Parquet file ({error})") from None
 
 
-def _check_column(file: File, table: Any, column: str) -> str:
-    """Return the top-level column to read; SourceError where it does not exist."""
-    names = table.schema_arrow.names
+def _columns_to_read(file: File, table: Any, settings: DataSettings) -> list[str]:
+    """Return the top-level columns to read; SourceError where there are none."""
+    names, column = table.schema_arrow.names, settings.column
+    if settings.kind != "text":
+        check_columns(names, settings, str(file))
+        wanted = COLUMNS[settings.kind]
+        return [name for name in names if wanted is None or name in wanted or name == column]
     for name in (column, column.partition(".")[0], _CHATS):
         if name in names:
-            return str(name)
+            return [str(name)]
     raise SourceError(_column_missing(str(file), column, names))

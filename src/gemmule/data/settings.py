@@ -23,6 +23,8 @@ Sources = Annotated[
 ]
 # What the rows of the SOURCEs are.
 Kind = Literal["text", "conversations", "preferences", "prompts"]
+# Settings that datasets of text, which do not have them, do not name.
+CHAT_SETTINGS = frozenset({"kind", "too_long"})
 Weights = Annotated[tuple[float, ...], Field(min_length=1, strict=False)]
 
 
@@ -65,6 +67,11 @@ class DataSettings(Settings):
     )
     license: Text | None = Field(
         None, description="license of the text, as it is to stand in reports and model cards, such as cc-by-4.0"
+    )
+    too_long: Literal["drop", "drop_turns"] = Field(
+        "drop",
+        description="what becomes of a conversation longer than train.context: drop leaves it out, drop_turns leaves "
+        "out its last turns; a pair of preferences is always left out",
     )
     mask_documents: bool = Field(False, description="document mask: restrict attention to the document of a token")
 

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, groupby
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, Protocol
@@ -12,7 +13,7 @@ from gemmule.data.discovery import Skipped, check_format, find_files
 from gemmule.data.documents import Document, FileRange, ReadStats, ReadWarnings
 from gemmule.data.plain_text import Separator
 from gemmule.data.readers import read_file_range, split_file
-from gemmule.data.rows import text_of
+from gemmule.data.rows import document_of
 from gemmule.data.settings import DataSettings
 from gemmule.data.spool import is_stream, spool
 from gemmule.data.streams import File, file_version, hub_errors
@@ -194,8 +195,10 @@ class StorybookSource:
         """Return the number of stories for a split."""
         return _STORY_COUNTS[split] if self.count is None else self.count
 
-    def ranges(self, _settings: DataSettings, split: Split) -> Iterator[AnyRange]:
+    def ranges(self, settings: DataSettings, split: Split) -> Iterator[AnyRange]:
         """Yield ranges of story numbers; train and validation have different seeds."""
+        if settings.kind != "text":
+            raise SourceError(f'storybook is text, so data.kind = "{settings.kind}" cannot be read from it')
         end, step = self.start + self.stories(split), UNIT // _STORY_SIZE
         for first in range(self.start, end, step):
             stop = min(first + step, end)
@@ -332,13 +335,14 @@ class HubShard(NamedTuple):
         """The dataset with split and column."""
         return f"hf:{self.name}:{self.split}:{self.column}"
 
-    def read(self, _settings: DataSettings) -> Iterator[Document]:
+    def read(self, settings: DataSettings) -> Iterator[Document]:
         """Stream the rows of the shard."""
-        known = False
+        settings = settings.replace(column=self.column)
+        place = self.origin if self.shards == 1 else f"{self.origin}: shard {self.number}"
         with hub_errors(self.origin):
-            for row in _hub_dataset(self.name, self.split).shard(num_shards=self.shards, index=self.number):
-                yield text_of(row, self.column, lambda: self.origin, known)
-                known = True
+            rows = _hub_dataset(self.name, self.split).shard(num_shards=self.shards, index=self.number)
+            for number, row in enumerate(rows, 1):
+                yield document_of(row, settings, partial("{}: row {}".format, place, number), known=number > 1)
 
 
 def parse_hub(rest: str) -> Source:

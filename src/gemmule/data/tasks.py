@@ -1,9 +1,9 @@
 """Tasks as documents: rows of conversations, preferences or prompts, as `data.kind` asks for, and their checkers."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from gemmule.data.conversations import row_text
 from gemmule.data.documents import Document
 from gemmule.data.settings import DataSettings
 from gemmule.data.text_tasks import check_text, make_text_task
@@ -92,11 +92,6 @@ class TextTaskRange(NamedTuple):
                     yield _prompt(task.instruction, task.goal)
                 else:
                     yield _conversation(task.instruction, document.text.strip())
-
-
-def row_text(row: Mapping[str, Any]) -> str:
-    """Return a row as the canonical JSON that is its document."""
-    return json.dumps(row, ensure_ascii=False, separators=(",", ":"))
 
 
 def _conversation(instruction: str, reply: str, log_probability: float | None = None) -> Document:

@@ -53,11 +53,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, 
     conversation, TokenizerError for a vocabulary without turn tokens.
     Source: the chat template of Google's instruction-tuned Gemma 3; unlike there, system text is trimmed.
     """
-    if tokenizer.start_of_turn_id is None or tokenizer.end_of_turn_id is None:
-        missing = START if tokenizer.start_of_turn_id is None else END
-        raise TokenizerError(
-            f"the tokenizer has no {missing}, so it cannot render a chat; use one with {START} and {END}"
-        )
+    _, end = turn_tokens(tokenizer)
     turns = read_turns(messages)
     if reply and turns[-1].role == "model":
         raise SourceError(f"message {len(messages)}: the model spoke last; a reply needs a user's message to answer")
@@ -70,12 +66,28 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, 
     if tokenizer.bos_id is not None:
         add([tokenizer.bos_id], trained=False)
     for turn in turns:
-        add(_encode(tokenizer, f"{START}{turn.role}\n", specials=True), trained=False)
-        add([*_encode(tokenizer, turn.text), tokenizer.end_of_turn_id], trained=turn.role == "model")
+        add(turn_header(tokenizer, turn.role), trained=False)
+        add([*_encode(tokenizer, turn.text), end], trained=turn.role == "model")
         add(_encode(tokenizer, "\n"), trained=False)
     if reply:
-        add(_encode(tokenizer, f"{START}model\n", specials=True), trained=False)
+        add(turn_header(tokenizer, "model"), trained=False)
     return rendered
+
+
+def turn_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
+    """Return the ids of <start_of_turn> and <end_of_turn>; TokenizerError for a vocabulary without one of them."""
+    start, end = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id
+    if start is None or end is None:
+        missing = START if start is None else END
+        raise TokenizerError(
+            f"the tokenizer has no {missing}, so it cannot render a chat; use one with {START} and {END}"
+        )
+    return start, end
+
+
+def turn_header(tokenizer: Tokenizer, role: str) -> list[int]:
+    """Return the tokens before the text of a turn, whose role is "user" or "model"."""
+    return _encode(tokenizer, f"{START}{role}\n", specials=True)
 
 
 def read_turns(messages: Sequence[Mapping[str, str]]) -> list[Turn]:
