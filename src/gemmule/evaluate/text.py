@@ -280,6 +280,10 @@ class EncodedDocuments(Corpus):
         """Return the UTF-8 bytes that a document's tokens after its first stand for."""
         return self._encoded[document].predicted_bytes
 
+    def read_mask(self, document: int, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Return that all tokens of a document are scored."""
+        return np.ones(min(stop, int(self.lengths[document])) - start, dtype=np.bool_)
+
     def first_bytes(self, documents: int) -> int:
         """Return the sum of `text_bytes` over the first so many documents."""
         return sum(document.predicted_bytes for document in self._encoded[:documents])

@@ -14,6 +14,8 @@ FILES = [
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",

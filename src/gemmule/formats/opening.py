@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from gemmule.errors import ModelError
+from gemmule.formats import adapter
 from gemmule.formats.folder import load_folder
 from gemmule.formats.gguf import load_gguf
 from gemmule.formats.gguf_file import is_gguf
@@ -58,7 +59,7 @@ def _refuse_folder_of_models(folder: Path) -> None:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         raise ModelError(f"MODEL {folder}: cannot be read: {error.strerror}") from None
-    marks = (RECIPE_FILE, "config.json")
+    marks = (RECIPE_FILE, "config.json", adapter.CONFIG)
     if not set(names).isdisjoint(marks):
         return
     shown = [name for name in names if not name.startswith(".")]  # temporary folders

@@ -67,15 +67,15 @@ def read_tensor_index(folder: Path) -> TensorIndex:
     origin = folder / (INDEX if sharded else WEIGHTS)
     placed: dict[str, StoredTensor] = {}
     for file in sorted({folder / name for name in declared.values()} or {folder / WEIGHTS}):
-        with _opened(file) as mapped:
+        with opened(file) as mapped:
             for name in mapped.keys():  # noqa: SIM118 - not a dict
                 if name in placed:
-                    raise ModelError(f"{file}: holds {_shown([name])}, which {placed[name].file.name} holds too")
+                    raise ModelError(f"{file}: holds {shown([name])}, which {placed[name].file.name} holds too")
                 header = mapped.get_slice(name)
                 placed[name] = StoredTensor(file, name, header.get_dtype(), header.get_shape())
     if sharded and (found := {name: stored.file.name for name, stored in placed.items()}) != declared:
         astray = sorted(name for name, _ in found.items() ^ declared.items())
-        raise ModelError(f"{origin}: disagrees with the files about {_shown(dict.fromkeys(astray))}")
+        raise ModelError(f"{origin}: disagrees with the files about {shown(dict.fromkeys(astray))}")
     prefix = _outer_prefix(placed)
     index = TensorIndex(origin, {}, [], prefix)
     slices: dict[str, list[tuple[int, StoredTensor]]] = {}
@@ -87,10 +87,10 @@ def read_tensor_index(folder: Path) -> TensorIndex:
         elif base != name:
             slices.setdefault(plain, []).append((first, stored))
         elif (twin := index.tensors.setdefault(plain, stored)) is not stored:
-            raise ModelError(f"{stored.file}: {_shown([name])} and {_shown([twin.name])} are the same tensor")
+            raise ModelError(f"{stored.file}: {shown([name])} and {shown([twin.name])} are the same tensor")
     for name, parts in slices.items():
         if name in index.tensors:
-            raise ModelError(f"{index.origin}: {_shown([name])} is stored both whole and in slices")
+            raise ModelError(f"{index.origin}: {shown([name])} is stored both whole and in slices")
         index.tensors[name] = _concatenate(name, sorted(parts), index.origin)
     return index
 
@@ -125,7 +125,7 @@ def _concatenate(name: str, parts: list[tuple[int, StoredTensor]], origin: Path)
     rows, kind = 0, (parts[0][1].dtype, parts[0][1].shape[1:])
     for first, part in parts:
         if first != rows or not part.shape or (part.dtype, part.shape[1:]) != kind:
-            raise ModelError(f"{origin}: the slices of {_shown([name])} do not join at row {rows}")
+            raise ModelError(f"{origin}: the slices of {shown([name])} do not join at row {rows}")
         rows += part.shape[0]
     return StoredTensor(parts[0][1].file, name, kind[0], [rows, *kind[1]], tuple(part for _, part in parts))
 
@@ -144,13 +144,13 @@ def load_tensors(index: TensorIndex, model: Gemma3, dtype: torch.dtype | None = 
     present = {name: tensor for name, tensor in stored.items() if name in wanted}
     missing = [name for name in wanted if name not in stored]
     unexpected = [tensor.name for name, tensor in stored.items() if name not in wanted]
-    _refuse(index.origin, "lacks", missing, f"; found instead {_shown(unexpected)}" if unexpected else "")
-    _refuse(index.origin, "has unexpected tensors:", unexpected)
+    refuse(index.origin, "lacks", missing, f"; found instead {shown(unexpected)}" if unexpected else "")
+    refuse(index.origin, "has unexpected tensors:", unexpected)
     misshapen = ((tensor, shapes[wanted[name]]) for name, tensor in present.items())
     wrong = [f"{tensor.name} is {tensor.shape}, not {shape}" for tensor, shape in misshapen if tensor.shape != shape]
-    _refuse(index.origin, "does not fit config.json:", wrong)
+    refuse(index.origin, "does not fit config.json:", wrong)
     foreign = [f"{tensor.name} is {tensor.dtype}" for tensor in present.values() if tensor.dtype not in DTYPES]
-    _refuse(index.origin, f"is not of {', '.join(DTYPES)}:", foreign)
+    refuse(index.origin, f"is not of {', '.join(DTYPES)}:", foreign)
     kinds = {DTYPES[tensor.dtype] for tensor in present.values()}
     chosen = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
     if repeated is not None:
@@ -166,14 +166,14 @@ def load_tensors(index: TensorIndex, model: Gemma3, dtype: torch.dtype | None = 
 def _read(tensors: dict[str, StoredTensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor, converted to a dtype."""
     for file in sorted({stored.file for stored in tensors.values()}):
-        with _opened(file) as mapped:
+        with opened(file) as mapped:
             for name, stored in tensors.items():
                 if stored.file != file or stored.slices:
                     continue
                 tensor = mapped.get_tensor(stored.name)
                 if tensor.dtype != dtype:
                     # A separate mapping: its pages are released after the conversion.
-                    with _opened(file) as own:
+                    with opened(file) as own:
                         tensor = own.get_tensor(stored.name).to(dtype)
                 yield name, tensor
     for name, stored in tensors.items():
@@ -188,7 +188,7 @@ def _row(part: tuple[str, Tensor]) -> int:
 
 def _check_repeated(head: StoredTensor, embedding: StoredTensor) -> None:
     """Refuse a stored head that differs from the embedding although config.json ties them."""
-    with _opened(head.file) as one, _opened(embedding.file) as other:
+    with opened(head.file) as one, opened(embedding.file) as other:
         same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape) and torch.equal(
             one.get_tensor(head.name).view(torch.uint8), other.get_tensor(embedding.name).view(torch.uint8)
         )
@@ -216,7 +216,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     """Memory-map a file; the library validates all sizes and offsets of the header first."""
     if (kind := path_kind(path, ModelError)) in (None, "other"):  # opening a pipe would block
         what = "no such file" if kind is None else "not a regular file"
@@ -234,12 +234,13 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ModelError(f"{path}: damaged or not a safetensors file: {error}") from None
 
 
-def _refuse(origin: Path, what: str, names: list[str], more: str = "") -> None:
+def refuse(origin: Path, what: str, names: list[str], more: str = "") -> None:
+    """Raise ModelError where there are names."""
     if names:
-        raise ModelError(f"{origin}: {what} {_shown(names)}{more}")
+        raise ModelError(f"{origin}: {what} {shown(names)}{more}")
 
 
-def _shown(names: Iterable[str]) -> str:
+def shown(names: Iterable[str]) -> str:
     """List the first five names, unprintable ones escaped."""
     listed = list(names)
     first = [name if name.isprintable() else repr(name) for name in listed[:5]]
