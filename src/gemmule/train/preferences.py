@@ -106,6 +106,8 @@ class Preferences:
     The reference's log-probabilities come with the batch, so that no second model is in memory.
     """
 
+    on_policy = False
+
     def __init__(self, settings: PreferenceSettings) -> None:
         self._settings, self._loss = settings, LOSSES[settings.loss]
         self._sums: list[Tensor] = []
