@@ -11,9 +11,10 @@ from gemmule.errors import RecipeError
 from gemmule.run_folder import read_json_lines
 from gemmule.settings import read_recipe
 from gemmule.train import run as runs_of_recipes
+from gemmule.train.objectives import FixedValidation
 from gemmule.train.open_run import Extension
 from gemmule.train.recipe import Recipe
-from gemmule.train.run import FixedValidation, Outcome, run_recipe
+from gemmule.train.run import Outcome, run_recipe
 from gemmule.train.validation import Score
 from runs import final_weights, gemmule
 

@@ -117,6 +117,11 @@ class PackedConversations:
         """How many rows hold all conversations."""
         return len(self._packed)
 
+    @property
+    def most_documents(self) -> int:
+        """The largest number of documents in a row."""
+        return max(map(len, self._packed))
+
     def documents(self, row: int) -> list[int]:
         """Return the documents of row `row` of the stream, in their order."""
         epoch, within = divmod(row, len(self._packed))

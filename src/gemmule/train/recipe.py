@@ -39,6 +39,10 @@ class Recipe(Settings):
                 yield Problem(f"{section}.{key}", getattr(getattr(self, section), key), advice)
         if self.data.kind == "preferences" and self.train.start is None:
             yield Problem("train.start", NOTHING, "name the MODEL that preferences are taught to")
+        for key in ("dropout", "attention_dropout"):
+            if self.data.kind == "preferences" and getattr(self.model, key):
+                advice = "must be 0 for preferences: the reference is scored without it"
+                yield Problem(f"model.{key}", getattr(self.model, key), advice)
         if self.schedule.restart_step and self.schedule.restart_step >= self.train.steps:
             advice = f"must be before train.steps ({self.train.steps})"
             yield Problem("schedule.restart_step", self.schedule.restart_step, advice)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gemmule.data.batches import RowStream
 from gemmule.data.dataset import Dataset
-from gemmule.data.packing import MixedRows, PackedRows
 from gemmule.distributed import World
 from gemmule.errors import RecipeError
 from gemmule.model.gemma3 import Gemma3
@@ -20,7 +19,7 @@ from gemmule.settings import Problem
 from gemmule.tokenizer import Tokenizer
 from gemmule.train.autotune import Trial, tune
 from gemmule.train.loop import forward_backward
-from gemmule.train.objective import NextToken, Objective
+from gemmule.train.objectives import build_objective, training_rows
 from gemmule.train.optim import Optimizers
 from gemmule.train.parallel import parallelize
 from gemmule.train.recipe import Recipe, gives_vocabulary
@@ -180,19 +179,6 @@ def build(recipe: Recipe, runtime: Runtime, start: Start | None = None) -> Train
         init,
     )
     return TrainState(parallel, Optimizers(parallel.model, recipe.optimizer, runtime.precision))
-
-
-def build_objective(recipe: Recipe) -> Objective:
-    """Return what a recipe minimizes."""
-    return NextToken(recipe.train.compile)
-
-
-def training_rows(dataset: Dataset, recipe: Recipe) -> RowStream:
-    """Return the packed training rows: of all documents, or mixed from sources by `data.weights`."""
-    context, seed, masked = recipe.train.context, recipe.train.seed, recipe.data.mask_documents
-    corpora = dataset.mixture(recipe.data.weights)
-    packed = [PackedRows(corpus, context, seed, masked, dataset.tokenizer.bos_id) for corpus, _ in corpora]
-    return MixedRows(packed, [weight for _, weight in corpora]) if recipe.data.weights else packed[0]
 
 
 def describe(recipe: Recipe, runtime: Runtime) -> str:

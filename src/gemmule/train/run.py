@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 
 from gemmule.compiler import rebuilding
 from gemmule.data.dataset import DATASET_FILE, Dataset, open_dataset, prepared_folder
-from gemmule.data.packing import WholeDocuments
 from gemmule.data.report import describe_epochs
 from gemmule.distributed import World, process_group
 from gemmule.errors import CheckpointError, GemmuleError, OutputError, RecipeError
@@ -27,15 +25,22 @@ from gemmule.train.environment import log_environment
 from gemmule.train.loop import Callbacks, train
 from gemmule.train.memory import out_of_memory_explained
 from gemmule.train.metrics import JsonLines, OverfittingWatch
+from gemmule.train.objectives import (
+    build_objective,
+    check_kind,
+    find_reference,
+    fixed_validation,
+    identity,
+    training_rows,
+)
 from gemmule.train.observer import Observer, SampleFunction
 from gemmule.train.open_run import Extension, claim_run, differences, keep_recipe, remove_leftovers
 from gemmule.train.parallel import gather_model
 from gemmule.train.recipe import Recipe
-from gemmule.train.resolve import ResolvedRecipe, build, build_objective, check_ranks, resolve, training_rows
-from gemmule.train.settings import TrainSettings
+from gemmule.train.reference import Reference
+from gemmule.train.resolve import ResolvedRecipe, build, check_ranks, resolve
 from gemmule.train.start import Start, open_start
 from gemmule.train.state import Position, TrainState
-from gemmule.train.validation import Score, score
 
 log = logging.getLogger(__name__)
 
@@ -98,11 +103,14 @@ def _run(
         log.info(f"starting from the weights of {start.name}")
     dataset = _prepared_dataset(recipe, run, runtime.world, observer, start)
     with out_of_memory_explained(recipe, runtime.device):
+        check_kind(dataset, recipe)
         resolved, runtime = resolve(recipe, dataset, runtime, observer.on_progress)
         log.info(implied_epochs(dataset, resolved))
+        folder = prepared_folder(resolved.data) or run.data
+        reference = find_reference(resolved, dataset, folder, runtime, observer.on_progress)
         state = build(resolved, runtime, start)
         if resume:
-            _restore(run, state, dataset)
+            _restore(run, state, identity(dataset, reference))
         if state.position.step > resolved.train.steps:
             advice = f"the run is at step {state.position.step:,} already; use that many or more"
             raise RecipeError(str(Problem("train.steps", resolved.train.steps, advice)))
@@ -110,7 +118,7 @@ def _run(
             _write_resolved(resolved, run, state.position)
             log_environment(run, state.position.step, runtime)
         observer.on_train_begin(resolved)
-        failures = _train(resolved, run, dataset, state, observer, sample)
+        failures = _train(resolved, run, dataset, reference, state, observer, sample)
         if is_main:  # the last validation may have changed which checkpoint is the best
             prune_checkpoints(run.path, resolved.train.keep_checkpoints, state.position)
         if resolved.train.final_model == "best" and state.position.is_over(resolved.train, resolved.schedule):
@@ -157,10 +165,10 @@ def _prepared_dataset(recipe: Recipe, run: RunFolder, world: World, observer: Ob
     return dataset
 
 
-def _restore(run: RunFolder, state: TrainState, dataset: Dataset) -> None:
+def _restore(run: RunFolder, state: TrainState, data: str) -> None:
     """Load the newest good checkpoint and log what is wrong with newer ones; CheckpointError if all are damaged."""
     world = state.parallel.world
-    folder, damage = world.broadcast(newest_checkpoint(run.path, dataset.identity) if world.is_main else (None, []))
+    folder, damage = world.broadcast(newest_checkpoint(run.path, data) if world.is_main else (None, []))
     for sentence in damage:
         log.warning(f"skipped a damaged checkpoint: {sentence}")
     if folder is None and damage:
@@ -171,7 +179,7 @@ def _restore(run: RunFolder, state: TrainState, dataset: Dataset) -> None:
     if folder is None:
         log.info(f"{run.path} has no checkpoint yet: starting from step 0")
         return
-    load_checkpoint(folder, state, dataset.identity)
+    load_checkpoint(folder, state, data)
     log.info(f"resuming from {folder}, after step {state.position.step:,}")
 
 
@@ -200,13 +208,14 @@ def _train(
     recipe: ResolvedRecipe,
     run: RunFolder,
     dataset: Dataset,
+    reference: Reference | None,
     state: TrainState,
     observer: Observer,
     sample: SampleFunction | None,
 ) -> list[OutputError]:
     """Train to the end, with checkpoints, metrics and samples in the run folder; return what could not be written."""
-    saver = Saver(run, state, dataset.tokenizer, recipe.train.keep_checkpoints, dataset.identity)
-    validation = fixed_validation(dataset, recipe.train, state)
+    saver = Saver(run, state, dataset.tokenizer, recipe.train.keep_checkpoints, identity(dataset, reference))
+    validation = fixed_validation(dataset, recipe, state, reference)
     logs = RunLogs(recipe, run, state, observer, validation.floor, sample, dataset.tokenizer)
 
     def save(position: Position) -> None:
@@ -223,7 +232,7 @@ def _train(
                 observer.on_progress("compiling", 0, None)
             train(
                 state,
-                training_rows(dataset, recipe),
+                training_rows(dataset, recipe, reference),
                 recipe.train,
                 recipe.schedule,
                 callbacks,
@@ -328,26 +337,3 @@ def implied_epochs(dataset: Dataset, recipe: Recipe) -> str:
     names = [source.source for source in dataset.report.sources]
     sizes, weights = [corpus.tokens for corpus, _ in corpora], [weight for _, weight in corpora]
     return f"{steps:,} steps: {tokens:,} tokens, {describe_epochs(names, sizes, weights, tokens)}"
-
-
-class FixedValidation(NamedTuple):
-    """The validation of a run, and its entropy floor where that is known (nats per token)."""
-
-    score: Callable[[], Score]
-    floor: float | None
-
-
-def fixed_validation(dataset: Dataset, settings: TrainSettings, state: TrainState) -> FixedValidation:
-    """Choose the documents to validate on, the same each time."""
-    documents = WholeDocuments(
-        dataset.validation,
-        settings.context,
-        settings.micro_batch_size or settings.batch_size,
-        dataset.tokenizer.pad_id or 0,
-        settings.validation_tokens,
-    )
-    complete = documents.documents == dataset.validation.documents
-    floor = dataset.floor_nats / documents.targets if dataset.floor_nats is not None and complete else None
-    text_bytes = documents.bytes if dataset.lossless else None
-    model, runtime = state.parallel.model, state.parallel.runtime
-    return FixedValidation(lambda: score(model, documents, text_bytes, runtime), floor)
