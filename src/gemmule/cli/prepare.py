@@ -166,8 +166,8 @@ def _settings(table: dict[str, dict[str, Any]], overrides: list[str], recipe: Pa
 
     if recipe is None:
         return check_recipe(table, Preparation, "of the options", overrides), None
+    from gemmule.train.objectives import implied_epochs
     from gemmule.train.recipe import Recipe
-    from gemmule.train.run import implied_epochs
 
     settings = read_recipe(recipe, Recipe, overrides, table, note)
     return settings, lambda dataset: f"{recipe}: {implied_epochs(dataset, settings)}"

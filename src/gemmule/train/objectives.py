@@ -8,7 +8,10 @@ from typing import NamedTuple
 from gemmule.data.batches import RowStream
 from gemmule.data.conversation_packing import PackedConversations
 from gemmule.data.dataset import Dataset
+from gemmule.data.loss_mask import check_loss_mask
 from gemmule.data.packing import MixedRows, PackedRows, WholeDocuments
+from gemmule.data.rendering import DOCUMENTS_PER_ROW
+from gemmule.data.report import describe_epochs
 from gemmule.errors import RecipeError
 from gemmule.runtime import Runtime
 from gemmule.settings import Problem
@@ -34,25 +37,49 @@ def training_rows(dataset: Dataset, recipe: Recipe, reference: Reference | None 
     Rows of preferences have 0 for what a reference is not given for, as trials need no more.
     """
     context, seed, masked = recipe.train.context, recipe.train.seed, recipe.data.mask_documents
-    corpora, tokenizer = dataset.mixture(recipe.data.weights), dataset.tokenizer
+    corpora = dataset.mixture(recipe.data.weights)
     packed: list[RowStream] = []
-    for corpus, _ in corpora:
-        if recipe.data.kind == "text":
-            packed.append(PackedRows(corpus, context, seed, masked, tokenizer.bos_id))
-        elif recipe.data.kind == "preferences":
-            pairs = PackedConversations(corpus, context, seed, tokenizer.pad_id, group=2)
-            packed.append(PreferenceRows(pairs, reference and reference.train))
-        else:
-            packed.append(PackedConversations(corpus, context, seed, tokenizer.pad_id))
+    if recipe.data.kind == "text":
+        packed += [PackedRows(corpus, context, seed, masked, dataset.tokenizer.bos_id) for corpus, _ in corpora]
+    elif recipe.data.kind == "preferences":
+        packed += [PreferenceRows(pairs, reference and reference.train) for pairs in pack(dataset, recipe)]
+    else:
+        packed += pack(dataset, recipe)
     return MixedRows(packed, [weight for _, weight in corpora]) if recipe.data.weights else packed[0]
 
 
+def pack(dataset: Dataset, recipe: Recipe) -> list[PackedConversations]:
+    """Pack the conversations or pairs to train on: of all sources together, or with `data.weights` of each."""
+    context, seed, pad_id = recipe.train.context, recipe.train.seed, dataset.tokenizer.pad_id
+    group, drop_turns = DOCUMENTS_PER_ROW.get(recipe.data.kind, 1), recipe.data.too_long == "drop_turns"
+    corpora = dataset.mixture(recipe.data.weights)
+    return [PackedConversations(corpus, context, seed, pad_id, group, drop_turns) for corpus, _ in corpora]
+
+
+def implied_epochs(dataset: Dataset, recipe: Recipe) -> str:
+    """Describe how much a recipe trains on, and how many epochs of the dataset or of each source that is."""
+    steps, rows = recipe.train.steps, recipe.train.steps * recipe.train.batch_size
+    corpora = dataset.mixture(recipe.data.weights)
+    names, weights = [source.source for source in dataset.report.sources], [weight for _, weight in corpora]
+    if recipe.data.kind == "text":
+        sizes, tokens = [corpus.tokens for corpus, _ in corpora], rows * recipe.train.context
+        return f"{steps:,} steps: {tokens:,} tokens, {describe_epochs(names, sizes, weights, tokens)}"
+    packed = pack(dataset, recipe)
+    epochs = describe_epochs(names, [each.rows_per_epoch for each in packed], weights, rows)
+    return "\n".join([f"{steps:,} steps: {rows:,} rows, {epochs}", *(each.describe() for each in packed)])
+
+
 def check_kind(dataset: Dataset, recipe: Recipe) -> None:
-    """Raise RecipeError where a dataset was prepared for another kind of data than the recipe trains on."""
-    masked = dataset.train.shards[0].mask is not None
-    if masked != (recipe.data.kind != "text"):
-        prepared = "has a loss mask, so it is no text" if masked else "is text, without a loss mask"
-        raise RecipeError(str(Problem("data.kind", recipe.data.kind, f"the dataset {prepared}; prepare it again")))
+    """Raise RecipeError where a dataset was prepared for another kind of data than the recipe trains on.
+
+    DatasetError where a loss mask teaches nothing, or no end of a reply.
+    """
+    if dataset.kind != recipe.data.kind:
+        advice = f'the dataset was prepared as "{dataset.kind}"; set that, or prepare it again'
+        raise RecipeError(str(Problem("data.kind", recipe.data.kind, advice)))
+    if recipe.data.kind in ("conversations", "preferences"):
+        check_loss_mask(dataset.train, dataset.tokenizer, "train")
+        check_loss_mask(dataset.validation, dataset.tokenizer, "validation")
 
 
 def find_reference(

@@ -129,7 +129,8 @@ def trial_of(recipe: Recipe, device: torch.device, ranks: int = 1) -> Trial:
     """Return what a rank of a run computes with, whose vocabulary is resolved."""
     per_rank = recipe.train.batch_size // ranks
     rows = min(recipe.train.micro_batch_size or per_rank, per_rank)
-    return Trial(recipe.model, rows, recipe.train.context, recipe.data.mask_documents, device)
+    masked = recipe.data.mask_documents or recipe.data.kind != "text"
+    return Trial(recipe.model, rows, recipe.train.context, masked, device)
 
 
 def resolve_steps(

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from gemmule.compiler import rebuilding
 from gemmule.data.dataset import DATASET_FILE, Dataset, open_dataset, prepared_folder
-from gemmule.data.report import describe_epochs
 from gemmule.distributed import World, full_tensor, process_group
 from gemmule.errors import CheckpointError, GemmuleError, OutputError, RecipeError
 from gemmule.files import atomic_folder, atomic_write
@@ -34,6 +33,7 @@ from gemmule.train.objectives import (
     find_reference,
     fixed_validation,
     identity,
+    implied_epochs,
     training_rows,
 )
 from gemmule.train.observer import Observer, SampleFunction
@@ -348,13 +348,3 @@ def _load_best(run: RunFolder, state: TrainState) -> None:
     load_checkpoint(run.checkpoint(position.best_step), state)
     state.position = position
     log.info(f"the model folder gets the weights of step {position.best_step:,}, the best validated checkpoint")
-
-
-def implied_epochs(dataset: Dataset, recipe: Recipe) -> str:
-    """Describe how many tokens a recipe trains on, and how many epochs of the dataset or of each source that is."""
-    steps = recipe.train.steps
-    tokens = steps * recipe.train.batch_size * recipe.train.context
-    corpora = dataset.mixture(recipe.data.weights)
-    names = [source.source for source in dataset.report.sources]
-    sizes, weights = [corpus.tokens for corpus, _ in corpora], [weight for _, weight in corpora]
-    return f"{steps:,} steps: {tokens:,} tokens, {describe_epochs(names, sizes, weights, tokens)}"
