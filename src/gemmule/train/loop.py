@@ -20,7 +20,7 @@ from gemmule.train.schedule import ScheduleSettings, lr_scale
 from gemmule.train.settings import TrainSettings
 from gemmule.train.state import Position, TrainState
 from gemmule.train.stopwatch import Stopwatch
-from gemmule.train.validation import Score
+from gemmule.train.validation import Scored
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Callbacks(NamedTuple):
     """What the loop leaves to its caller: logs, validation, samples, checkpoints and signals."""
 
     log_metrics: Callable[[dict[str, Any]], None]
-    validate: Callable[[], Score]
+    validate: Callable[[], Scored]
     sample: Callable[[int], None]
     # Start writing a checkpoint of this position.
     save: Callable[[Position], None]

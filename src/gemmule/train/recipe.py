@@ -10,6 +10,7 @@ from gemmule.tracking import TrackingSettings
 from gemmule.train.optim import OptimizerSettings
 from gemmule.train.parallel import ParallelSettings
 from gemmule.train.preferences import PreferenceSettings
+from gemmule.train.rewards import RewardSettings, problems_of_rewards
 from gemmule.train.schedule import ScheduleSettings
 from gemmule.train.settings import TrainSettings
 
@@ -24,6 +25,7 @@ class Recipe(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     preferences: PreferenceSettings = PreferenceSettings()
+    rewards: RewardSettings = RewardSettings()
     parallel: ParallelSettings = ParallelSettings()
     tracking: TrackingSettings = TrackingSettings()
 
@@ -39,6 +41,8 @@ class Recipe(Settings):
                 yield Problem(f"{section}.{key}", getattr(getattr(self, section), key), advice)
         if self.data.kind == "preferences" and self.train.start is None:
             yield Problem("train.start", NOTHING, "name the MODEL that preferences are taught to")
+        if self.data.kind == "prompts":
+            yield from problems_of_rewards(self.rewards, self.train, self.parallel.strategy)
         if self.schedule.restart_step and self.schedule.restart_step >= self.train.steps:
             advice = f"must be before train.steps ({self.train.steps})"
             yield Problem("schedule.restart_step", self.schedule.restart_step, advice)
@@ -52,7 +56,7 @@ class Recipe(Settings):
 
 
 # Sections of an objective, by the kind of data that it learns from.
-_KINDS = {"preferences": "preferences"}
+_KINDS = {"preferences": "preferences", "rewards": "prompts"}
 
 
 def gives_vocabulary(settings: Gemma3Config | TokenizerSettings) -> bool:

@@ -4,11 +4,13 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemmule.compiler import rebuilding
+from gemmule.data.batches import RowStream
 from gemmule.data.dataset import DATASET_FILE, Dataset, open_dataset, prepared_folder
 from gemmule.data.packing import WholeDocuments
 from gemmule.data.report import describe_epochs
@@ -27,15 +29,17 @@ from gemmule.train.environment import log_environment
 from gemmule.train.loop import Callbacks, train
 from gemmule.train.memory import out_of_memory_explained
 from gemmule.train.metrics import JsonLines, OverfittingWatch
+from gemmule.train.objective import Objective
 from gemmule.train.observer import Observer, SampleFunction
 from gemmule.train.open_run import Extension, claim_run, differences, keep_recipe, remove_leftovers
 from gemmule.train.parallel import gather_model
 from gemmule.train.recipe import Recipe
 from gemmule.train.resolve import ResolvedRecipe, build, build_objective, check_ranks, resolve, training_rows
+from gemmule.train.rollouts import ReplyFunction, open_rewards
 from gemmule.train.settings import TrainSettings
 from gemmule.train.start import Start, open_start
 from gemmule.train.state import Position, TrainState
-from gemmule.train.validation import Score, score
+from gemmule.train.validation import Score, Scored, score
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +66,15 @@ def run_recipe(
     sample: SampleFunction | None = None,
     allow_changes: bool = False,
     extend: Extension | None = None,
+    reply: ReplyFunction | None = None,
 ) -> Outcome:
     """Prepare the data, train from the start or from the newest good checkpoint, and write the model folder.
 
     Every process that torchrun started calls this; one that torchrun restarts resumes. A stop requested by Ctrl-C or
     SIGTERM ends the run after a checkpoint; `position.step` is how far it came. `sample` continues the sample
     prompts after each validation. `allow_changes` lets a resumed run change the optimizer's constants, the schedule or
-    the number of steps; `extend` trains it longer, with a schedule that begins anew where it was to end.
+    the number of steps; `extend` trains it longer, with a schedule that begins anew where it was to end. `reply`
+    answers prompts, which rewards need.
     """
     run, device, observer = RunFolder(out), choose_device(recipe.train.device), observer or Observer()
     with process_group(device) as world:
@@ -80,13 +86,19 @@ def run_recipe(
             recipe, attempts = world.broadcast(recipe), count()
 
             def attempt() -> Outcome:
-                return _run(recipe, run, resume or next(attempts) > 0, runtime, observer, sample)
+                return _run(recipe, run, resume or next(attempts) > 0, runtime, observer, sample, reply)
 
             return rebuilding(attempt, retry=world.size == 1)
 
 
 def _run(
-    recipe: Recipe, run: RunFolder, resume: bool, runtime: Runtime, observer: Observer, sample: SampleFunction | None
+    recipe: Recipe,
+    run: RunFolder,
+    resume: bool,
+    runtime: Runtime,
+    observer: Observer,
+    sample: SampleFunction | None,
+    reply: ReplyFunction | None,
 ) -> Outcome:
     is_main = runtime.world.is_main
     if is_main:
@@ -99,7 +111,8 @@ def _run(
     dataset = _prepared_dataset(recipe, run, runtime.world, observer, start)
     with out_of_memory_explained(recipe, runtime.device):
         resolved, runtime = resolve(recipe, dataset, runtime, observer.on_progress)
-        log.info(implied_epochs(dataset, resolved))
+        if resolved.data.kind != "prompts":
+            log.info(implied_epochs(dataset, resolved))
         state = build(resolved, runtime, start)
         if resume:
             _restore(run, state, dataset)
@@ -110,7 +123,7 @@ def _run(
             _write_resolved(resolved, run, state.position)
             log_environment(run, state.position.step, runtime)
         observer.on_train_begin(resolved)
-        failures = _train(resolved, run, dataset, state, observer, sample)
+        failures = _train(resolved, run, dataset, state, observer, sample, partial(_job, start=start, reply=reply))
         if is_main:  # the last validation may have changed which checkpoint is the best
             prune_checkpoints(run.path, resolved.train.keep_checkpoints, state.position)
         if resolved.train.final_model == "best" and state.position.is_over(resolved.train, resolved.schedule):
@@ -196,6 +209,29 @@ def _comments_that_hold(recipe: ResolvedRecipe, before: Recipe, comments: dict[s
     return held
 
 
+class Job(NamedTuple):
+    """What a run trains on and minimizes, and how it is validated."""
+
+    rows: RowStream
+    objective: Objective
+    validate: Callable[[], Scored]
+    floor: float | None = None  # of the validation loss, where it is known
+    close: Callable[[], None] = lambda: None
+
+
+def _job(
+    recipe: ResolvedRecipe, dataset: Dataset, state: TrainState, *, start: Start | None, reply: ReplyFunction | None
+) -> Job:
+    if recipe.data.kind != "prompts":
+        validation = fixed_validation(dataset, recipe.train, state)
+        return Job(training_rows(dataset, recipe), build_objective(recipe), validation.score, validation.floor)
+    assert reply is not None, "rewards need a function that answers prompts"
+    start = start or open_start(recipe)  # a resumed run needs it as the reference
+    assert start is not None
+    rewards = open_rewards(recipe.rewards, recipe.train, dataset, state, start.model, reply)
+    return Job(rewards.rows, rewards.objective, rewards.validate, close=rewards.close)
+
+
 def _train(
     recipe: ResolvedRecipe,
     run: RunFolder,
@@ -203,33 +239,29 @@ def _train(
     state: TrainState,
     observer: Observer,
     sample: SampleFunction | None,
+    open_job: Callable[[ResolvedRecipe, Dataset, TrainState], Job],
 ) -> list[OutputError]:
     """Train to the end, with checkpoints, metrics and samples in the run folder; return what could not be written."""
+    job = open_job(recipe, dataset, state)
     saver = Saver(run, state, dataset.tokenizer, recipe.train.keep_checkpoints, dataset.identity)
-    validation = fixed_validation(dataset, recipe.train, state)
-    logs = RunLogs(recipe, run, state, observer, validation.floor, sample, dataset.tokenizer)
+    logs = RunLogs(recipe, run, state, observer, job.floor, sample, dataset.tokenizer)
 
     def save(position: Position) -> None:
         metrics_bytes, samples_bytes = logs.sync()
         saver.save(position.replace(metrics_bytes=metrics_bytes, samples_bytes=samples_bytes))
 
+    def stop_requested() -> bool:  # not between steps that share their replies, which are not saved
+        return interrupt.requested and (state.position.step + 1) % recipe.rewards.epochs == 0
+
     failures: list[OutputError] = []
     with interruptible() as interrupt:
-        callbacks = Callbacks(
-            logs.log_metrics, validation.score, logs.sample, save, saver.wait_for_save, lambda: interrupt.requested
-        )
+        callbacks = Callbacks(logs.log_metrics, job.validate, logs.sample, save, saver.wait_for_save, stop_requested)
         try:
             if recipe.train.compile:
                 observer.on_progress("compiling", 0, None)
-            train(
-                state,
-                training_rows(dataset, recipe),
-                recipe.train,
-                recipe.schedule,
-                callbacks,
-                build_objective(recipe),
-            )
+            train(state, job.rows, recipe.train, recipe.schedule, callbacks, job.objective)
         finally:
+            job.close()
             logs.stop_tracking()
             for end in (saver.finish, logs.metrics.close, logs.samples.close):
                 try:
