@@ -151,6 +151,10 @@ def describe_metrics(line: dict[str, Any], steps: int) -> str:
             text += " nats/token"
         if line.get("val_bits_per_byte") is not None:
             text += f", {line['val_bits_per_byte']:.3f} bits/byte"
+    if "reward" in line:
+        text += f"  reward {line['reward']:.3f}"
+    if "val_reward" in line:
+        text += f"  validation {line['val_reward']:.3f}"
     if "val_floor" in line:
         text += f", {line['val_loss'] / line['val_floor'] - 1:+.1%} above the floor of {line['val_floor']:.3f}"
     return text

@@ -19,6 +19,7 @@ from gemmule.train.objective import NextToken, Objective
 from gemmule.train.preferences import LOSSES, PreferenceRows, Preferences, score_preferences
 from gemmule.train.recipe import Recipe
 from gemmule.train.reference import Reference, open_reference
+from gemmule.train.rollouts import ReplyFunction, open_rewards
 from gemmule.train.start import open_start
 from gemmule.train.state import TrainState
 from gemmule.train.validation import Scored, score
@@ -132,3 +133,28 @@ def fixed_validation(
     floor = dataset.floor_nats / documents.targets if dataset.floor_nats is not None and complete else None
     text_bytes = documents.bytes if dataset.lossless else None
     return FixedValidation(lambda: score(model, documents, text_bytes, runtime), floor)
+
+
+class Job(NamedTuple):
+    """What a run trains on and minimizes, and how it is validated."""
+
+    rows: RowStream
+    objective: Objective
+    validate: Callable[[], Scored]
+    floor: float | None = None  # of the validation loss, where it is known
+    close: Callable[[], None] = lambda: None
+
+
+def open_job(
+    recipe: Recipe, dataset: Dataset, state: TrainState, reference: Reference | None, reply: ReplyFunction | None
+) -> Job:
+    """Open what the kind of data decides; `reply` answers prompts, whose replies earn rewards."""
+    if recipe.data.kind != "prompts":
+        validation = fixed_validation(dataset, recipe, state, reference)
+        rows = training_rows(dataset, recipe, reference)
+        return Job(rows, build_objective(recipe), validation.score, validation.floor)
+    assert reply is not None, "rewards need a function that answers prompts"
+    start = open_start(recipe)
+    assert start is not None, "rewards need a model to start from"
+    rewards = open_rewards(recipe.rewards, recipe.train, dataset, state, start.model, reply)
+    return Job(rewards.rows, rewards.objective, rewards.validate, close=rewards.close)

@@ -64,7 +64,7 @@ def resolve(
     """
     recipe = resolve_vocabulary(recipe, dataset.tokenizer.vocab_size)
     check_prompts(recipe, dataset.tokenizer)
-    rows = training_rows(dataset, recipe)  # first, because a corpus may be too short
+    rows = training_rows(dataset, recipe) if recipe.data.kind != "prompts" else None  # a corpus may be too short
     if runtime.world.is_main:
         on_progress("comparing number formats and attention kernels", 0, None)
         recipe = recipe.replace(train=tune(trial_of(recipe, runtime.device, runtime.world.size), recipe.train))
@@ -73,7 +73,7 @@ def resolve(
     log.info(describe(recipe, runtime))
     if adapter is not None:
         log.info(describe_adapter(recipe.model, adapter, base_dtype(recipe, runtime)))
-    if recipe.train.minutes is not None:
+    if recipe.train.minutes is not None and rows is not None:
         recipe = resolve_steps(recipe, rows, runtime, on_progress, adapter)
     return ResolvedRecipe.model_validate(recipe.model_dump(exclude_unset=True)), runtime
 

@@ -206,14 +206,18 @@ def _figures(
 
 
 class RewardScore(NamedTuple):
-    """What the replies to prompts earn on average; the loss, of which less is better, is its negative."""
+    """What the replies to prompts earn on average, and are like."""
 
-    loss: float
     means: Mapping[str, float]
+
+    @property
+    def loss(self) -> float:
+        """The negative of the reward, of which less is better."""
+        return -self.means["reward"]
 
     def figures(self) -> dict[str, float | None]:
         """Return the means under the names that metrics and reports use."""
-        return {"loss": self.loss, **self.means}
+        return dict(self.means)
 
 
 class RewardValidation:
@@ -236,8 +240,7 @@ class RewardValidation:
         replies = [reply for (reply,) in self._policy.answer(self._asked, 1)]
         samples = [self._policy.sample(row, reply) for row, reply in zip(self._rows, replies, strict=True)]
         figures = _figures(samples, [self._grader.grade(sample) for sample in samples], replies)
-        means = {name: total / count for name, (total, count) in figures.items()}
-        return RewardScore(-means["reward"], means)
+        return RewardScore({name: total / count for name, (total, count) in figures.items()})
 
 
 class RewardTraining(NamedTuple):

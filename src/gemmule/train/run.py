@@ -27,21 +27,14 @@ from gemmule.train.loop import Callbacks, train
 from gemmule.train.lora import Adapter
 from gemmule.train.memory import out_of_memory_explained
 from gemmule.train.metrics import ChosenRepliesWatch, JsonLines, OverfittingWatch
-from gemmule.train.objectives import (
-    build_objective,
-    check_kind,
-    find_reference,
-    fixed_validation,
-    identity,
-    implied_epochs,
-    training_rows,
-)
+from gemmule.train.objectives import check_kind, find_reference, identity, implied_epochs, open_job
 from gemmule.train.observer import Observer, SampleFunction
 from gemmule.train.open_run import Extension, claim_run, differences, keep_recipe, remove_leftovers
 from gemmule.train.parallel import gather_model
 from gemmule.train.recipe import Recipe
 from gemmule.train.reference import Reference
 from gemmule.train.resolve import ResolvedRecipe, build, check_ranks, resolve
+from gemmule.train.rollouts import ReplyFunction
 from gemmule.train.start import Start, open_start
 from gemmule.train.state import Position, TrainState
 
@@ -70,13 +63,15 @@ def run_recipe(
     sample: SampleFunction | None = None,
     allow_changes: bool = False,
     extend: Extension | None = None,
+    reply: ReplyFunction | None = None,
 ) -> Outcome:
     """Prepare the data, train from the start or from the newest good checkpoint, and write the model folder.
 
     Every process that torchrun started calls this; one that torchrun restarts resumes. A stop requested by Ctrl-C or
     SIGTERM ends the run after a checkpoint; `position.step` is how far it came. `sample` continues the sample
     prompts after each validation. `allow_changes` lets a resumed run change the optimizer's constants, the schedule or
-    the number of steps; `extend` trains it longer, with a schedule that begins anew where it was to end.
+    the number of steps; `extend` trains it longer, with a schedule that begins anew where it was to end. `reply`
+    answers prompts, which rewards need.
     """
     run, device, observer = RunFolder(out), choose_device(recipe.train.device), observer or Observer()
     with process_group(device) as world:
@@ -88,13 +83,19 @@ def run_recipe(
             recipe, attempts = world.broadcast(recipe), count()
 
             def attempt() -> Outcome:
-                return _run(recipe, run, resume or next(attempts) > 0, runtime, observer, sample)
+                return _run(recipe, run, resume or next(attempts) > 0, runtime, observer, sample, reply)
 
             return rebuilding(attempt, retry=world.size == 1)
 
 
 def _run(
-    recipe: Recipe, run: RunFolder, resume: bool, runtime: Runtime, observer: Observer, sample: SampleFunction | None
+    recipe: Recipe,
+    run: RunFolder,
+    resume: bool,
+    runtime: Runtime,
+    observer: Observer,
+    sample: SampleFunction | None,
+    reply: ReplyFunction | None,
 ) -> Outcome:
     is_main = runtime.world.is_main
     if is_main:
@@ -109,7 +110,8 @@ def _run(
         check_kind(dataset, recipe)
         adapter = None if start is None else start.adapter(recipe)
         resolved, runtime = resolve(recipe, dataset, runtime, observer.on_progress, adapter)
-        log.info(implied_epochs(dataset, resolved))
+        if resolved.data.kind != "prompts":
+            log.info(implied_epochs(dataset, resolved))
         folder = prepared_folder(resolved.data) or run.data
         reference = find_reference(resolved, dataset, folder, runtime, observer.on_progress)
         state = build(resolved, runtime, start, adapter)
@@ -123,7 +125,7 @@ def _run(
             _write_resolved(resolved, run, state.position)
             log_environment(run, state.position.step, runtime)
         observer.on_train_begin(resolved)
-        failures = _train(resolved, run, dataset, reference, state, observer, sample)
+        failures = _train(resolved, run, dataset, reference, state, observer, sample, reply)
         if is_main:  # the last validation may have changed which checkpoint is the best
             prune_checkpoints(run.path, resolved.train.keep_checkpoints, state.position)
         if resolved.train.final_model == "best" and state.position.is_over(resolved.train, resolved.schedule):
@@ -231,33 +233,29 @@ def _train(
     state: TrainState,
     observer: Observer,
     sample: SampleFunction | None,
+    reply: ReplyFunction | None,
 ) -> list[OutputError]:
     """Train to the end, with checkpoints, metrics and samples in the run folder; return what could not be written."""
+    job = open_job(recipe, dataset, state, reference, reply)
     saver = Saver(run, state, dataset.tokenizer, recipe.train.keep_checkpoints, identity(dataset, reference))
-    validation = fixed_validation(dataset, recipe, state, reference)
-    logs = RunLogs(recipe, run, state, observer, validation.floor, sample, dataset.tokenizer)
+    logs = RunLogs(recipe, run, state, observer, job.floor, sample, dataset.tokenizer)
 
     def save(position: Position) -> None:
         metrics_bytes, samples_bytes = logs.sync()
         saver.save(position.replace(metrics_bytes=metrics_bytes, samples_bytes=samples_bytes))
 
+    def stop_requested() -> bool:  # not between steps that share their replies, which are not saved
+        return interrupt.requested and (state.position.step + 1) % recipe.rewards.epochs == 0
+
     failures: list[OutputError] = []
     with interruptible() as interrupt:
-        callbacks = Callbacks(
-            logs.log_metrics, validation.score, logs.sample, save, saver.wait_for_save, lambda: interrupt.requested
-        )
+        callbacks = Callbacks(logs.log_metrics, job.validate, logs.sample, save, saver.wait_for_save, stop_requested)
         try:
             if recipe.train.compile:
                 observer.on_progress("compiling", 0, None)
-            train(
-                state,
-                training_rows(dataset, recipe, reference),
-                recipe.train,
-                recipe.schedule,
-                callbacks,
-                build_objective(recipe),
-            )
+            train(state, job.rows, recipe.train, recipe.schedule, callbacks, job.objective)
         finally:
+            job.close()
             logs.stop_tracking()
             for end in (saver.finish, logs.metrics.close, logs.samples.close):
                 try:
