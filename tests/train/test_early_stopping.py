@@ -10,7 +10,7 @@ import pytest
 from gemmule.errors import RecipeError
 from gemmule.run_folder import read_json_lines
 from gemmule.settings import read_recipe
-from gemmule.train import run as runs_of_recipes
+from gemmule.train import objectives
 from gemmule.train.objectives import FixedValidation
 from gemmule.train.open_run import Extension
 from gemmule.train.recipe import Recipe
@@ -39,7 +39,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     def validation(*_: Any) -> FixedValidation:
         return FixedValidation(lambda: Score(coming[min(next(number), len(coming) - 1)], 1, None), None)
 
-    monkeypatch.setattr(runs_of_recipes, "fixed_validation", validation)
+    monkeypatch.setattr(objectives, "fixed_validation", validation)
     return coming
 
 

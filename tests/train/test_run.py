@@ -205,7 +205,7 @@ def test_a_library_that_was_left_cut_short_is_built_again_in_the_middle_of_a_run
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    library, validation_of = tmp_path / "cache" / "ab" / "c0.main.so", run_module.fixed_validation
+    library, validation_of = tmp_path / "cache" / "ab" / "c0.main.so", objectives.fixed_validation
     library.parent.mkdir(parents=True)
     library.touch()
 
@@ -214,7 +214,7 @@ def test_a_library_that_was_left_cut_short_is_built_again_in_the_middle_of_a_run
             raise ImportError(f"{library}: file too short")
         return validation_of(*arguments)
 
-    monkeypatch.setattr(run_module, "fixed_validation", loads_it)
+    monkeypatch.setattr(objectives, "fixed_validation", loads_it)
     recipe = recipe_of(tiny_recipe, "train.steps=2")
     assert run_recipe(recipe, tmp_path / "run", False).position.step == 2
     assert any("a truncated library in the compiler" in sentence for sentence in messages)
