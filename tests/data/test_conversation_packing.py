@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemmule.data.batches import IGNORED, PADDING
+from gemmule.data.conversation_packing import PackedConversations
 from gemmule.data.corpus import Corpus, open_corpus
-from gemmule.data.packing import MixedRows, PackedConversations, WholeDocuments
+from gemmule.data.packing import MixedRows, WholeDocuments
 from gemmule.data.shards import ShardWriter
 from gemmule.errors import DatasetError
 

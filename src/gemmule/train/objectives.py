@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gemmule.data.batches import RowStream
+from gemmule.data.conversation_packing import PackedConversations
 from gemmule.data.dataset import Dataset
 from gemmule.data.loss_mask import check_loss_mask
-from gemmule.data.packing import MixedRows, PackedConversations, PackedRows, WholeDocuments
+from gemmule.data.packing import MixedRows, PackedRows, WholeDocuments
 from gemmule.data.rendering import DOCUMENTS_PER_ROW
 from gemmule.data.report import describe_epochs
 from gemmule.errors import RecipeError
@@ -63,6 +64,8 @@ def implied_epochs(dataset: Dataset, recipe: Recipe) -> str:
     if recipe.data.kind == "text":
         sizes, tokens = [corpus.tokens for corpus, _ in corpora], rows * recipe.train.context
         return f"{steps:,} steps: {tokens:,} tokens, {describe_epochs(names, sizes, weights, tokens)}"
+    if recipe.data.kind == "prompts":
+        return f"{steps:,} steps"
     packed = pack(dataset, recipe)
     epochs = describe_epochs(names, [each.rows_per_epoch for each in packed], weights, rows)
     return "\n".join([f"{steps:,} steps: {rows:,} rows, {epochs}", *(each.describe() for each in packed)])

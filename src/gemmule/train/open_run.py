@@ -33,7 +33,7 @@ _LABELS = ("license",)
 _MEASURED = ("attention", "precision")
 # Settings that decide what the weights mean and which rows a step trains on: another value is another run.
 _FIXED = re.compile(
-    r"data\..*|tokenizer\..*|model\..*|optimizer\.name|train\.(start|batch_size|context|seed|damp_branches)"
+    r"data\..*|tokenizer\..*|model\..*|lora\..*|optimizer\.name|train\.(start|batch_size|context|seed|damp_branches)"
 )
 # Names of temporary files. Those of an interrupted preparation are used again.
 _LEFTOVER = re.compile(r"\.(?!data\.)[\w.-]+\.(partial|old)$")

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from gemmule.compiler import uncompiled
 from gemmule.data.batches import Batch
-from gemmule.data.packing import PackedConversations
+from gemmule.data.conversation_packing import PackedConversations
 from gemmule.distributed import SINGLE_PROCESS, World
 from gemmule.fields import NotNegative, Positive, Text
 from gemmule.model.gemma3 import Gemma3
@@ -105,6 +105,8 @@ class Preferences:
 
     The reference's log-probabilities come with the batch, so that no second model is in memory.
     """
+
+    on_policy = False
 
     def __init__(self, settings: PreferenceSettings) -> None:
         self._settings, self._loss = settings, LOSSES[settings.loss]

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 from gemmule.compiler import rebuilding
 from gemmule.data.dataset import DATASET_FILE, Dataset, open_dataset, prepared_folder
-from gemmule.distributed import World, process_group
+from gemmule.distributed import World, full_tensor, process_group
 from gemmule.errors import CheckpointError, GemmuleError, OutputError, RecipeError
 from gemmule.files import atomic_folder, atomic_write
+from gemmule.formats.adapter import CONFIG as ADAPTER_CONFIG
+from gemmule.formats.adapter import adapter_tensors, save_adapter
 from gemmule.formats.folder import save_folder
 from gemmule.model.gemma3 import Gemma3
 from gemmule.run_folder import RunFolder
@@ -22,8 +24,9 @@ from gemmule.tracking import Tracking, TrackingSettings
 from gemmule.train.checkpoint import Saver, checkpoints, load_checkpoint, newest_checkpoint, prune_checkpoints
 from gemmule.train.environment import log_environment
 from gemmule.train.loop import Callbacks, train
+from gemmule.train.lora import Adapter
 from gemmule.train.memory import out_of_memory_explained
-from gemmule.train.metrics import JsonLines, OverfittingWatch
+from gemmule.train.metrics import ChosenRepliesWatch, JsonLines, OverfittingWatch
 from gemmule.train.objectives import (
     build_objective,
     check_kind,
@@ -104,11 +107,13 @@ def _run(
     dataset = _prepared_dataset(recipe, run, runtime.world, observer, start)
     with out_of_memory_explained(recipe, runtime.device):
         check_kind(dataset, recipe)
-        resolved, runtime = resolve(recipe, dataset, runtime, observer.on_progress)
+        adapter = None if start is None else start.adapter(recipe)
+        resolved, runtime = resolve(recipe, dataset, runtime, observer.on_progress, adapter)
         log.info(implied_epochs(dataset, resolved))
         folder = prepared_folder(resolved.data) or run.data
         reference = find_reference(resolved, dataset, folder, runtime, observer.on_progress)
-        state = build(resolved, runtime, start)
+        state = build(resolved, runtime, start, adapter)
+        start = None  # its weights need no memory any more
         if resume:
             _restore(run, state, identity(dataset, reference))
         if state.position.step > resolved.train.steps:
@@ -123,6 +128,8 @@ def _run(
             prune_checkpoints(run.path, resolved.train.keep_checkpoints, state.position)
         if resolved.train.final_model == "best" and state.position.is_over(resolved.train, resolved.schedule):
             _load_best(run, state)
+    if state.adapter is not None:
+        _save_adapter(run, state, state.adapter, dataset.tokenizer)
     model = gather_model(state.parallel, resolved.train.attention)
     if model is not None:
         with atomic_folder(run.model, replace=True, last="config.json") as folder:
@@ -132,9 +139,21 @@ def _run(
     return Outcome(resolved, state.position, dataset, model)
 
 
+def _save_adapter(run: RunFolder, state: TrainState, adapter: Adapter, tokenizer: Tokenizer) -> None:
+    """Write the folder of the adapter, which names its base; every rank calls it."""
+    tensors = adapter_tensors(state.parallel.model, full_tensor)
+    if state.parallel.world.is_main:
+        with atomic_folder(run.adapter, replace=True, last=ADAPTER_CONFIG) as folder:
+            save_adapter(adapter.lora, tensors, adapter.base, folder)
+            tokenizer.save(folder)
+
+
 def _start(recipe: Recipe, run: RunFolder, world: World) -> Start | None:
-    """Open the model that the run starts from; None where there is none, or a checkpoint takes its place."""
-    if world.broadcast(bool(checkpoints(run.path))):
+    """Open the model that the run starts from; None where there is none, or a checkpoint takes its place.
+
+    Checkpoints of an adapter do not have the weights of its base.
+    """
+    if recipe.lora.rank is None and world.broadcast(bool(checkpoints(run.path))):
         return None
     if not world.is_main:  # which may have to download it
         world.barrier()
@@ -270,9 +289,10 @@ class RunLogs:
         self.metrics = JsonLines(run.metrics if is_main else nowhere, position.metrics_bytes)
         self.samples = JsonLines(run.samples if is_main else nowhere, position.samples_bytes)
         self._tracking = Tracking(recipe.tracking if is_main else TrackingSettings(to=()), run, position.step)
-        self._overfitting = OverfittingWatch()
+        self._watches = (OverfittingWatch(), ChosenRepliesWatch())
         for line in run.read_metrics() if is_main else ():
-            self._overfitting.note(line)
+            for watch in self._watches:
+                watch.note(line)
 
     def log_metrics(self, line: dict[str, Any]) -> None:
         """Log a line of metrics."""
@@ -281,8 +301,9 @@ class RunLogs:
         self.metrics.write(line)
         self._tracking.log_metrics(line)
         self._observer.on_metrics(line, self._recipe.train.steps)
-        if warning := self._overfitting.note(line):
-            log.warning(warning)
+        for watch in self._watches:
+            if warning := watch.note(line):
+                log.warning(warning)
 
     def sample(self, step: int) -> None:
         """Continue the sample prompts with the model as it is, and log the texts."""
