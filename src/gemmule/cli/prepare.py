@@ -11,7 +11,22 @@ from gemmule.cli.examples import show_examples
 from gemmule.cli.screen import Screen, logged_to, note, print_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gemmule.data.dataset import Dataset
+
+
+_Kind = Annotated[
+    str | None, typer.Option(help="What the rows are: text, conversations, preferences or prompts.  [default: text]")
+]
+_Show = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Print so many documents with the trained tokens marked, and write them to a page; SOURCE may be a "
+        "dataset that is prepared already.",
+    ),
+]
 
 
 def prepare(
@@ -38,18 +53,8 @@ def prepare(
     column: Annotated[
         str | None, typer.Option(help="Column with the text, in JSONL, CSV, Parquet and hf: sources.  [default: text]")
     ] = None,
-    kind: Annotated[
-        str | None,
-        typer.Option(help="What the rows are: text, conversations, preferences or prompts.  [default: text]"),
-    ] = None,
-    show: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Print so many documents with the trained tokens marked, and write them to a page; SOURCE may "
-            "be a dataset that is prepared already.",
-        ),
-    ] = None,
+    kind: _Kind = None,
+    show: _Show = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="data.b=c", help="Override a setting, such as a filter; repeatable."),
@@ -82,11 +87,10 @@ def prepare(
         gemmule prepare data/chats --show 5
     """
     from gemmule.data.engines import ENGINES
-    from gemmule.data.prepare import PLOT_FILE
 
     if engine not in ENGINES:
         raise typer.BadParameter(f"{engine!r}: use {' or '.join(ENGINES)}", param_hint="--engine")
-    if show is not None and out is None and is_dataset(source):
+    if show is not None and out is None and _is_dataset(source):
         show_examples(Path(source[0]).expanduser(), show, as_json)
         return
     if out is None:
@@ -97,29 +101,31 @@ def prepare(
     settings, training = _settings(table, overrides or [], recipe)
     with Screen() as screen, logged_to(screen):
         dataset = _prepare(settings, out, workers, engine, screen)
+    _report(screen, dataset, out, training)
+    if show is not None:
+        show_examples(out, show, as_json)
+    if as_json:
+        print_json(dataset.report.model_dump(mode="json", exclude_none=True))
+
+
+def _report(screen: Screen, dataset: "Dataset", out: Path, training: "Callable[[Dataset], str] | None") -> None:
+    """Print what was read, how many epochs of it a recipe trains on, and how a recipe uses it."""
+    from gemmule.data.prepare import PLOT_FILE
+
     screen.print(str(dataset.report))
     if training:
         screen.print(training(dataset))
     if not (out / PLOT_FILE).exists():
         screen.print(f"no {PLOT_FILE}: plots need matplotlib: pip install 'gemmule[plots]'")
-    screen.print(
-        f'dataset written to {out}; use it in a recipe by  data.train = "{out}"{_kind_in_recipe(settings.data)}'
-    )
-    if show is not None:
-        show_examples(out, show, as_json)
-    if as_json:
-        print_json(dataset.report.model_dump(mode="json"))
+    kind = "" if dataset.kind == "text" else f'  and  data.kind = "{dataset.kind}"'
+    screen.print(f'dataset written to {out}; use it in a recipe by  data.train = "{out}"{kind}')
 
 
-def is_dataset(source: list[str]) -> bool:
+def _is_dataset(source: list[str]) -> bool:
     """Whether the SOURCEs are one prepared dataset."""
     from gemmule.data.dataset import DATASET_FILE
 
     return len(source) == 1 and (Path(source[0]).expanduser() / DATASET_FILE).is_file()
-
-
-def _kind_in_recipe(data: Any) -> str:
-    return "" if data.kind == "text" else f'  and  data.kind = "{data.kind}"'
 
 
 def _prepare(settings: Any, out: Path, workers: int | None, engine: str, screen: Screen) -> "Dataset":

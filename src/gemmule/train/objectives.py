@@ -65,6 +65,8 @@ def implied_epochs(dataset: Dataset, recipe: Recipe) -> str:
     if recipe.data.kind == "text":
         sizes, tokens = [corpus.tokens for corpus, _ in corpora], rows * recipe.train.context
         return f"{steps:,} steps: {tokens:,} tokens, {describe_epochs(names, sizes, weights, tokens)}"
+    if recipe.data.kind == "prompts":
+        return f"{steps:,} steps"
     packed = pack(dataset, recipe)
     epochs = describe_epochs(names, [each.rows_per_epoch for each in packed], weights, rows)
     return "\n".join([f"{steps:,} steps: {rows:,} rows, {epochs}", *(each.describe() for each in packed)])
