@@ -108,7 +108,7 @@ def test_a_run_says_what_is_trained_and_the_model_is_ready_to_chat(file: Path, t
 
 
 def test_replies_and_their_ends_are_learned(file: Path, tmp_path: Path) -> None:
-    changes = ("train.steps=60", "train.validate_every=60", "train.checkpoint_every=60", "train.sample_prompts=[]")
+    changes = ("train.steps=150", "train.validate_every=150", "train.checkpoint_every=150", "train.sample_prompts=[]")
     outcome = run_recipe(read_recipe(file, Recipe, changes), tmp_path / "run")
     lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["val_loss"] < lines[0]["loss"] / 2  # which thing it is cannot be known
