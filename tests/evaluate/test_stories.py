@@ -96,7 +96,9 @@ def test_shipped_suites_have_fixed_prompts_and_seeds(name: str) -> None:
 
 
 def test_a_suite_that_cannot_be_told_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="--suite tales: no such suite; there are stories, stories-temperature-1, or"):
+    with pytest.raises(
+        RecipeError, match="--suite tales: no such suite; there are stories, stories-temperature-1, tasks"
+    ):
         open_suite("tales")
     for text, words in [
         ('prompts = ["Once"]\ncuont = 3', "cuont"),

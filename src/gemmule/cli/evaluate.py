@@ -40,7 +40,8 @@ StrideOption = Annotated[
 SuiteOption = Annotated[
     str | None,
     typer.Option(
-        help="Let the model tell the stories of a suite instead: stories, stories-temperature-1, or a .toml file."
+        help="Let the model tell the stories of a suite instead: stories, stories-temperature-1, or answer its tasks: "
+        "tasks, tasks-temperature-1; or a .toml file."
     ),
 ]
 TasksOption = Annotated[
@@ -138,7 +139,12 @@ def evaluate(
             for name, value in reading.items():
                 if value is not None:
                     raise RecipeError(f"--{name} {value}: a suite of stories reads no text; leave it out, or --suite")
-            result = _tell_stories(screen, models, suite, device, adapters, overlap)
+            from gemmule.evaluate.tasks import is_task_suite
+
+            if is_task_suite(suite):
+                result = _answer_tasks(screen, models, suite, device, adapters)
+            else:
+                result = _tell_stories(screen, models, suite, device, adapters, overlap)
     if as_json:
         print_json(result)
 
@@ -248,6 +254,29 @@ def _tell_stories(
             screen.print(sentence)
         if run:
             keep(run, {"kind": "stories", "model": _within(run, path), "suite": suite}, result)
+        results.append({"model": name, "suite": suite, **result})
+    return results[0] if len(models) == 1 else {"models": results}
+
+
+def _answer_tasks(
+    screen: Screen, models: Sequence[str], suite: str, device: str, adapters: Sequence[str]
+) -> dict[str, Any]:
+    """Let each model answer the tasks of a suite; say and return how many are solved."""
+    from gemmule.evaluate.results import keep
+    from gemmule.evaluate.tasks import answer_suite, describe_answers, judge_answers, open_task_suite
+
+    settings, results = open_task_suite(suite), []
+    for name, model in zip(_labels(models), models, strict=True):
+        if len(models) > 1:
+            screen.print(f"{name}:")
+        network, tokenizer, path = _open(model, device, adapters)
+        run = run_of(local_path(model))
+        result = judge_answers(answer_suite(network, tokenizer, settings, screen.progress))
+        result |= {"settings": settings.model_dump()}
+        for sentence in describe_answers(result):
+            screen.print(sentence)
+        if run:
+            keep(run, {"kind": "tasks", "model": _within(run, path), "suite": suite}, result)
         results.append({"model": name, "suite": suite, **result})
     return results[0] if len(models) == 1 else {"models": results}
 

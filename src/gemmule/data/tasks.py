@@ -9,7 +9,8 @@ from gemmule.data.settings import DataSettings
 from gemmule.data.text_tasks import check_text, make_text_task
 from gemmule.errors import SourceError
 
-Check = Callable[[Mapping[str, Any], str], Mapping[str, float]]
+# Set in a task whose wording training never sees.
+HELD_OUT_WORDING = "held_out_wording"
 
 
 def check_task(task: Mapping[str, Any], reply: str) -> dict[str, float]:
@@ -61,7 +62,8 @@ class StorybookTaskRange(NamedTuple):
                 continue
             task = make_task(self.seed, index, self.held_out, self.kinds)
             if settings.kind == "prompts":
-                yield _prompt(task.instruction, task.goal)
+                wording = {HELD_OUT_WORDING: True} if task.wording_held_out else {}
+                yield _prompt(task.instruction, {**task.goal, **wording})
             else:
                 yield _conversation(task.instruction, task.reply, task.log_probability)
 
@@ -82,7 +84,7 @@ class TextTaskRange(NamedTuple):
 
     def read(self, settings: DataSettings) -> Iterator[Document]:
         """Yield the rows; a document that is not UTF-8 is passed on, to be counted."""
-        for document in self.read_inner(self.inner, settings):
+        for document in self.read_inner(self.inner, settings.replace(kind="text")):
             if isinstance(document.text, bytes):
                 yield document
             elif task := make_text_task(document.text, self.held_out):

@@ -61,14 +61,19 @@ class Story(NamedTuple):
     ended: bool  # whether by a stop token
 
 
-def open_suite(name: str) -> Suite:
-    """Read a suite that is shipped, by its name, or a .toml file; RecipeError where it is neither, or not valid."""
+def suite_file(name: str) -> Path:
+    """Return the file of a suite that is shipped, by its name, or a .toml file; RecipeError where it is neither."""
     shipped = Path(str(files("gemmule.evaluate") / "suites"))
     file = shipped / f"{name}.toml"
     if not name.endswith(".toml") and not file.is_file():
         names = ", ".join(sorted(path.stem for path in shipped.glob("*.toml")))
         raise RecipeError(f"--suite {name}: no such suite; there are {names}, or name a .toml file")
-    return read_recipe(local_path(name) if name.endswith(".toml") else file, Suite)
+    return local_path(name) if name.endswith(".toml") else file
+
+
+def open_suite(name: str) -> Suite:
+    """Read a suite; RecipeError where there is none of this name, or it is not valid."""
+    return read_recipe(suite_file(name), Suite)
 
 
 def judge_stories(
@@ -129,13 +134,13 @@ def judge_suite(
     if not of_book:
         items = [{key: value for key, value in item.items() if key not in _OF_BOOK} for item in items]
     words = [words_of(story.text) for story in stories]
-    result: dict[str, Any] = {name: _rate([item[name] for item in items]) for name in RATES}
-    result |= {name: _mean([item[name] for item in items]) for name in MEANS}
+    result: dict[str, Any] = {name: rate_of([item[name] for item in items]) for name in RATES}
+    result |= {name: mean_of([item[name] for item in items]) for name in MEANS}
     result |= {"stories": len(stories), "different": len({story.text for story in stories})}
     result |= {f"distinct_{length}_of_all": distinct(words, length) for length in (1, 2, 3)}
     if of_book:
-        book = {name: _rate([item[name] for item in items]) for name in BOOK_RATES}
-        surprises = _mean([item["surprise"] for item in items])
+        book = {name: rate_of([item[name] for item in items]) for name in BOOK_RATES}
+        surprises = mean_of([item["surprise"] for item in items])
         result["storybook"] = {**book, "surprise": surprises, "entropy": measure_stories().nats}
     return {**result, "items": items}
 
@@ -143,13 +148,15 @@ def judge_suite(
 _OF_BOOK = ("parses", "consistent", "problems", "possible", "surprise")
 
 
-def _rate(found: Sequence[bool]) -> dict[str, Any]:
+def rate_of(found: Sequence[bool]) -> dict[str, Any]:
+    """Return how often something holds, with Wilson's interval."""
     hits = sum(found)
     rate = hits / len(found) if found else None
     return {"rate": rate, "hits": hits, "count": len(found), "interval": rate_interval(hits, len(found))}
 
 
-def _mean(found: Sequence[float | None]) -> dict[str, Any]:
+def mean_of(found: Sequence[float | None]) -> dict[str, Any]:
+    """Return the mean of what is known, with its interval."""
     values = np.array([value for value in found if value is not None], dtype=np.float64)
     if not len(values):
         return {"mean": None, "count": 0, "interval": None}

@@ -191,8 +191,8 @@ def verify_checkpoint(folder: Path, data: str | None = None, weights_only: bool 
             raise CheckpointError(f"{file}: is not of this checkpoint, state.json does not name it")
     if data is not None and state.data is not None and state.data != data:
         raise OtherDataError(
-            f"{folder}: the run was trained on other data, or with another tokenizer, than data.train leads to now; "
-            "bring those back, or name another folder for a new run"
+            f"{folder}: the run was trained on other data, with another tokenizer, or beside another reference "
+            "(train.start) than now; bring those back, or name another folder for a new run"
         )
     return state.position
 

@@ -54,11 +54,12 @@ def check_first_step(model: Gemma3, loss: float, targets: Tensor, pretrained: bo
     nothing.
     """
     identity = (*_without_effect(model), *_without_update(model))
+    adapted = any(name.endswith(".lora_a") for name, _ in model.named_parameters())
     without_gradient = [
         name
         for name, p in model.named_parameters()
-        if p.requires_grad
-        and not name.startswith(identity)
+        if not name.startswith(identity)
+        and (p.requires_grad or not adapted)  # below an adapter the weights are frozen
         and (p.grad is None or not bool(full_tensor(p.grad.norm())))
     ]
     if without_gradient:

@@ -20,7 +20,7 @@ from gemmule.train.schedule import ScheduleSettings, lr_scale
 from gemmule.train.settings import TrainSettings
 from gemmule.train.state import Position, TrainState
 from gemmule.train.stopwatch import Stopwatch
-from gemmule.train.validation import Score
+from gemmule.train.validation import Scored
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Callbacks(NamedTuple):
     """What the loop leaves to its caller: logs, validation, samples, checkpoints and signals."""
 
     log_metrics: Callable[[dict[str, Any]], None]
-    validate: Callable[[], Score]
+    validate: Callable[[], Scored]
     sample: Callable[[int], None]
     # Start writing a checkpoint of this position.
     save: Callable[[Position], None]
@@ -64,12 +64,13 @@ def train(
                 check_causal(parallel, batch)
         local_loss = forward_backward(parallel, batch, count, first_row, settings, objective)  # and all-reduce
         grad_norm = optimizers.grad_norm()
-        batches.prefetch()  # while the device is busy
+        if not objective.on_policy:
+            batches.prefetch()  # while the device is busy
         loss, stop = world.all_reduce_sum(local_loss.item(), callbacks.stop_requested())
         norm = full_tensor(grad_norm).item()
         step_ok = math.isfinite(loss) and math.isfinite(norm)
         if step_ok:
-            if step == 0:
+            if step == 0 and (norm or not objective.on_policy):
                 check_first_step(parallel.model, loss, batch.targets, pretrained=settings.start is not None)
             optimizers.clip_grad_norm(grad_norm)
             optimizers.step()

@@ -16,6 +16,9 @@ Forward = Callable[..., Tensor]
 class Objective(Protocol):
     """A loss over a batch: a sum, which the loop divides by the count of the whole optimizer step."""
 
+    # Whether rows are made by the model as it is: they are not read ahead, and some steps have nothing to learn from.
+    on_policy: bool
+
     def begin_step(self, batch: Batch) -> int:
         """Begin an optimizer step; return what its summed loss is divided by, such as the number of targets."""
         ...
@@ -31,6 +34,8 @@ class Objective(Protocol):
 
 class NextToken:
     """Cross-entropy of the next token, for pretraining and for supervised fine-tuning with a loss mask."""
+
+    on_policy = False
 
     def __init__(self, compiled: bool = False) -> None:
         self._compiled = compiled

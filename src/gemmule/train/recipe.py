@@ -14,6 +14,7 @@ from gemmule.train.lora import LORA_LEARNING_RATE, LoRASettings
 from gemmule.train.optim import OptimizerSettings
 from gemmule.train.parallel import ParallelSettings
 from gemmule.train.preferences import PreferenceSettings
+from gemmule.train.rewards import RewardSettings, problems_of_rewards
 from gemmule.train.schedule import ScheduleSettings
 from gemmule.train.settings import TrainSettings
 
@@ -29,6 +30,7 @@ class Recipe(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     preferences: PreferenceSettings = PreferenceSettings()
+    rewards: RewardSettings = RewardSettings()
     parallel: ParallelSettings = ParallelSettings()
     tracking: TrackingSettings = TrackingSettings()
 
@@ -44,8 +46,14 @@ class Recipe(Settings):
                 yield Problem(f"{section}.{key}", getattr(getattr(self, section), key), advice)
         if self.data.kind == "preferences" and self.train.start is None:
             yield Problem("train.start", NOTHING, "name the MODEL that preferences are taught to")
+        for key in ("dropout", "attention_dropout"):
+            if self.data.kind == "preferences" and getattr(self.model, key):
+                advice = "must be 0 for preferences: the reference is scored without it"
+                yield Problem(f"model.{key}", getattr(self.model, key), advice)
         if self.lora.rank is not None:
             yield from self._lora_problems()
+        if self.data.kind == "prompts":
+            yield from problems_of_rewards(self.rewards, self.train, self.parallel.strategy)
         if self.schedule.restart_step and self.schedule.restart_step >= self.train.steps:
             advice = f"must be before train.steps ({self.train.steps})"
             yield Problem("schedule.restart_step", self.schedule.restart_step, advice)
@@ -80,7 +88,7 @@ class Recipe(Settings):
 
 
 # Sections of an objective, by the kind of data that it learns from.
-_KINDS = {"preferences": "preferences"}
+_KINDS = {"preferences": "preferences", "rewards": "prompts"}
 
 
 def gives_vocabulary(settings: Gemma3Config | TokenizerSettings) -> bool:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gemmule.data.batches import RowStream
 from gemmule.data.dataset import Dataset
-from gemmule.data.packing import MixedRows, PackedRows
 from gemmule.distributed import World, full_tensor
 from gemmule.errors import RecipeError
 from gemmule.model.gemma3 import Gemma3
@@ -22,7 +21,7 @@ from gemmule.tokenizer import Tokenizer
 from gemmule.train.autotune import Trial, tune
 from gemmule.train.loop import forward_backward
 from gemmule.train.lora import Adapter, describe_adapter
-from gemmule.train.objective import NextToken, Objective
+from gemmule.train.objectives import build_objective, training_rows
 from gemmule.train.optim import Optimizers
 from gemmule.train.parallel import parallelize
 from gemmule.train.recipe import Recipe, gives_vocabulary
@@ -65,7 +64,7 @@ def resolve(
     """
     recipe = resolve_vocabulary(recipe, dataset.tokenizer.vocab_size)
     check_prompts(recipe, dataset.tokenizer)
-    rows = training_rows(dataset, recipe)  # first, because a corpus may be too short
+    rows = training_rows(dataset, recipe) if recipe.data.kind != "prompts" else None  # a corpus may be too short
     if runtime.world.is_main:
         on_progress("comparing number formats and attention kernels", 0, None)
         recipe = recipe.replace(train=tune(trial_of(recipe, runtime.device, runtime.world.size), recipe.train))
@@ -74,7 +73,7 @@ def resolve(
     log.info(describe(recipe, runtime))
     if adapter is not None:
         log.info(describe_adapter(recipe.model, adapter, base_dtype(recipe, runtime)))
-    if recipe.train.minutes is not None:
+    if recipe.train.minutes is not None and rows is not None:
         recipe = resolve_steps(recipe, rows, runtime, on_progress, adapter)
     return ResolvedRecipe.model_validate(recipe.model_dump(exclude_unset=True)), runtime
 
@@ -130,7 +129,8 @@ def trial_of(recipe: Recipe, device: torch.device, ranks: int = 1) -> Trial:
     """Return what a rank of a run computes with, whose vocabulary is resolved."""
     per_rank = recipe.train.batch_size // ranks
     rows = min(recipe.train.micro_batch_size or per_rank, per_rank)
-    return Trial(recipe.model, rows, recipe.train.context, recipe.data.mask_documents, device)
+    masked = recipe.data.mask_documents or recipe.data.kind != "text"
+    return Trial(recipe.model, rows, recipe.train.context, masked, device)
 
 
 def resolve_steps(
@@ -195,19 +195,6 @@ def base_dtype(recipe: Recipe, runtime: Runtime) -> torch.dtype:
     """Return the dtype of the frozen weights below an adapter; sharded weights are fp32, and gathered in bf16."""
     half = recipe.lora.base_precision == "auto" and runtime.precision == "bf16" and recipe.parallel.strategy == "ddp"
     return torch.bfloat16 if half or recipe.lora.base_precision == "bf16" else torch.float32
-
-
-def build_objective(recipe: Recipe) -> Objective:
-    """Return what a recipe minimizes."""
-    return NextToken(recipe.train.compile)
-
-
-def training_rows(dataset: Dataset, recipe: Recipe) -> RowStream:
-    """Return the packed training rows: of all documents, or mixed from sources by `data.weights`."""
-    context, seed, masked = recipe.train.context, recipe.train.seed, recipe.data.mask_documents
-    corpora = dataset.mixture(recipe.data.weights)
-    packed = [PackedRows(corpus, context, seed, masked, dataset.tokenizer.bos_id) for corpus, _ in corpora]
-    return MixedRows(packed, [weight for _, weight in corpora]) if recipe.data.weights else packed[0]
 
 
 def describe(recipe: Recipe, runtime: Runtime) -> str:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import Any, NamedTuple
 
 from gemmule.compiler import rebuilding
 from gemmule.data.dataset import DATASET_FILE, Dataset, open_dataset, prepared_folder
-from gemmule.data.packing import WholeDocuments
-from gemmule.data.report import describe_epochs
 from gemmule.distributed import World, full_tensor, process_group
 from gemmule.errors import CheckpointError, GemmuleError, OutputError, RecipeError
 from gemmule.files import atomic_folder, atomic_write
@@ -29,16 +26,17 @@ from gemmule.train.environment import log_environment
 from gemmule.train.loop import Callbacks, train
 from gemmule.train.lora import Adapter
 from gemmule.train.memory import out_of_memory_explained
-from gemmule.train.metrics import JsonLines, OverfittingWatch
+from gemmule.train.metrics import ChosenRepliesWatch, JsonLines, OverfittingWatch
+from gemmule.train.objectives import check_kind, find_reference, identity, implied_epochs, open_job
 from gemmule.train.observer import Observer, SampleFunction
 from gemmule.train.open_run import Extension, claim_run, differences, keep_recipe, remove_leftovers
 from gemmule.train.parallel import gather_model
 from gemmule.train.recipe import Recipe
-from gemmule.train.resolve import ResolvedRecipe, build, build_objective, check_ranks, resolve, training_rows
-from gemmule.train.settings import TrainSettings
+from gemmule.train.reference import Reference
+from gemmule.train.resolve import ResolvedRecipe, build, check_ranks, resolve
+from gemmule.train.rollouts import ReplyFunction
 from gemmule.train.start import Start, open_start
 from gemmule.train.state import Position, TrainState
-from gemmule.train.validation import Score, score
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +63,15 @@ def run_recipe(
     sample: SampleFunction | None = None,
     allow_changes: bool = False,
     extend: Extension | None = None,
+    reply: ReplyFunction | None = None,
 ) -> Outcome:
     """Prepare the data, train from the start or from the newest good checkpoint, and write the model folder.
 
     Every process that torchrun started calls this; one that torchrun restarts resumes. A stop requested by Ctrl-C or
     SIGTERM ends the run after a checkpoint; `position.step` is how far it came. `sample` continues the sample
     prompts after each validation. `allow_changes` lets a resumed run change the optimizer's constants, the schedule or
-    the number of steps; `extend` trains it longer, with a schedule that begins anew where it was to end.
+    the number of steps; `extend` trains it longer, with a schedule that begins anew where it was to end. `reply`
+    answers prompts, which rewards need.
     """
     run, device, observer = RunFolder(out), choose_device(recipe.train.device), observer or Observer()
     with process_group(device) as world:
@@ -83,13 +83,19 @@ def run_recipe(
             recipe, attempts = world.broadcast(recipe), count()
 
             def attempt() -> Outcome:
-                return _run(recipe, run, resume or next(attempts) > 0, runtime, observer, sample)
+                return _run(recipe, run, resume or next(attempts) > 0, runtime, observer, sample, reply)
 
             return rebuilding(attempt, retry=world.size == 1)
 
 
 def _run(
-    recipe: Recipe, run: RunFolder, resume: bool, runtime: Runtime, observer: Observer, sample: SampleFunction | None
+    recipe: Recipe,
+    run: RunFolder,
+    resume: bool,
+    runtime: Runtime,
+    observer: Observer,
+    sample: SampleFunction | None,
+    reply: ReplyFunction | None,
 ) -> Outcome:
     is_main = runtime.world.is_main
     if is_main:
@@ -101,13 +107,17 @@ def _run(
         log.info(f"starting from the weights of {start.name}")
     dataset = _prepared_dataset(recipe, run, runtime.world, observer, start)
     with out_of_memory_explained(recipe, runtime.device):
+        check_kind(dataset, recipe)
         adapter = None if start is None else start.adapter(recipe)
         resolved, runtime = resolve(recipe, dataset, runtime, observer.on_progress, adapter)
-        log.info(implied_epochs(dataset, resolved))
+        if resolved.data.kind != "prompts":
+            log.info(implied_epochs(dataset, resolved))
+        folder = prepared_folder(resolved.data) or run.data
+        reference = find_reference(resolved, dataset, folder, runtime, observer.on_progress)
         state = build(resolved, runtime, start, adapter)
         start = None  # its weights need no memory any more
         if resume:
-            _restore(run, state, dataset)
+            _restore(run, state, identity(dataset, reference))
         if state.position.step > resolved.train.steps:
             advice = f"the run is at step {state.position.step:,} already; use that many or more"
             raise RecipeError(str(Problem("train.steps", resolved.train.steps, advice)))
@@ -115,7 +125,7 @@ def _run(
             _write_resolved(resolved, run, state.position)
             log_environment(run, state.position.step, runtime)
         observer.on_train_begin(resolved)
-        failures = _train(resolved, run, dataset, state, observer, sample)
+        failures = _train(resolved, run, dataset, reference, state, observer, sample, reply)
         if is_main:  # the last validation may have changed which checkpoint is the best
             prune_checkpoints(run.path, resolved.train.keep_checkpoints, state.position)
         if resolved.train.final_model == "best" and state.position.is_over(resolved.train, resolved.schedule):
@@ -176,10 +186,10 @@ def _prepared_dataset(recipe: Recipe, run: RunFolder, world: World, observer: Ob
     return dataset
 
 
-def _restore(run: RunFolder, state: TrainState, dataset: Dataset) -> None:
+def _restore(run: RunFolder, state: TrainState, data: str) -> None:
     """Load the newest good checkpoint and log what is wrong with newer ones; CheckpointError if all are damaged."""
     world = state.parallel.world
-    folder, damage = world.broadcast(newest_checkpoint(run.path, dataset.identity) if world.is_main else (None, []))
+    folder, damage = world.broadcast(newest_checkpoint(run.path, data) if world.is_main else (None, []))
     for sentence in damage:
         log.warning(f"skipped a damaged checkpoint: {sentence}")
     if folder is None and damage:
@@ -190,7 +200,7 @@ def _restore(run: RunFolder, state: TrainState, dataset: Dataset) -> None:
     if folder is None:
         log.info(f"{run.path} has no checkpoint yet: starting from step 0")
         return
-    load_checkpoint(folder, state, dataset.identity)
+    load_checkpoint(folder, state, data)
     log.info(f"resuming from {folder}, after step {state.position.step:,}")
 
 
@@ -219,36 +229,33 @@ def _train(
     recipe: ResolvedRecipe,
     run: RunFolder,
     dataset: Dataset,
+    reference: Reference | None,
     state: TrainState,
     observer: Observer,
     sample: SampleFunction | None,
+    reply: ReplyFunction | None,
 ) -> list[OutputError]:
     """Train to the end, with checkpoints, metrics and samples in the run folder; return what could not be written."""
-    saver = Saver(run, state, dataset.tokenizer, recipe.train.keep_checkpoints, dataset.identity)
-    validation = fixed_validation(dataset, recipe.train, state)
-    logs = RunLogs(recipe, run, state, observer, validation.floor, sample, dataset.tokenizer)
+    job = open_job(recipe, dataset, state, reference, reply)
+    saver = Saver(run, state, dataset.tokenizer, recipe.train.keep_checkpoints, identity(dataset, reference))
+    logs = RunLogs(recipe, run, state, observer, job.floor, sample, dataset.tokenizer)
 
     def save(position: Position) -> None:
         metrics_bytes, samples_bytes = logs.sync()
         saver.save(position.replace(metrics_bytes=metrics_bytes, samples_bytes=samples_bytes))
 
+    def stop_requested() -> bool:  # not between steps that share their replies, which are not saved
+        return interrupt.requested and (state.position.step + 1) % recipe.rewards.epochs == 0
+
     failures: list[OutputError] = []
     with interruptible() as interrupt:
-        callbacks = Callbacks(
-            logs.log_metrics, validation.score, logs.sample, save, saver.wait_for_save, lambda: interrupt.requested
-        )
+        callbacks = Callbacks(logs.log_metrics, job.validate, logs.sample, save, saver.wait_for_save, stop_requested)
         try:
             if recipe.train.compile:
                 observer.on_progress("compiling", 0, None)
-            train(
-                state,
-                training_rows(dataset, recipe),
-                recipe.train,
-                recipe.schedule,
-                callbacks,
-                build_objective(recipe),
-            )
+            train(state, job.rows, recipe.train, recipe.schedule, callbacks, job.objective)
         finally:
+            job.close()
             logs.stop_tracking()
             for end in (saver.finish, logs.metrics.close, logs.samples.close):
                 try:
@@ -280,9 +287,10 @@ class RunLogs:
         self.metrics = JsonLines(run.metrics if is_main else nowhere, position.metrics_bytes)
         self.samples = JsonLines(run.samples if is_main else nowhere, position.samples_bytes)
         self._tracking = Tracking(recipe.tracking if is_main else TrackingSettings(to=()), run, position.step)
-        self._overfitting = OverfittingWatch()
+        self._watches = (OverfittingWatch(), ChosenRepliesWatch())
         for line in run.read_metrics() if is_main else ():
-            self._overfitting.note(line)
+            for watch in self._watches:
+                watch.note(line)
 
     def log_metrics(self, line: dict[str, Any]) -> None:
         """Log a line of metrics."""
@@ -291,8 +299,9 @@ class RunLogs:
         self.metrics.write(line)
         self._tracking.log_metrics(line)
         self._observer.on_metrics(line, self._recipe.train.steps)
-        if warning := self._overfitting.note(line):
-            log.warning(warning)
+        for watch in self._watches:
+            if warning := watch.note(line):
+                log.warning(warning)
 
     def sample(self, step: int) -> None:
         """Continue the sample prompts with the model as it is, and log the texts."""
@@ -337,36 +346,3 @@ def _load_best(run: RunFolder, state: TrainState) -> None:
     load_checkpoint(run.checkpoint(position.best_step), state)
     state.position = position
     log.info(f"the model folder gets the weights of step {position.best_step:,}, the best validated checkpoint")
-
-
-def implied_epochs(dataset: Dataset, recipe: Recipe) -> str:
-    """Describe how many tokens a recipe trains on, and how many epochs of the dataset or of each source that is."""
-    steps = recipe.train.steps
-    tokens = steps * recipe.train.batch_size * recipe.train.context
-    corpora = dataset.mixture(recipe.data.weights)
-    names = [source.source for source in dataset.report.sources]
-    sizes, weights = [corpus.tokens for corpus, _ in corpora], [weight for _, weight in corpora]
-    return f"{steps:,} steps: {tokens:,} tokens, {describe_epochs(names, sizes, weights, tokens)}"
-
-
-class FixedValidation(NamedTuple):
-    """The validation of a run, and its entropy floor where that is known (nats per token)."""
-
-    score: Callable[[], Score]
-    floor: float | None
-
-
-def fixed_validation(dataset: Dataset, settings: TrainSettings, state: TrainState) -> FixedValidation:
-    """Choose the documents to validate on, the same each time."""
-    documents = WholeDocuments(
-        dataset.validation,
-        settings.context,
-        settings.micro_batch_size or settings.batch_size,
-        dataset.tokenizer.pad_id or 0,
-        settings.validation_tokens,
-    )
-    complete = documents.documents == dataset.validation.documents
-    floor = dataset.floor_nats / documents.targets if dataset.floor_nats is not None and complete else None
-    text_bytes = documents.bytes if dataset.lossless else None
-    model, runtime = state.parallel.model, state.parallel.runtime
-    return FixedValidation(lambda: score(model, documents, text_bytes, runtime), floor)

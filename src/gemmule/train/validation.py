@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -12,6 +12,19 @@ from gemmule.data.batches import Batch
 from gemmule.model.gemma3 import Gemma3
 from gemmule.runtime import Runtime
 from gemmule.train.loss import summed_loss
+
+
+class Scored(Protocol):
+    """The result of a validation."""
+
+    @property
+    def loss(self) -> float:
+        """What decides which checkpoint is the best."""
+        ...
+
+    def figures(self) -> dict[str, float | None]:
+        """Return what is logged, by name."""
+        ...
 
 
 class Score(NamedTuple):
