@@ -10,7 +10,7 @@ from gemmule.train.parallel import Parallel
 from gemmule.train.schedule import ScheduleSettings
 from gemmule.train.settings import TrainSettings
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the loop does not need adapter folders
     from gemmule.train.lora import Adapter
 
 
