@@ -20,7 +20,7 @@ def places(tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) 
     return base, folder / "adapter"
 
 
-COMMANDS: dict[str, list[object]] = {
+COMMANDS = {
     "generate": ["--prompt", "Mia", "--seed", 1, "--max-new-tokens", 12],
     "evaluate": ["--data", "storybook:3"],
     "explain": ["--text", "Mia found a key."],
@@ -30,8 +30,8 @@ COMMANDS: dict[str, list[object]] = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_adapter_beside_its_base_is_the_adapter_as_model(command: str, places: tuple[Path, Path]) -> None:
     base, adapter = places
-    ways: list[list[object]] = [[adapter], [base, "--adapter", adapter], [base]]
-    found = [gemmule(command, *words, *COMMANDS[command], "--device", "cpu", "--json") for words in ways]
+    alternatives: list[list[object]] = [[adapter], [base, "--adapter", adapter], [base]]
+    found = [gemmule(command, *words, *COMMANDS[command], "--device", "cpu", "--json") for words in alternatives]
     assert [ended.code for ended in found] == [0, 0, 0], found
     texts = [ended.out.replace(str(adapter), "MODEL").replace(str(base), "MODEL") for ended in found]
     answers = [json.loads(text.splitlines()[-1]) for text in texts]
@@ -46,8 +46,8 @@ def test_doctor_and_trim_take_adapters(places: tuple[Path, Path], tmp_path: Path
     assert next(f for f in json.loads(ended.out)["findings"] if f["name"] == "weights")["verdict"] == "passed"
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("Mia found a red kite.\n")
-    ways: list[list[object]] = [[adapter], [base, "--adapter", adapter]]
-    for number, words in enumerate(ways):
+    alternatives: list[list[object]] = [[adapter], [base, "--adapter", adapter]]
+    for number, words in enumerate(alternatives):
         ended = gemmule("trim", *words, "--corpus", corpus, "--out", tmp_path / f"small{number}")
         assert ended.code == 0, ended.err
     files = [(tmp_path / f"small{number}" / "model.safetensors").read_bytes() for number in range(2)]
