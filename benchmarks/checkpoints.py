@@ -34,8 +34,9 @@ from gemmule.settings import read_recipe
 from gemmule.train.checkpoint import Saver
 from gemmule.train.loop import forward_backward
 from gemmule.train.objective import NextToken
+from gemmule.train.objectives import training_rows
 from gemmule.train.recipe import Recipe
-from gemmule.train.resolve import build, resolve_vocabulary, training_rows
+from gemmule.train.resolve import build, resolve_vocabulary
 from gemmule.train.settings import TrainSettings
 from gemmule.train.state import Position
 from harness.trials import machine

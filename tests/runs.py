@@ -231,6 +231,30 @@ def _run(
     main()
 
 
+def kill_until_done(recipe: Path, run: Path, straight: Path, log: Path, most: int = 20) -> int:
+    """Train a recipe straight, then again with kills on the way, each later than the one before it; return how many.
+
+    What the last process leaves is then resumed to its end.
+    """
+    start("--version", log=log).join()  # the first process waits until the server of processes has loaded torch
+    began = time.monotonic()
+    process = start("train", recipe, "--out", straight, log=log)
+    process.join()
+    seconds = time.monotonic() - began
+    assert process.exitcode == 0, log.read_text()
+    for kills in range(most):
+        process = start("train", recipe, "--out", run, "--resume", log=log)
+        process.join(seconds * (kills + 1) / most)
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            return kills
+        assert process.exitcode == -signal.SIGKILL, log.read_text()
+    ended = gemmule("train", recipe, "--out", run, "--resume")
+    assert ended.code == 0, ended.err
+    return most
+
+
 def workers(launcher: int) -> list[int]:
     """Return the processes that torchrun started, by rank."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()

@@ -132,8 +132,12 @@ GIVEN: dict[str, object] = {
     "data.validation": "v.txt", "data.weights": [1.0], "data.max_characters": 9, "data.keep_matching": "a",
     "data.drop_matching": "a", "data.near_duplicates": 0.8, "data.license": "mit", "tokenizer.path": "t",
     "model.size": "1b", "train.start": "m", "train.minutes": 3, "train.micro_batch_size": 1,
-    "train.validation_tokens": 9, "train.early_stopping": 3,
+    "train.validation_tokens": 9, "train.early_stopping": 3, "lora.rank": 4, "lora.alpha": 8.0,
 }  # fmt: skip
+
+
+# What a setting needs beside it.
+BESIDE = {"lora.rank": ["train.start=m"], "lora.alpha": ["train.start=m", "lora.rank=4"]}
 
 
 def test_every_optional_setting_is_tried() -> None:
@@ -142,13 +146,14 @@ def test_every_optional_setting_is_tried() -> None:
 
 @pytest.mark.parametrize("key", OPTIONAL)
 def test_none_unsets_an_optional_setting(key: str) -> None:
-    unset = check_recipe(SMALLEST, Recipe, "x")
+    beside = BESIDE.get(key, [])
+    unset = check_recipe(SMALLEST, Recipe, "x", beside)
     table = with_value(key, GIVEN[key])
-    assert check_recipe(table, Recipe, "x") != unset
+    assert check_recipe(table, Recipe, "x", beside) != unset
     for word in ("none", "None"):
-        assert check_recipe(table, Recipe, "x", [f"{key}={word}"]) == unset
-        assert check_recipe(table, Recipe, "x", [f'{key}="{word}"']) == unset
-        again = check_recipe(with_value(key, word), Recipe, "x")
+        assert check_recipe(table, Recipe, "x", [*beside, f"{key}={word}"]) == unset
+        assert check_recipe(table, Recipe, "x", [*beside, f'{key}="{word}"']) == unset
+        again = check_recipe(with_value(key, word), Recipe, "x", beside)
         assert again == unset
         section, _, name = key.partition(".")
         assert name not in getattr(again, section).model_fields_set
@@ -287,7 +292,7 @@ def test_a_name_of_other_programs_leads_to_ours(wrong: str, meant: str) -> None:
     ("wrong", "advice"),
     [
         ("train.zzz", "no such setting; train has steps, start, minutes, batch_size, micro_batch_size, context, seed"),
-        ("zzz", "no such setting; a recipe has data, tokenizer, model, train, optimizer, schedule, preferences"),
+        ("zzz", "no such setting; a recipe has data, tokenizer, model, train, lora, optimizer, schedule, preferences"),
         ("train.wandb", "no such setting; did you mean tracking.to? (or the option --track; see docs/tracking.md)"),
         ("train.comet", "no such setting; there are TensorBoard, wandb, mlflow and trackio; see docs/tracking.md"),
         ("train.init_from", "no such setting; a run starts from new weights"),

@@ -14,8 +14,9 @@ from gemmule.runtime import Runtime, choose_device
 from gemmule.settings import check_recipe
 from gemmule.train.autotune import Trial, settle_precision, tune
 from gemmule.train.loop import forward_backward
+from gemmule.train.objectives import build_objective
 from gemmule.train.recipe import Recipe
-from gemmule.train.resolve import build, build_objective, resolve_vocabulary, trial_of
+from gemmule.train.resolve import build, resolve_vocabulary, trial_of
 from harness.backends import Backend, Library, check_library, gemmule_backend, peer_backend
 from harness.runner import Workload
 from harness.trials import Budget, Measurements, Progress, machine, peak, ratios, run_trials, spread

@@ -7,6 +7,7 @@ for event in gemmule.generate(model, tokenizer, "Once upon a time", max_new_toke
 """
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +20,16 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "generate", "load"]
 
 
-def load(model: str | Path, device: str = "cpu") -> tuple["Gemma3", "Tokenizer"]:
+def load(model: str | Path, device: str = "cpu", adapters: Sequence[str | Path] = ()) -> tuple["Gemma3", "Tokenizer"]:
     """Open a MODEL, ready to predict on a device.
 
-    MODEL is a model folder (ours or Hugging Face's), a run folder (its newest good checkpoint), a GGUF file, or
-    owner/name, which is fetched from the Hugging Face Hub. ModelError where it is none of these, or damaged.
+    MODEL is a model folder (ours or Hugging Face's), a run folder (its newest good checkpoint), a GGUF file, the folder
+    of an adapter (PEFT's), or owner/name, which is fetched from the Hugging Face Hub. Adapters are merged into it.
+    ModelError where it is none of these, or damaged.
     """
     from gemmule.train.opening import load_with_path
 
-    network, tokenizer, _ = load_with_path(model, device)
+    network, tokenizer, _ = load_with_path(model, device, adapters=adapters)
     return network, tokenizer
 
 

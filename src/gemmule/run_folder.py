@@ -93,6 +93,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def adapter(self) -> Path:
+        """The final adapter, of a run that trains one; the model folder has it merged."""
+        return self.path / "adapter"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of all checkpoints."""
         return self.path / "checkpoints"

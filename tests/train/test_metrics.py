@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gemmule.errors import OutputError
 from gemmule.run_folder import read_json_lines
-from gemmule.train.metrics import JsonLines, OverfittingWatch
+from gemmule.train.metrics import ChosenRepliesWatch, JsonLines, OverfittingWatch
 from gemmule.train.state import LossEMA
 
 
@@ -161,3 +161,16 @@ def test_what_is_no_overfitting_is_not_reported() -> None:
     assert warnings((3.0, 3.0), (2.9, 3.01), (2.8, 3.01), (2.7, 3.01), (2.6, 3.01)) == [], "as good as the best"
     worse_and_noise = [(2.0, 2.5), (1.5, 2.6), (1.0, 2.6), (0.5, 2.8), (2.1, 2.9), (2.2, 2.9)]
     assert [step for step, _ in warnings(*worse_and_noise)] == [4]
+
+
+def test_chosen_replies_that_sink_are_warned_of_once() -> None:
+    watch = ChosenRepliesWatch()
+    lines = [{"step": step, "chosen_log_ratio": -0.3 * step} for step in range(40)]
+    warnings = [(line["step"], sentence) for line in lines if (sentence := watch.note(line))]
+    [(step, sentence)] = warnings
+    assert step == 19, "twenty steps make a trend"
+    assert "less likely than in the reference, by 2.9 nats each" in sentence
+    assert "preferences.sft_weight" in sentence
+    steady = ChosenRepliesWatch()
+    assert not any(steady.note({"step": step, "chosen_log_ratio": 0.1}) for step in range(99))
+    assert steady.note({"step": 1, "loss": 2.0}) is None

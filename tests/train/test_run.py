@@ -22,14 +22,15 @@ from gemmule.runtime import Runtime
 from gemmule.settings import check_recipe, read_recipe
 from gemmule.tokenizer import Tokenizer
 from gemmule.train import metrics as metrics_module
+from gemmule.train import objectives, storage
 from gemmule.train import run as run_module
-from gemmule.train import storage
 from gemmule.train.checkpoint import checkpoints, newest_checkpoint
+from gemmule.train.objectives import fixed_validation
 from gemmule.train.observer import Observer
 from gemmule.train.optim import Optimizers
 from gemmule.train.recipe import Recipe
 from gemmule.train.resolve import ResolvedRecipe, build, describe
-from gemmule.train.run import fixed_validation, run_recipe
+from gemmule.train.run import run_recipe
 from gemmule.train.state import LossEMA, Position
 from gemmule.train.validation import Score, score
 from runs import write_text
@@ -138,9 +139,9 @@ def test_the_floor_is_known_where_all_of_the_validation_is_measured(
     recipe = recipe.replace(train=recipe.train.replace(validation_tokens=limit))
     dataset = open_dataset(tiny_run / "data")
     state = build(recipe, Runtime(CPU))
-    assert fixed_validation(dataset, recipe.train, state).floor is None, "of this text nobody knows the entropy"
+    assert fixed_validation(dataset, recipe, state).floor is None, "of this text nobody knows the entropy"
     targets = dataset.validation.tokens - dataset.validation.documents
-    measure = fixed_validation(dataset._replace(floor_nats=2.5 * targets), recipe.train, state)
+    measure = fixed_validation(dataset._replace(floor_nats=2.5 * targets), recipe, state)
     assert measure.floor == (pytest.approx(2.5) if known else None)
     assert measure.score().tokens == (targets if known else pytest.approx(limit, abs=40))
 
@@ -204,7 +205,7 @@ def test_a_library_that_was_left_cut_short_is_built_again_in_the_middle_of_a_run
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    library, validation_of = tmp_path / "cache" / "ab" / "c0.main.so", run_module.fixed_validation
+    library, validation_of = tmp_path / "cache" / "ab" / "c0.main.so", objectives.fixed_validation
     library.parent.mkdir(parents=True)
     library.touch()
 
@@ -213,7 +214,7 @@ def test_a_library_that_was_left_cut_short_is_built_again_in_the_middle_of_a_run
             raise ImportError(f"{library}: file too short")
         return validation_of(*arguments)
 
-    monkeypatch.setattr(run_module, "fixed_validation", loads_it)
+    monkeypatch.setattr(objectives, "fixed_validation", loads_it)
     recipe = recipe_of(tiny_recipe, "train.steps=2")
     assert run_recipe(recipe, tmp_path / "run", False).position.step == 2
     assert any("a truncated library in the compiler" in sentence for sentence in messages)
@@ -236,7 +237,7 @@ def test_a_run_whose_data_were_replaced_is_refused(tiny_recipe: Path, tmp_path: 
     shutil.rmtree(data)
     text = write_text(tmp_path / "other.txt", 300, seed=9)
     prepare_dataset(settings.data.replace(train=(str(text),)), settings.tokenizer, data)
-    with pytest.raises(CheckpointError, match="was trained on other data, or with another tokenizer"):
+    with pytest.raises(CheckpointError, match="was trained on other data, with another tokenizer"):
         run_recipe(recipe, run, True)
     assert (run / "metrics.jsonl").read_bytes() == metrics
     assert (run / "model" / "tokenizer.json").read_bytes() != (data / "tokenizer.json").read_bytes()
@@ -307,7 +308,7 @@ def test_the_model_folder_gets_the_last_or_the_best_weights(
     def scored(*arguments: Any, **options: Any) -> Score:
         return score(*arguments, **options)._replace(nats=100 * next(losses), tokens=100)
 
-    monkeypatch.setattr(run_module, "score", scored)
+    monkeypatch.setattr(objectives, "score", scored)
     every = ("train.steps=6", "train.validate_every=2", "train.checkpoint_every=2")
     changes = (*every, f"train.final_model={final}", THREE_LAYERS)
     position = run_recipe(recipe_of(tiny_recipe, *changes), tmp_path / "run", False).position

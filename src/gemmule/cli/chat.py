@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemmule.cli.chat_terminal import ChatTerminal
-from gemmule.cli.options import DecodingOption, DeviceOption, Int8Option, refuse_others
+from gemmule.cli.options import AdapterOption, DecodingOption, DeviceOption, Int8Option, refuse_others
 from gemmule.cli.screen import Screen, logged_to
 from gemmule.cli.serve import KEY_VARIABLE, read_keys
 from gemmule.errors import TokenizerError, UserError
@@ -35,6 +35,7 @@ def chat(
     context: Annotated[
         int | None, typer.Option(min=2, help="Tokens of the conversation at most; those of MODEL.")
     ] = None,
+    adapter: AdapterOption = None,
     device: DeviceOption = "auto",
     decoding: DecodingOption = "auto",
     int8: Int8Option = False,
@@ -68,7 +69,7 @@ def chat(
     else:
         from gemmule.serve.local import LocalModel
 
-        served = open_model(model, device, decoding, int8, context)
+        served = open_model(model, device, decoding, int8, context, tuple(adapter or ()))
         if turns and (served.tokenizer.start_of_turn_id is None or served.tokenizer.end_of_turn_id is None):
             raise TokenizerError(f"MODEL {model}: --turns needs a vocabulary with turn tokens; use --story")
         chat_model, name = LocalModel(served, turns), model
@@ -81,12 +82,21 @@ def chat(
         session.run()
 
 
-def open_model(model: str, device: str, decoding: "Decoding", int8: bool, context: int | None = None) -> "ServedModel":
+def open_model(
+    model: str,
+    device: str,
+    decoding: "Decoding",
+    int8: bool,
+    context: int | None = None,
+    adapters: tuple[str, ...] = (),
+) -> "ServedModel":
     """Open a MODEL with an engine of one row; UserError where it cannot be."""
     from gemmule.serve.models import load_model
     from gemmule.serve.settings import ModelSpec, ServerSettings
 
     spec = ModelSpec(model, model)
-    settings = ServerSettings((spec,), max_rows=1, context=context, device=device, decoding=decoding, int8=int8)
+    settings = ServerSettings(
+        (spec,), max_rows=1, context=context, device=device, decoding=decoding, int8=int8, adapters=adapters
+    )
     with logged_to(Screen()):
         return load_model(spec, settings)

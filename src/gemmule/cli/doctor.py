@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gemmule.cli.options import AdapterOption
 from gemmule.cli.screen import Screen, logged_to, print_json
 from gemmule.cli.text_settings import text_settings
 from gemmule.reading import local_path
@@ -29,6 +30,7 @@ def doctor(
         str | None, typer.Option(help="Separator of the documents in a text file.  [default: the run's]")
     ] = None,
     column: Annotated[str | None, typer.Option(help="Column that holds the text.  [default: the run's]")] = None,
+    adapter: AdapterOption = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
@@ -49,7 +51,7 @@ def doctor(
 
     settings, dataset = _text(local_path(model), data, separator, column)
     with Screen() as screen, logged_to(screen):
-        network, tokenizer, found = load_with_path(model, device)
+        network, tokenizer, found = load_with_path(model, device, adapters=adapter or ())
         test = ModelUnderTest(network.float(), tokenizer, read_declared(found), settings, dataset)
         findings = examine(test, screen.progress)
     failed = [finding.name for finding in findings if finding.verdict == "failed"]

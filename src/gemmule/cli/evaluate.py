@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemmule.cli.options import AdapterOption, adapters_of_one
 from gemmule.cli.screen import Screen, logged_to, print_json
 from gemmule.cli.text_settings import text_settings
 from gemmule.reading import local_path
@@ -86,6 +87,7 @@ def evaluate(
         int | None, typer.Option(min=0, help="Solved examples before each item of --tasks.  [default: the task's]")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Render --tasks by the model's chat template.")] = False,
+    adapter: AdapterOption = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object last, with every document.")] = False,
 ) -> None:
@@ -111,7 +113,10 @@ def evaluate(
     from gemmule.cli.evaluate_tasks import Options, run_tasks
     from gemmule.errors import RecipeError
 
+    adapters = adapters_of_one(adapter, models)
     if tasks is not None:
+        if adapters:
+            raise RecipeError(f"--adapter {adapters[0]}: for --tasks, name the folder of the adapter as MODEL")
         unread = {"data": data, "separator": separator, "column": column, "stride": stride, "suite": suite}
         run_tasks(models, tasks, Options(documents, shots, chat, context, batch_size, device), unread, as_json)
         return
@@ -127,7 +132,7 @@ def evaluate(
                 raise RecipeError(
                     f"--separator, --column: {text.prepared} is prepared, its text was read already; leave them out"
                 )
-            result = text.evaluate(models, device)
+            result = text.evaluate(models, device, adapters)
         else:
             reading = {"data": data, "documents": documents, "separator": separator, "column": column}
             reading |= {"context": context, "stride": stride, "batch-size": batch_size}
@@ -137,9 +142,9 @@ def evaluate(
             from gemmule.evaluate.tasks import is_task_suite
 
             if is_task_suite(suite):
-                result = _answer_tasks(screen, models, suite, device)
+                result = _answer_tasks(screen, models, suite, device, adapters)
             else:
-                result = _tell_stories(screen, models, suite, device, overlap)
+                result = _tell_stories(screen, models, suite, device, adapters, overlap)
     if as_json:
         print_json(result)
 
@@ -164,7 +169,7 @@ class _Text:
         self.prepared = prepared_folder(settings) or (run.data if run and data is None else None)
         self._name = str(self.prepared) if self.prepared else ", ".join(settings.train)
 
-    def evaluate(self, models: Sequence[str], device: str) -> dict[str, Any]:
+    def evaluate(self, models: Sequence[str], device: str, adapters: Sequence[str]) -> dict[str, Any]:
         """Score the text by each model; say and return the figures, and how they differ."""
         from gemmule.evaluate.results import compare, describe_difference
 
@@ -174,7 +179,7 @@ class _Text:
         for name, model in zip(names, models, strict=True):
             if len(models) > 1:
                 self._screen.print(f"{name}:")
-            network, tokenizer, path = _open(model, device)
+            network, tokenizer, path = _open(model, device, adapters)
             found[name], result = self._score(network, tokenizer, model, path)
             results.append({"model": name, **result})
             tokenizers.add(tokenizer.fingerprint)
@@ -224,7 +229,9 @@ class _Text:
         return scores, result
 
 
-def _tell_stories(screen: Screen, models: Sequence[str], suite: str, device: str, overlap: bool) -> dict[str, Any]:
+def _tell_stories(
+    screen: Screen, models: Sequence[str], suite: str, device: str, adapters: Sequence[str], overlap: bool
+) -> dict[str, Any]:
     """Let each model tell the stories of a suite; say and return what they show."""
     from gemmule.evaluate.memorization import Comparison
     from gemmule.evaluate.results import describe_stories, keep
@@ -234,7 +241,7 @@ def _tell_stories(screen: Screen, models: Sequence[str], suite: str, device: str
     for name, model in zip(_labels(models), models, strict=True):
         if len(models) > 1:
             screen.print(f"{name}:")
-        network, tokenizer, path = _open(model, device)
+        network, tokenizer, path = _open(model, device, adapters)
         run = run_of(local_path(model))
         dataset = _training_data(screen, run) if run and overlap else None
         stories = tell_suite(network, tokenizer, settings, screen.progress)
@@ -251,7 +258,9 @@ def _tell_stories(screen: Screen, models: Sequence[str], suite: str, device: str
     return results[0] if len(models) == 1 else {"models": results}
 
 
-def _answer_tasks(screen: Screen, models: Sequence[str], suite: str, device: str) -> dict[str, Any]:
+def _answer_tasks(
+    screen: Screen, models: Sequence[str], suite: str, device: str, adapters: Sequence[str]
+) -> dict[str, Any]:
     """Let each model answer the tasks of a suite; say and return how many are solved."""
     from gemmule.evaluate.results import keep
     from gemmule.evaluate.tasks import answer_suite, describe_answers, judge_answers, open_task_suite
@@ -260,7 +269,7 @@ def _answer_tasks(screen: Screen, models: Sequence[str], suite: str, device: str
     for name, model in zip(_labels(models), models, strict=True):
         if len(models) > 1:
             screen.print(f"{name}:")
-        network, tokenizer, path = _open(model, device)
+        network, tokenizer, path = _open(model, device, adapters)
         run = run_of(local_path(model))
         result = judge_answers(answer_suite(network, tokenizer, settings, screen.progress))
         result |= {"settings": settings.model_dump()}
@@ -272,11 +281,11 @@ def _answer_tasks(screen: Screen, models: Sequence[str], suite: str, device: str
     return results[0] if len(models) == 1 else {"models": results}
 
 
-def _open(model: str, device: str) -> "tuple[Gemma3, Tokenizer, Path]":
+def _open(model: str, device: str, adapters: Sequence[str]) -> "tuple[Gemma3, Tokenizer, Path]":
     """Open a model; a CPU computes in fp32, of a folder in bf16, too."""
     from gemmule.train.opening import load_with_path
 
-    network, tokenizer, path = load_with_path(model, device)
+    network, tokenizer, path = load_with_path(model, device, adapters=adapters)
     return (network.float() if network.embedding.weight.device.type == "cpu" else network), tokenizer, path
 
 

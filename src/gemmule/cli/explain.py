@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gemmule.cli.options import AdapterOption, adapters_of_one
 from gemmule.cli.screen import Screen, logged_to, print_json
 from gemmule.errors import OutputError, SourceError, UserError
 from gemmule.reading import path_kind
@@ -28,6 +29,7 @@ def explain(
     text: Annotated[str | None, typer.Option(help="The text to explain, at most 1,024 tokens.")] = None,
     file: Annotated[Path | None, typer.Option(help="A UTF-8 file with the text, instead of --text.")] = None,
     out: Annotated[Path | None, typer.Option(help="The HTML page to write; without it the summary is all.")] = None,
+    adapter: AdapterOption = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object last.")] = False,
 ) -> None:
@@ -49,14 +51,14 @@ def explain(
 
     if len(models) > 2:
         raise UserError(f"MODEL: {len(models)} are given; one is explained, or two are compared")
-    given = read_text(text, file)
+    adapters, given = adapters_of_one(adapter, models), read_text(text, file)
     if out is not None and (out.is_symlink() or path_kind(out, OutputError)):
         raise OutputError(f"--out {out}: already exists; choose a new file")
     with Screen() as screen, logged_to(screen):
         explanations: list[Explanation] = []
         for model in models:
             screen.progress(f"reading with {model}", 0, None)
-            explanations.append(_explain(model, device, given))
+            explanations.append(_explain(model, device, given, adapters))
     comparison: Comparison | None = compare(*explanations) if len(explanations) == 2 else None
     values = [plain(each) for each in explanations]
     difference = None if comparison is None else plain(comparison)
@@ -97,12 +99,12 @@ def read_text(text: str | None, file: Path | None) -> str:
     return given
 
 
-def _explain(model: str, device: str, text: str) -> "Explanation":
+def _explain(model: str, device: str, text: str, adapters: tuple[str, ...]) -> "Explanation":
     import gemmule
     from gemmule.evaluate.explain import explain as explanation_of
     from gemmule.model.finite import refuse_nonfinite_weights
 
-    network, tokenizer = gemmule.load(model, device)
+    network, tokenizer = gemmule.load(model, device, adapters)
     refuse_nonfinite_weights(network, model)
     return explanation_of(network.float(), tokenizer, text, model)
 

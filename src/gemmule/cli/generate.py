@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemmule.cli.options import (
+    AdapterOption,
     DecodingOption,
     DeviceOption,
     FrequencyPenalty,
@@ -57,6 +58,7 @@ def generate(
     device: DeviceOption = "auto",
     decoding: DecodingOption = "auto",
     int8: Int8Option = False,
+    adapter: AdapterOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of streaming text.")] = False,
 ) -> None:
     """Generate text from a model.
@@ -65,9 +67,9 @@ def generate(
 
         gemmule generate runs/story/model
 
-        gemmule generate runs/story --prompt "Tom found a red" --temperature 0.5 --seed 7
+        gemmule generate runs/story --prompt - --num-samples 3 --seed 7 < beginning.txt
 
-        gemmule generate runs/story --prompt - --num-samples 3 < beginning.txt
+        gemmule generate google/gemma-3-270m --adapter runs/lora/adapter
 
         gemmule generate runs/story --replay talk.json
     """
@@ -77,8 +79,8 @@ def generate(
     if replay is not None:
         from gemmule.cli.replay import show_replay
 
-        refuse_others(context, "--replay", {"model", "replay", "device", "decoding", "int8", "as_json"})
-        show_replay(model, replay, device, decoding, int8, as_json)
+        refuse_others(context, "--replay", {"model", "replay", "device", "decoding", "int8", "adapter", "as_json"})
+        show_replay(model, replay, device, decoding, int8, as_json, tuple(adapter or ()))
         return
     if input_is_redirected() and getattr(context.get_parameter_source("prompt"), "name", "") == "DEFAULT":
         typer.echo("note: standard input is not read; --prompt - continues what comes from it", err=True)
@@ -87,7 +89,7 @@ def generate(
     from gemmule.inference.preparing import prepare_for_decoding
 
     with logged_to(Screen()):
-        network, tokenizer = gemmule.load(model, device)
+        network, tokenizer = gemmule.load(model, device, adapter or ())
         network, decoding = prepare_for_decoding(network, model, decoding, int8)
     settings: dict[str, Any] = {
         "temperature": temperature,

@@ -34,6 +34,10 @@ DecodingOption = Annotated[
     Literal["auto", "plain", "native", "compiled"],
     typer.Option(help="Decoding backend; compiled takes half a minute to start. See docs/decoding.md."),
 ]
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="FOLDER", help="A LoRA adapter (PEFT) that is merged into MODEL (repeatable)."),
+]
 Int8Option = Annotated[bool, typer.Option("--int8", help="Quantize the weights to int8.")]
 
 
@@ -42,6 +46,13 @@ def finite(number: float | None) -> float | None:
     if number is not None and not math.isfinite(number):
         raise typer.BadParameter(f"{number} is not a finite number")
     return number
+
+
+def adapters_of_one(adapters: list[str] | None, models: Collection[str]) -> tuple[str, ...]:
+    """Return the adapters; UserError where they stand beside several models."""
+    if adapters and len(models) > 1:
+        raise UserError(f"--adapter {adapters[0]}: is for one MODEL; folders of adapters are MODELs, too: name them so")
+    return tuple(adapters or ())
 
 
 def refuse_others(context: typer.Context, option: str, allowed: Collection[str]) -> None:

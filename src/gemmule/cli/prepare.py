@@ -7,10 +7,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemmule.cli.examples import show_examples
 from gemmule.cli.screen import Screen, logged_to, note, print_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gemmule.data.dataset import Dataset
+
+
+_Kind = Annotated[
+    str | None, typer.Option(help="What the rows are: text, conversations, preferences or prompts.  [default: text]")
+]
+_Show = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Print so many documents with the trained tokens marked, and write them to a page; SOURCE may be a "
+        "dataset that is prepared already.",
+    ),
+]
 
 
 def prepare(
@@ -20,7 +36,7 @@ def prepare(
             help="Files, folders, globs, hf:owner/name[:split[:column]], storybook[:count], or - for standard input."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the dataset to create.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the dataset to create.")] = None,
     validation: Annotated[
         list[str] | None, typer.Option(help="SOURCE of the validation split; by default, documents are held out.")
     ] = None,
@@ -37,6 +53,8 @@ def prepare(
     column: Annotated[
         str | None, typer.Option(help="Column with the text, in JSONL, CSV, Parquet and hf: sources.  [default: text]")
     ] = None,
+    kind: _Kind = None,
+    show: _Show = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="data.b=c", help="Override a setting, such as a filter; repeatable."),
@@ -63,26 +81,51 @@ def prepare(
         gemmule prepare train.txt --validation valid.txt --out data/stories --vocab-size 8192
 
         gemmule prepare hf:roneneldan/TinyStories --out data/tinystories --set data.near_duplicates=0.8
+
+        gemmule prepare chats.jsonl --kind conversations --tokenizer runs/story/model --out data/chats --show 5
+
+        gemmule prepare data/chats --show 5
     """
     from gemmule.data.engines import ENGINES
-    from gemmule.data.prepare import PLOT_FILE
 
     if engine not in ENGINES:
         raise typer.BadParameter(f"{engine!r}: use {' or '.join(ENGINES)}", param_hint="--engine")
-    data = {"train": source, "validation": validation, "separator": separator, "column": column}
+    if show is not None and out is None and _is_dataset(source):
+        show_examples(Path(source[0]).expanduser(), show, as_json)
+        return
+    if out is None:
+        raise typer.BadParameter("name the folder of the dataset to create", param_hint="--out")
+    data = {"train": source, "validation": validation, "separator": separator, "column": column, "kind": kind}
     vocabulary = {"vocab_size": vocab_size, "path": str(tokenizer) if tokenizer else None}
     table = {"data": _given(data), "tokenizer": _given(vocabulary)}
     settings, training = _settings(table, overrides or [], recipe)
     with Screen() as screen, logged_to(screen):
         dataset = _prepare(settings, out, workers, engine, screen)
+    _report(screen, dataset, out, training)
+    if show is not None:
+        show_examples(out, show, as_json)
+    if as_json:
+        print_json(dataset.report.model_dump(mode="json", exclude_none=True))
+
+
+def _report(screen: Screen, dataset: "Dataset", out: Path, training: "Callable[[Dataset], str] | None") -> None:
+    """Print what was read, how many epochs of it a recipe trains on, and how a recipe uses it."""
+    from gemmule.data.prepare import PLOT_FILE
+
     screen.print(str(dataset.report))
     if training:
         screen.print(training(dataset))
     if not (out / PLOT_FILE).exists():
         screen.print(f"no {PLOT_FILE}: plots need matplotlib: pip install 'gemmule[plots]'")
-    screen.print(f'dataset written to {out}; use it in a recipe by  data.train = "{out}"')
-    if as_json:
-        print_json(dataset.report.model_dump(mode="json"))
+    kind = "" if dataset.kind == "text" else f'  and  data.kind = "{dataset.kind}"'
+    screen.print(f'dataset written to {out}; use it in a recipe by  data.train = "{out}"{kind}')
+
+
+def _is_dataset(source: list[str]) -> bool:
+    """Whether the SOURCEs are one prepared dataset."""
+    from gemmule.data.dataset import DATASET_FILE
+
+    return len(source) == 1 and (Path(source[0]).expanduser() / DATASET_FILE).is_file()
 
 
 def _prepare(settings: Any, out: Path, workers: int | None, engine: str, screen: Screen) -> "Dataset":
@@ -129,8 +172,8 @@ def _settings(table: dict[str, dict[str, Any]], overrides: list[str], recipe: Pa
 
     if recipe is None:
         return check_recipe(table, Preparation, "of the options", overrides), None
+    from gemmule.train.objectives import implied_epochs
     from gemmule.train.recipe import Recipe
-    from gemmule.train.run import implied_epochs
 
     settings = read_recipe(recipe, Recipe, overrides, table, note)
     return settings, lambda dataset: f"{recipe}: {implied_epochs(dataset, settings)}"

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from gemmule.serve.local import LocalModel, Repetition
 
 
-def show_replay(model: str, file: Path, device: str, decoding: "Decoding", int8: bool, as_json: bool) -> None:
+def show_replay(
+    model: str, file: Path, device: str, decoding: "Decoding", int8: bool, as_json: bool, adapters: tuple[str, ...] = ()
+) -> None:
     """Repeat the model's replies in a file of `gemmule chat` or of the server's page, and compare every token.
 
     Replies of other models are left out, unless all are. GemmuleError where a token is another, SourceError for no such
@@ -26,7 +28,7 @@ def show_replay(model: str, file: Path, device: str, decoding: "Decoding", int8:
     replies = read_replies(file)
     if not replies:
         raise SourceError(f"--replay {file}: no reply has the tokens and the seed that repeat it")
-    local = LocalModel(open_model(model, device, decoding, int8))
+    local = LocalModel(open_model(model, device, decoding, int8, adapters=adapters))
     own = [reply for reply in replies if reply.piece.fingerprint in (None, local.fingerprint)]
     found = []
     for reply in own or replies:

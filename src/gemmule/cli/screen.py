@@ -144,8 +144,12 @@ def describe_metrics(line: dict[str, Any], steps: int) -> str:
     text = f"step {line['step']:>{len(str(steps))}}/{steps}  "
     text += f"train {line['loss']:.3f}" if "loss" in line else "skipped"
     if "val_loss" in line:
-        text += f"  validation {line['val_loss']:.3f} nats/token"
-        if line["val_bits_per_byte"] is not None:
+        text += f"  validation {line['val_loss']:.3f}"
+        if "val_preference_accuracy" in line:
+            text += f", {line['val_preference_accuracy']:.1%} of the pairs preferred rightly"
+        else:
+            text += " nats/token"
+        if line.get("val_bits_per_byte") is not None:
             text += f", {line['val_bits_per_byte']:.3f} bits/byte"
     if "reward" in line:
         text += f"  reward {line['reward']:.3f}"

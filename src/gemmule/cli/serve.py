@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gemmule.cli.options import DecodingOption, DeviceOption, Int8Option
+from gemmule.cli.options import AdapterOption, DecodingOption, DeviceOption, Int8Option, adapters_of_one
 from gemmule.cli.screen import Screen, logged_to
 from gemmule.errors import MissingExtra, UserError
 
@@ -45,6 +45,7 @@ def serve(
     device: DeviceOption = "auto",
     decoding: DecodingOption = "auto",
     int8: Int8Option = False,
+    adapter: AdapterOption = None,
     access_log: Annotated[
         bool, typer.Option(help="Write a line of JSON for each request to standard output, without prompts.")
     ] = True,
@@ -81,6 +82,7 @@ def serve(
         device=device,
         decoding=decoding,
         int8=int8,
+        adapters=adapters_of_one(adapter, models),
         chat=chat,
         follow=follow,
         access_log=access_log,

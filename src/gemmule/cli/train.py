@@ -109,7 +109,8 @@ def follow(
 
             observer = ScreenObserver(screen, run, PredictionLog(run, launched.size if launched else 1))
         try:
-            outcome = run_recipe(recipe, run.path, resume, observer, _sample, allow_changes, longer, _reply)
+            sample = _sample if recipe.data.kind == "text" else _answer
+            outcome = run_recipe(recipe, run.path, resume, observer, sample, allow_changes, longer, _reply)
         except KeyboardInterrupt:
             screen.print(f"stopped; resume with:  {again}")
             raise
@@ -129,6 +130,21 @@ def _sample(model: Any, tokenizer: Any, prompts: Any, tokens: int, seed: int) ->
     from gemmule.inference.sampling import STORYTELLING
 
     return complete(model, tokenizer, prompts, tokens, STORYTELLING, seed)
+
+
+def _answer(model: Any, tokenizer: Any, prompts: Any, tokens: int, seed: int) -> list[str]:
+    """Return each prompt, as the turn of a user, and the reply below it."""
+    from gemmule.inference.engine import reply_to_all, stop_tokens
+    from gemmule.inference.requests import requests_of
+    from gemmule.inference.sampling import STORYTELLING
+    from gemmule.tokenizer.chat import render_chat
+
+    if not prompts:
+        return []
+    turns = [render_chat(tokenizer, [{"role": "user", "content": each}], reply=True).ids for each in prompts]
+    tokens = min(tokens, model.config.max_position_embeddings - max(map(len, turns)))
+    replies = reply_to_all(model, requests_of(turns, tokens, stop_tokens(tokenizer), STORYTELLING, seed))
+    return [f"{prompt}\n\n{tokenizer.decode(reply)}" for prompt, reply in zip(prompts, replies, strict=True)]
 
 
 def _reply(
@@ -191,7 +207,7 @@ def _conclude(screen: Screen, outcome: "Outcome", model: "Gemma3", run: RunFolde
         screen.print(f"best validation {best} at step {position.best_step:,}; {kept}")
     curves = f", its curves are in {run.curves}" if run.curves.exists() else ""
     screen.print(f"the model is in {run.model}{curves}; try it:")
-    screen.print(f"  gemmule generate {run.model}")
+    screen.print(f"  gemmule {'generate' if outcome.recipe.data.kind == 'text' else 'chat'} {run.model}")
     return summary
 
 

@@ -166,9 +166,12 @@ class _Curve:
 
 def figures_of(line: Mapping[str, Any], speed: Speed) -> dict[str, str]:
     """Return the figures of a run by name, those that are known."""
-    figures = {"loss": f"{line['loss']:.3f} nats/token" if "loss" in line else "step skipped"}
+    unit = "" if "preference_accuracy" in line else " nats/token"
+    figures = {"loss": f"{line['loss']:.3f}{unit}" if "loss" in line else "step skipped"}
     if "val_loss" in line:
-        figures["validation"] = f"{line['val_loss']:.3f} nats/token"
+        figures["validation"] = f"{line['val_loss']:.3f}{unit}"
+    if "val_preference_accuracy" in line:
+        figures["preferred rightly"] = f"{line['val_preference_accuracy']:.1%} of the pairs"
     if line.get("val_bits_per_byte") is not None:
         figures["validation, bytes"] = f"{line['val_bits_per_byte']:.3f} bits/byte"
     if "val_floor" in line:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemmule.cli.options import AdapterOption
 from gemmule.cli.screen import Screen, logged_to, print_json
 from gemmule.cli.text_settings import text_settings
 from gemmule.reading import local_path
@@ -48,6 +49,7 @@ def trim(
         str | None, typer.Option(help="Separator of the documents in a text file.  [default: as for training]")
     ] = None,
     column: Annotated[str | None, typer.Option(help="Column that holds the text.  [default: as for training]")] = None,
+    adapter: AdapterOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object at the end.")] = False,
 ) -> None:
     """Trim the vocabulary of a model to the ids that a corpus needs: the corpus is encoded and predicted as before.
@@ -80,7 +82,7 @@ def trim(
             for split, source in sources.items()
             if source is not None
         ]
-        network, tokenizer, found = load_with_path(model)
+        network, tokenizer, found = load_with_path(model, adapters=adapter or ())
         refuse_nonfinite_weights(network, model)
         check_trimmable(tokenizer)
         card = read_card(found)

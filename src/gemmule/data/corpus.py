@@ -39,12 +39,36 @@ class Corpus:
         begin = int(shard.ends[index - 1]) if index else 0
         return shard.read_mask(begin + start, min(begin + stop, int(shard.ends[index])))
 
-    def count_targets(self, documents: int) -> int:
-        """Count the tokens that are trained on among the first documents, without the first token of each."""
+    def count_targets(self) -> npt.NDArray[np.int64]:
+        """Count the targets of each document: the tokens after its first that are trained on."""
         if all(shard.mask is None for shard in self.shards):
-            return int(self.lengths[:documents].sum()) - documents
-        lengths = self.lengths[:documents].tolist()
-        return sum(int(self.read_mask(number, 1, length).sum()) for number, length in enumerate(lengths))
+            return self.lengths.astype(np.int64) - 1
+        counts = []
+        for shard in self.shards:
+            starts = np.append(0, shard.ends[:-1])
+            mask = shard.read_mask(0, shard.header.tokens).astype(np.int64)
+            counts.append(np.add.reduceat(mask, starts) - mask[starts])
+        return np.concatenate(counts)
+
+    def count_read_tokens(self, longest: int, drop_turns: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return how many tokens of each document are read, up to its last trained one, and how many replies it loses.
+
+        Of a document that is longer than `longest` so far, none are; with `drop_turns` those up to the end of the last
+        reply that fits.
+        """
+        stops, lost = [], []
+        for shard in self.shards:
+            mask = shard.read_mask(0, shard.header.tokens)
+            ends = np.asarray(shard.ends, dtype=np.int64)
+            starts = np.append(0, ends[:-1])
+            replies = np.flatnonzero(mask & ~np.append(mask[1:], False))  # the last token of each
+            before, after = np.searchsorted(replies, starts), np.searchsorted(replies, ends)
+            fitting = np.searchsorted(replies, np.minimum(ends, starts + longest))
+            last = fitting if drop_turns else np.where(fitting == after, after, before)
+            there = last > before
+            stops.append(np.where(there, np.append(replies, 0)[last - 1] + 1 - starts, 0))
+            lost.append(np.where(there, after - last, 0))
+        return np.concatenate(stops), np.concatenate(lost)
 
     def text_bytes(self, document: int) -> int:
         """Return the UTF-8 bytes of a document's tokens after its first."""

@@ -30,6 +30,7 @@ class Dataset(NamedTuple):
     floor_nats: float | None  # -log p of all validation documents together, where it is known
     sources: tuple[int, ...]  # per train shard, the index of its source in the report
     lossless: bool = True  # whether decoding restores the text; where not, bits per byte are meaningless
+    kind: str = "text"  # what its rows are, as data.kind says
 
     @property
     def identity(self) -> str:
@@ -119,4 +120,5 @@ def open_dataset(folder: Path, *, verify: bool = True) -> Dataset:
         for shard in (*train.shards, *validation.shards):
             verify_shard(shard, tokenizer.vocab_size)
     sources, floor = manifest.train_sources, manifest.floor_nats
-    return Dataset(train, validation, tokenizer, report, floor, sources, manifest.lossless)
+    kind = str(manifest.settings.get("kind", "text"))
+    return Dataset(train, validation, tokenizer, report, floor, sources, manifest.lossless, kind)

@@ -95,9 +95,12 @@ def _owners(shard: Shard, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64
 
 
 def segments(corpus: Corpus, document: int, tokenizer: Tokenizer) -> Iterator[Segment]:
-    """Yield the segments of a document in order."""
+    """Yield the segments of a document in order; one of text is one segment."""
     length = int(corpus.lengths[document])
     ids, mask = corpus.read(document, 0, length), corpus.read_mask(document, 0, length)
+    if all(shard.mask is None for shard in corpus.shards):
+        yield Segment("text", True, ids.tolist())
+        return
     roles = token_roles(ids, tokenizer)
     begins = np.flatnonzero(np.append(True, (roles[1:] != roles[:-1]) | (mask[1:] != mask[:-1])))
     for begin, stop in zip(begins, np.append(begins[1:], length), strict=True):

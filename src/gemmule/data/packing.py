@@ -12,7 +12,6 @@ import torch
 
 from gemmule.data.batches import IGNORED, PADDING, Batch, RowStream
 from gemmule.data.corpus import Corpus, check_corpus
-from gemmule.errors import DatasetError
 
 
 class Epoch(NamedTuple):
@@ -77,86 +76,11 @@ class PackedRows:
             number, within = number + 1, 0
 
     def _shuffle(self, number: int) -> Epoch:
-        order = _permutation(self.corpus.documents, self.seed, number)
+        order = permutation(self.corpus.documents, self.seed, number)
         return Epoch(order, np.cumsum(self.corpus.lengths[order], dtype=np.int64))
 
 
-class PackedConversations:
-    """Training rows of whole conversations, each of which attends to itself alone, with the loss mask in the targets.
-
-    All documents are packed once, best-fit, in rows of `context` tokens; each epoch has the same rows in another order.
-    `group` documents in a row stay together, such as the chosen and the rejected reply of a pair, and are numbered
-    within a row in their order. A group that is longer than a row is left out, and counted as `too_long`.
-    """
-
-    def __init__(self, corpus: Corpus, context: int, seed: int, pad_id: int | None, group: int = 1) -> None:
-        self.corpus, self.context, self.seed, self._pad_id = corpus, context, seed, pad_id or 0
-        self._packed, self.too_long = _pack_groups(corpus, context, group, seed)
-        if not self._packed:
-            longest = int(corpus.lengths.max()) - 1
-            raise DatasetError(
-                f"train.context = {context}: none of the {corpus.documents:,} conversations fits; the longest needs "
-                f"{longest * group:,}"
-            )
-        self.order = lru_cache(maxsize=2)(self._shuffle)
-
-    @property
-    def rows_per_epoch(self) -> int:
-        """How many rows hold all conversations."""
-        return len(self._packed)
-
-    def documents(self, row: int) -> list[int]:
-        """Return the documents of row `row` of the stream, in their order."""
-        epoch, within = divmod(row, len(self._packed))
-        return self._packed[int(self.order(epoch)[within])]
-
-    def rows(self, first: int, count: int) -> Batch:
-        """Return rows `first` to `first + count`; deterministic, a pure function of (seed, first, count)."""
-        return conversation_rows(
-            self.corpus, [self.documents(row) for row in range(first, first + count)], self.context, self._pad_id
-        )
-
-    def _shuffle(self, epoch: int) -> npt.NDArray[np.int64]:
-        return _permutation(len(self._packed), self.seed, epoch)
-
-
-def conversation_rows(corpus: Corpus, rows: Sequence[Sequence[int]], length: int, pad_id: int) -> Batch:
-    """Return rows of whole documents with their loss masks, padded to a length."""
-    tokens = np.full((len(rows), length), pad_id, dtype=np.int64)
-    targets = np.full((len(rows), length), IGNORED, dtype=np.int64)
-    documents = np.full((len(rows), length), PADDING, dtype=np.int32)
-    for row, members in enumerate(rows):
-        filled = 0
-        for number, document in enumerate(members):
-            size = int(corpus.lengths[document])
-            ids = corpus.read(document, 0, size).astype(np.int64)
-            filling = slice(filled, filled + size - 1)
-            tokens[row, filling] = ids[:-1]
-            targets[row, filling] = np.where(corpus.read_mask(document, 1, size), ids[1:], IGNORED)
-            documents[row, filling] = number
-            filled = filling.stop
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
-
-
-def _pack_groups(corpus: Corpus, context: int, group: int, seed: int) -> tuple[list[list[int]], int]:
-    """Pack groups of documents best-fit into rows; return the documents of each row, and how many groups were left out.
-
-    Groups are taken in an order that the seed decides, so that rows do not follow the order of the sources.
-    """
-    sizes = (corpus.lengths.astype(np.int64) - 1).reshape(-1, group).sum(axis=1)
-    rows: list[list[int]] = []
-    space: list[tuple[int, int]] = []  # (free positions, row), ascending
-    for number in _permutation(len(sizes), seed, _PACKING).tolist():
-        size = int(sizes[number])
-        if size <= context:
-            row = _best_fit(space, size, context, len(rows))
-            if row == len(rows):
-                rows.append([])
-            rows[row] += range(number * group, (number + 1) * group)
-    return rows, int((sizes > context).sum())
-
-
-def _best_fit(space: list[tuple[int, int]], size: int, length: int, rows: int) -> int:
+def best_fit(space: list[tuple[int, int]], size: int, length: int, rows: int) -> int:
     """Return the row with the least sufficient space, `rows` for a new one, and keep what is left of it."""
     best = bisect_left(space, (size, 0))
     free, row = (length, rows) if best == len(space) else space.pop(best)
@@ -165,13 +89,13 @@ def _best_fit(space: list[tuple[int, int]], size: int, length: int, rows: int) -
     return row
 
 
-def _permutation(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def permutation(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Return the numbers up to `count` in a random order, the same on every machine."""
     # Raw bits: NumPy guarantees the stream of a bit generator across versions, but not that of `permutation`.
     keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
     return np.argsort(keys, kind="stable")
 
 
-_PACKING = 2**32  # the order in which groups are packed has a number that no epoch reaches
 _PERIOD = 4096  # rows after which the order of sources in a mixture repeats
 
 
@@ -207,6 +131,7 @@ class MixedRows:
             torch.cat([part.tokens for part in parts])[inverse],
             torch.cat([part.targets for part in parts])[inverse],
             torch.cat(documents)[inverse] if documents else None,
+            {name: torch.cat([part.inputs[name] for part in parts])[inverse] for name in parts[0].inputs},
         )
 
     def _rows_before(self, row: int) -> npt.NDArray[np.int64]:
@@ -260,10 +185,10 @@ class WholeDocuments:
     ) -> None:
         self._corpus, self._batch_size, self._pad_id = corpus, batch_size, pad_id or 0
         self._row_length = row_length or context
-        targets = np.cumsum(corpus.lengths, dtype=np.int64) - np.arange(1, corpus.documents + 1)
+        targets = np.cumsum(corpus.count_targets())
         enough = corpus.documents if limit_tokens is None else int(np.searchsorted(targets, limit_tokens)) + 1
         self.documents = min(enough, corpus.documents, limit_documents or corpus.documents)
-        self.targets = corpus.count_targets(self.documents)
+        self.targets = int(targets[self.documents - 1])
         self.bytes = corpus.first_bytes(self.documents)
         self._pieces, self._ends = _pack(corpus, self.documents, context, stride or context, self._row_length)
 
@@ -323,7 +248,7 @@ def _pack_some(corpus: Corpus, documents: range, context: int, stride: int, row_
     space: list[tuple[int, int]] = []  # (free positions, row), ascending
     for document in documents:
         for piece in _windows(document, int(corpus.lengths[document]) - 1, context, stride):
-            row = _best_fit(space, piece.stop - piece.start, row_length, len(rows))
+            row = best_fit(space, piece.stop - piece.start, row_length, len(rows))
             if row == len(rows):
                 rows.append([])
             rows[row].append(piece)

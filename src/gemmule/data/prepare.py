@@ -32,7 +32,7 @@ from gemmule.data.plain_text import Separator
 from gemmule.data.plot import plot_report
 from gemmule.data.rendering import ROWS_SUFFIX, check_tokenizer
 from gemmule.data.report import CorpusReport, LossMaskReport, SourceReport, SplitReport, add_loss_masks, counted
-from gemmule.data.settings import CHAT_SETTINGS, DataSettings
+from gemmule.data.settings import DataSettings
 from gemmule.data.sources import UNIT, Split, WorkUnit, plan_units
 from gemmule.data.stage_cache import cache_key, commit, committed, open_stage
 from gemmule.data.vocabulary import ChosenTokenizer, Vocabulary
@@ -46,6 +46,7 @@ from gemmule.files import (
     partial_folder,
 )
 from gemmule.tokenizer import Tokenizer, TokenizerSettings
+from gemmule.tokenizer.chat import CHAT_TEMPLATE
 from gemmule.tokenizer.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from gemmule.tokenizer.training import train_tokenizer
 
@@ -271,6 +272,8 @@ class Preparation:
                 self.progress("training the tokenizer", 0, None)
                 sample = self._sample(units, labels, cleaned)
                 given = train_tokenizer(sample, chosen.vocab_size, at_most=chosen.at_most)
+            elif self.settings.kind != "text" and given.chat_template is None:
+                given = given.with_chat_template(CHAT_TEMPLATE)  # which a model that learns from them is to bring
             given.save(self.staged)
             commit(manifest, {"fingerprint": given.fingerprint}, sorted(self.staged.glob("tokenizer*.json")))
         return Tokenizer.load(self.staged)
@@ -352,7 +355,7 @@ class Preparation:
             train_sources=tuple(unit.source for unit, count in zip(units, counts, strict=True) if "train" in count),
             validation=tuple(shard["name"] for shard in shards["validation"]),
             floor_nats=self._entropy_floor(units, labels),
-            settings=settings.model_dump(exclude=set(CHAT_SETTINGS) if settings.kind == "text" else None),
+            settings=settings.model_dump(),
             **({"lossless": False} if self._report_lossy(shards) else {}),
         )
         plot_report(report, self.staged / PLOT_FILE)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from gemmule.fields import UNSET, Count, CountFrom0, Noun, Text
 from gemmule.settings import Problem, Settings
@@ -23,7 +23,7 @@ Sources = Annotated[
 ]
 # What the rows of the SOURCEs are.
 Kind = Literal["text", "conversations", "preferences", "prompts"]
-# Settings that datasets of text, which do not have them, do not name.
+# Settings that recipes and datasets of text do not have.
 CHAT_SETTINGS = frozenset({"kind", "too_long"})
 Weights = Annotated[tuple[float, ...], Field(min_length=1, strict=False)]
 
@@ -74,6 +74,12 @@ class DataSettings(Settings):
         "out its last turns; a pair of preferences is always left out",
     )
     mask_documents: bool = Field(False, description="document mask: restrict attention to the document of a token")
+
+    @model_serializer(mode="wrap")
+    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out of recipes of text what they do not have."""
+        table: dict[str, Any] = write(self)
+        return {key: value for key, value in table.items() if self.kind != "text" or key not in CHAT_SETTINGS}
 
     @classmethod
     def adapt(cls, table: dict[str, Any], changes: dict[str, Any]) -> Iterator[str]:

@@ -279,7 +279,7 @@ class TextTaskSource:
         """Yield the ranges of the source."""
         if settings.kind not in ("conversations", "prompts"):
             raise SourceError('text-tasks gives tasks: set data.kind to "conversations" or "prompts"')
-        for each in self.source.ranges(settings, split):
+        for each in self.source.ranges(settings.replace(kind="text"), split):
             yield TextTaskRange(each, read_range, each.origin, each.size, split == "validation")
 
 

@@ -84,7 +84,7 @@ class TextTaskRange(NamedTuple):
 
     def read(self, settings: DataSettings) -> Iterator[Document]:
         """Yield the rows; a document that is not UTF-8 is passed on, to be counted."""
-        for document in self.read_inner(self.inner, settings):
+        for document in self.read_inner(self.inner, settings.replace(kind="text")):
             if isinstance(document.text, bytes):
                 yield document
             elif task := make_text_task(document.text, self.held_out):

@@ -1,4 +1,4 @@
-"""Adapter folders in PEFT's layout: adapter_config.json and adapter_model.safetensors, with the SHA-256 of the base."""
+"""Adapter folders in PEFT's layout: adapter_config.json, adapter_model.safetensors, and the SHA-256 of the base."""
 
 import hashlib
 import json
@@ -30,8 +30,8 @@ from gemmule.reading import path_kind
 log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# In the metadata of the weights' file, which peft ignores and keys of adapter_config.json it does not.
-BASE_SHA256 = "base_sha256"
+# A file of our own, because peft warns of keys of adapter_config.json that it does not know.
+BASE_FILE = "base.json"
 PREFIX = "base_model.model."
 _ROWS = "token_adapter.trainable_tokens_delta"
 # Our names of an adapter's tensors in a linear layer, and peft's.
@@ -107,19 +107,14 @@ def adapter_tensors(model: Gemma3, full: Full = lambda values: values) -> dict[s
 def save_adapter(lora: LoRA, tensors: Mapping[str, Tensor], base: Base, folder: Path) -> None:
     """Write an adapter into an existing folder, which peft, transformers and vLLM open."""
     values = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
-    save_file(values, folder / WEIGHTS, metadata=weights_metadata(base))
+    save_file(values, folder / WEIGHTS, metadata={"format": "pt"})
     save_adapter_config(lora, base, folder)
     # safetensors writes files that only the owner can read.
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
 
 
-def weights_metadata(base: Base) -> dict[str, str]:
-    """Return the metadata of a file of an adapter's tensors."""
-    return {"format": "pt"} | ({BASE_SHA256: base.sha256} if base.sha256 else {})
-
-
 def save_adapter_config(lora: LoRA, base: Base, folder: Path) -> None:
-    """Write adapter_config.json."""
+    """Write adapter_config.json, and base.json with the SHA-256 of the base's weights where that is known."""
     theirs = {ours: name for name, ours in TARGETS.items()}
     table = {
         "peft_type": "LORA",
@@ -139,6 +134,8 @@ def save_adapter_config(lora: LoRA, base: Base, folder: Path) -> None:
         "trainable_token_indices": list(lora.rows) or None,
     }
     write_json(folder / CONFIG, table)
+    if base.sha256:
+        write_json(folder / BASE_FILE, {"weights_sha256": base.sha256})
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -221,10 +218,12 @@ def load_adapter(folder: Path, model: Gemma3) -> None:
 
 def base_sha256(folder: Path) -> str | None:
     """Return the SHA-256 of the base's weights, where the adapter was written with it."""
-    found = None
-    for file in _files(folder):
-        with opened(file) as mapped:
-            found = (mapped.metadata() or {}).get(BASE_SHA256, found)
+    file = folder / BASE_FILE
+    if path_kind(file) is None:
+        return None
+    found = read_json(file).get("weights_sha256")
+    if not isinstance(found, str):
+        raise ModelError(f"{file}: damaged: has no weights_sha256; remove it to open the adapter without a check")
     return found
 
 

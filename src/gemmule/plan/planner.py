@@ -218,7 +218,7 @@ class Planner:
             model=recipe.model,
             rows=rows,
             context=settings.context,
-            mask_documents=recipe.data.mask_documents,
+            mask_documents=recipe.data.mask_documents or recipe.data.kind != "text",
             precision=self.precision,
             kernel=kernel if self.device.fused_attention else "reference",
             activation_checkpointing=recipe.parallel.activation_checkpointing,

@@ -101,7 +101,7 @@ def _describe(validated: list[dict[str, Any]]) -> str:
     if not validated:
         return "validation"
     last = validated[-1]
-    bits = last["val_bits_per_byte"]
+    bits = last.get("val_bits_per_byte")
     return f"validation, last {last['val_loss']:.3f}" + (f" ({bits:.3f} bits/byte)" if bits is not None else "")
 
 

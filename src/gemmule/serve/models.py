@@ -88,7 +88,7 @@ class ServedModel:
 
 def load_model(spec: ModelSpec, settings: ServerSettings, count: int = 1) -> ServedModel:
     """Open one of `count` models and warm its engine; UserError where it cannot be served as the settings ask."""
-    network, tokenizer, path = load_with_path(spec.model, settings.device)
+    network, tokenizer, path = load_with_path(spec.model, settings.device, adapters=settings.adapters)
     network, decoding = prepare_for_decoding(network, str(path), settings.decoding, settings.int8)
     if settings.chat and (tokenizer.start_of_turn_id is None or tokenizer.end_of_turn_id is None):
         raise TokenizerError(f"MODEL {spec.model}: --chat needs a vocabulary with turn tokens; leave it out")

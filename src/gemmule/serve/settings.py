@@ -61,6 +61,7 @@ class ServerSettings:
     device: str = "auto"
     decoding: Decoding = "auto"
     int8: bool = False
+    adapters: tuple[str, ...] = ()  # merged into the one model
     chat: bool = False  # whether models without a chat template chat, too
     follow: bool = False
     follow_seconds: float = 2.0  # between two looks for a newer checkpoint

@@ -130,6 +130,10 @@ class Tokenizer:
         named = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry.get("name"), str)}
         return {str(name): text for name, text in named.items() if isinstance(text, str)}
 
+    def with_chat_template(self, template: str) -> "Tokenizer":
+        """Return the same tokenizer with another chat template (Jinja)."""
+        return Tokenizer(self._document, {**self._config, "chat_template": template})
+
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Encode a text, with bos where the tokenizer adds it.
 

@@ -1,9 +1,9 @@
 """Checkpoints: everything that an exact resume needs, written atomically in the background.
 
-A checkpoint is a model folder with two more kinds of files: the optimizer state, and `state.json` with the position and
-the sha256 of every file. Data order and dropout are pure functions of (seed, step), so the step is all that they need.
-Tensors go through torch.distributed.checkpoint (`storage.py`), so a checkpoint written by any number of ranks is read
-by any other number.
+A checkpoint is a model folder, or of a run that trains an adapter the folder of that, with two more kinds of files: the
+optimizer state, and `state.json` with the position and the sha256 of every file. Data order and dropout are pure
+functions of (seed, step), so the step is all that they need. Tensors go through torch.distributed.checkpoint
+(`storage.py`), so a checkpoint written by any number of ranks is read by any other number.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from gemmule.errors import CheckpointError, OutputError
 from gemmule.files import as_output_error, atomic_replace, partial_folder, reason_of, remove, sha256
+from gemmule.formats.adapter import adapter_tensors, base_sha256, save_adapter_config
 from gemmule.formats.config_json import write_json
 from gemmule.formats.folder import save_settings
 from gemmule.formats.names import tensor_name_pairs
@@ -113,8 +114,12 @@ class Saver:
         """Add what is not a tensor, give the folder its name, and remove what need not be kept."""
         temporary = partial_folder(folder)
         with as_output_error(folder):
-            save_settings(self._state.parallel.model, self._tokenizer, temporary)
-            if not (temporary / "model.safetensors").exists():
+            if (adapter := self._state.adapter) is not None:
+                save_adapter_config(adapter.lora, adapter.base, temporary)
+                self._tokenizer.save(temporary)
+            else:
+                save_settings(self._state.parallel.model, self._tokenizer, temporary)
+            if adapter is None and not (temporary / "model.safetensors").exists():
                 files = {name: file.name for file, name, *_ in headers(temporary) if kind_of(name) == "model"}
                 write_json(temporary / INDEX, {"metadata": {}, "weight_map": files})
             digests |= {file.name: sha256(file) for file in sorted(temporary.iterdir()) if file.name not in digests}
@@ -132,6 +137,11 @@ def load_checkpoint(folder: Path, state: TrainState, data: str | None = None) ->
     """
     world = state.parallel.world
     position = world.broadcast(verify_checkpoint(folder, data) if world.is_main else Position())
+    if (adapter := state.adapter) is not None and (known := base_sha256(folder)) != adapter.base.sha256:
+        raise CheckpointError(
+            f"{folder}: its adapter was trained on another base than train.start leads to now (SHA-256 {known}, not "
+            f"{adapter.base.sha256}); bring that back, or name another folder for a new run"
+        )
     try:
         names = {split_slice_name(stored)[0] for _, stored, *_ in headers(folder)}
         state.optimizers.allocate_state(name for name in sorted(names) if kind_of(name) == "optimizer")
@@ -144,6 +154,8 @@ def load_checkpoint(folder: Path, state: TrainState, data: str | None = None) ->
 def _tensors(state: TrainState) -> dict[str, Tensor]:
     """Name every tensor of a run: weights as Hugging Face does, optimizer state as `parameter/quantity`."""
     model = state.parallel.model
+    if state.adapter is not None:
+        return adapter_tensors(model) | state.optimizers.state_dict()
     names = dict(tensor_name_pairs(model.config.num_hidden_layers, model.config.tie_word_embeddings))
     weights = {names[ours]: parameter.detach() for ours, parameter in model.named_parameters()}
     return weights | state.optimizers.state_dict()
@@ -179,8 +191,8 @@ def verify_checkpoint(folder: Path, data: str | None = None, weights_only: bool 
             raise CheckpointError(f"{file}: is not of this checkpoint, state.json does not name it")
     if data is not None and state.data is not None and state.data != data:
         raise OtherDataError(
-            f"{folder}: the run was trained on other data, or with another tokenizer, than data.train leads to now; "
-            "bring those back, or name another folder for a new run"
+            f"{folder}: the run was trained on other data, with another tokenizer, or beside another reference "
+            "(train.start) than now; bring those back, or name another folder for a new run"
         )
     return state.position
 

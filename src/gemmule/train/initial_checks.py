@@ -53,11 +53,14 @@ def check_first_step(model: Gemma3, loss: float, targets: Tensor, pretrained: bo
     A `pretrained` model predicts better than the frequencies of the tokens would, one with first weights knows
     nothing.
     """
-    identity = _without_effect(model)
+    identity = (*_without_effect(model), *_without_update(model))
+    adapted = any(name.endswith(".lora_a") for name, _ in model.named_parameters())
     without_gradient = [
         name
         for name, p in model.named_parameters()
-        if not name.startswith(identity) and (p.grad is None or not bool(full_tensor(p.grad.norm())))
+        if not name.startswith(identity)
+        and (p.requires_grad or not adapted)  # below an adapter the weights are frozen
+        and (p.grad is None or not bool(full_tensor(p.grad.norm())))
     ]
     if without_gradient:
         more = " ..." if len(without_gradient) > 5 else ""
@@ -91,6 +94,15 @@ def _without_effect(model: Gemma3) -> tuple[str, ...]:
         if norm in branches and not bool(full_tensor((1 + parameter.detach()).norm())):
             found += [f"{block}.{each}" for each in branches[norm]]
     return tuple(found)
+
+
+def _without_update(model: Gemma3) -> tuple[str, ...]:
+    """Return the names of each A of an adapter whose B is still 0."""
+    parameters = dict(model.named_parameters())
+    firsts = [name for name in parameters if name.endswith(".lora_a")]
+    return tuple(
+        n for n in firsts if not bool(full_tensor(parameters[n.replace(".lora_a", ".lora_b")].detach().norm()))
+    )
 
 
 def expected_first_loss(model: Gemma3, targets: Tensor) -> float:

@@ -1,8 +1,9 @@
-"""Metrics of a run: append-only JSON Lines files and the overfitting warning."""
+"""Metrics of a run: append-only JSON Lines files, and warnings of overfitting and of chosen replies that sink."""
 
 import json
 import logging
 import os
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -103,6 +104,33 @@ class OverfittingWatch:
             f"{self._best['step']:,}; meanwhile the training loss fell from {self._best['loss']:.3f} to "
             f"{line['loss']:.3f}; {REMEDIES}"
         )
+
+
+class ChosenRepliesWatch:
+    """Notices that preference optimization makes the chosen replies less likely, as long as rejected ones lose more."""
+
+    def __init__(self) -> None:
+        self._ratios: deque[float] = deque(maxlen=_STEPS)
+        self._warned = False
+
+    def note(self, line: Mapping[str, Any]) -> str | None:
+        """Take a line of metrics; return a sentence when the chosen replies have lost two nats on average."""
+        if "chosen_log_ratio" not in line:
+            return None
+        self._ratios.append(line["chosen_log_ratio"])
+        mean = sum(self._ratios) / len(self._ratios)
+        if self._warned or len(self._ratios) < _STEPS or mean > -_SUNK:
+            return None
+        self._warned = True
+        return (
+            f"step {line['step']:,}: the chosen replies have become less likely than in the reference, by {-mean:.1f} "
+            "nats each; only the margin over the rejected ones is in the loss: preferences.sft_weight = 1.0 keeps them "
+            "likely, a larger preferences.beta or a smaller optimizer.learning_rate moves less"
+        )
+
+
+# Logged steps that are averaged, and the nats that chosen replies may lose.
+_STEPS, _SUNK = 20, 2.0
 
 
 def overfits(best: Mapping[str, Any], line: Mapping[str, Any]) -> bool:

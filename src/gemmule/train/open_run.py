@@ -33,7 +33,7 @@ _LABELS = ("license",)
 _MEASURED = ("attention", "precision")
 # Settings that decide what the weights mean and which rows a step trains on: another value is another run.
 _FIXED = re.compile(
-    r"data\..*|tokenizer\..*|model\..*|optimizer\.name|train\.(start|batch_size|context|seed|damp_branches)"
+    r"data\..*|tokenizer\..*|model\..*|lora\..*|optimizer\.name|train\.(start|batch_size|context|seed|damp_branches)"
 )
 # Names of temporary files. Those of an interrupted preparation are used again.
 _LEFTOVER = re.compile(r"\.(?!data\.)[\w.-]+\.(partial|old)$")
@@ -167,8 +167,8 @@ def differences(given: Recipe, stored: Recipe) -> dict[str, str]:
         }
         for r in (given, stored)
     )
-    changed = (key for key in new if new[key] != old[key] and key not in ignored)
-    return {key: f"{key} is {new[key]!r}, was {old[key]!r}" for key in changed}
+    changed = (key for key in old | new if new.get(key) != old.get(key) and key not in ignored)
+    return {key: f"{key} is {new.get(key)!r}, was {old.get(key)!r}" for key in changed}
 
 
 def remove_leftovers(run: RunFolder) -> None:

@@ -85,12 +85,13 @@ OPTIMIZERS: dict[str, Callable[[Named, OptimizerSettings, Arithmetic], list[Opti
 
 
 class Optimizers:
-    """The optimizers of a run as one: each parameter has exactly one owner, learning rates scale together."""
+    """The optimizers of a run as one: each parameter that learns has one owner, learning rates scale together."""
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings, precision: Arithmetic = "fp32") -> None:
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        learning = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._names = {parameter: name for name, parameter in learning}
         self._max_norm = settings.clip
-        self._optimizers = OPTIMIZERS[settings.name](list(model.named_parameters()), settings, precision)
+        self._optimizers = OPTIMIZERS[settings.name](learning, settings, precision)
         self._groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         self._peak_rates = [group["lr"] for group in self._groups]
         owned = [parameter for group in self._groups for parameter in group["params"]]

@@ -18,6 +18,7 @@ from gemmule.compiler import compile_block
 from gemmule.distributed import World, full_tensor
 from gemmule.model.gemma3 import Gemma3
 from gemmule.model.init import meta_model
+from gemmule.model.lora import lora_of, merge, merged_weights
 from gemmule.runtime import Runtime
 from gemmule.settings import Settings
 from gemmule.train.cuda_graph import CudaGraphStep
@@ -183,14 +184,15 @@ def on_whole_matrices(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor]
 def gather_model(parallel: Parallel, kernel: str) -> Gemma3 | None:
     """Return the full model on rank 0, for reading only, and None on the others; every rank must call it.
 
-    Where weights are sharded it is a copy in the machine's main memory.
+    Where weights are sharded it is a copy in the machine's main memory; adapters are merged in fp32.
     """
     model, is_main = parallel.model, parallel.world.is_main
-    if not isinstance(model, FSDPModule):
-        return model if is_main else None
+    sharded = isinstance(model, FSDPModule)
+    if not sharded:
+        adapted = is_main and lora_of(model) is not None
+        return merge(model) if adapted else model if is_main else None
     copy = meta_model(model.config, kernel)
-    for name, parameter in model.named_parameters():
-        values = full_tensor(parameter.detach())
+    for name, values in merged_weights(model, full_tensor):
         if is_main:
             owner, _, last = name.rpartition(".")
             setattr(copy.get_submodule(owner), last, torch.nn.Parameter(values.cpu()))

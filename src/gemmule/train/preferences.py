@@ -3,14 +3,20 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from gemmule.compiler import uncompiled
 from gemmule.data.batches import Batch
-from gemmule.distributed import World
+from gemmule.data.conversation_packing import PackedConversations
+from gemmule.distributed import SINGLE_PROCESS, World
 from gemmule.fields import NotNegative, Positive, Text
+from gemmule.model.gemma3 import Gemma3
+from gemmule.runtime import Runtime
 from gemmule.settings import Problem, Settings
 from gemmule.train.log_probabilities import target_log_probabilities
 from gemmule.train.loss import IGNORED
@@ -119,7 +125,9 @@ class Preferences:
         losses = self._loss.loss(margin, self._settings)
         if self._settings.sft_weight:
             losses = losses - self._settings.sft_weight * chosen.policy / chosen.tokens
-        figures = (margin, margin > 0, chosen.policy, chosen.tokens, rejected.policy, rejected.tokens)
+        figures = (
+            margin, margin > 0, chosen.log_ratio, chosen.policy, chosen.tokens, rejected.policy, rejected.tokens
+        )  # fmt: skip
         self._sums.append(torch.stack([torch.ones_like(margin), *figures]).detach().sum(dim=1))
         return losses.sum()
 
@@ -129,9 +137,57 @@ class Preferences:
         return {name: value / max(1, pairs) for name, value in zip(METRICS, sums, strict=True)}
 
 
+class PreferenceRows:
+    """Training rows of whole pairs, with the reference's log-probability of each reply (0 without a reference)."""
+
+    def __init__(self, pairs: PackedConversations, reference: npt.NDArray[np.float32] | None = None) -> None:
+        self.pairs, self._reference = pairs, reference
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Return rows `first` to `first + count`; deterministic, a pure function of (seed, first, count)."""
+        batch = self.pairs.rows(first, count)
+        reference = np.zeros((count, self.pairs.most_documents), np.float32)
+        if self._reference is not None:
+            for row in range(count):
+                members = self.pairs.documents(first + row)
+                reference[row, : len(members)] = self._reference[members]
+        return batch._replace(inputs={REFERENCE: torch.from_numpy(reference)})
+
+
+class PreferenceScore(NamedTuple):
+    """The validation of a model on preferences: means over pairs."""
+
+    loss: float
+    metrics: dict[str, float]
+
+    def figures(self) -> dict[str, float | None]:
+        """Return the loss and the means that are logged in training, too."""
+        return {"loss": self.loss, **self.metrics}
+
+
+@torch.no_grad()
+def score_preferences(
+    model: Gemma3, rows: PreferenceRows, at_once: int, objective: Preferences, runtime: Runtime
+) -> PreferenceScore:
+    """Return the loss and the metrics over each pair once; every rank computes all of it."""
+    was_training = model.training
+    model.eval()
+    total, pairs, sums = 0.0, 0, dict.fromkeys(METRICS, 0.0)
+    for first in range(0, rows.pairs.rows_per_epoch, at_once):
+        batch = rows.rows(first, min(at_once, rows.pairs.rows_per_epoch - first)).to(runtime.device)
+        count = objective.begin_step(batch)
+        with uncompiled(), runtime.autocast():
+            total += objective.summed_loss(model, batch).item()
+        for name, value in objective.metrics(SINGLE_PROCESS).items():
+            sums[name] += value * count
+        pairs += count
+    model.train(was_training)
+    return PreferenceScore(total / pairs, {name: value / pairs for name, value in sums.items()})
+
+
 METRICS = (
-    "reward_margin", "preference_accuracy", "chosen_log_probability", "chosen_tokens", "rejected_log_probability",
-    "rejected_tokens",
+    "reward_margin", "preference_accuracy", "chosen_log_ratio", "chosen_log_probability", "chosen_tokens",
+    "rejected_log_probability", "rejected_tokens",
 )  # fmt: skip
 
 

@@ -12,8 +12,10 @@ import torch
 from gemmule.compiler import uncompiled
 from gemmule.data.batches import IGNORED, Batch
 from gemmule.data.corpus import Corpus
+from gemmule.data.dataset import Dataset
 from gemmule.errors import DatasetError
 from gemmule.files import as_output_error, atomic_write
+from gemmule.formats.adapter import weights_sha256
 from gemmule.model.gemma3 import Gemma3
 from gemmule.runtime import Runtime
 from gemmule.train.log_probabilities import target_log_probabilities
@@ -33,23 +35,44 @@ class Reference(NamedTuple):
     validation: LogProbabilities
 
 
+def open_reference(
+    model: Gemma3 | None,
+    dataset: Dataset,
+    folder: Path,
+    runtime: Runtime,
+    on_progress: Callable[[str, int, int | None], None],
+) -> Reference:
+    """Return the log-probabilities that a model gives to a dataset, from its folder or computed; None on other ranks.
+
+    They are of the precision that the run trains in, so that the first step finds the policy equal to the reference.
+    """
+    own = None if model is None else f"{weights_sha256(model)[:16]}-{runtime.precision}"
+    fingerprint = runtime.world.broadcast(own)
+    assert fingerprint is not None
+    train, validation = (
+        stored_or_computed(reference_file(folder, fingerprint, split), corpus, model, runtime, on_progress)
+        for split, corpus in (("train", dataset.train), ("validation", dataset.validation))
+    )
+    return Reference(fingerprint, train, validation)
+
+
 def reference_file(folder: Path, fingerprint: str, split: str) -> Path:
     """Return the file in a dataset's folder with the log-probabilities of a reference for a split."""
-    return folder / f"reference-{fingerprint[:16]}-{split}.npy"
+    return folder / f"reference-{fingerprint}-{split}.npy"
 
 
 def stored_or_computed(
     file: Path,
     corpus: Corpus,
-    model: Callable[[], Gemma3],
+    model: Gemma3 | None,
     runtime: Runtime,
     on_progress: Callable[[str, int, int | None], None],
 ) -> LogProbabilities:
     """Read log-probabilities from a file, or compute and write them; every rank calls it, the main one computes."""
     world = runtime.world
-    if world.is_main and not file.exists():
+    if model is not None and not file.exists():
         log.info(f"the log-probabilities of the reference are computed once, and kept in {file}")
-        found = log_probabilities(model(), corpus, runtime, on_progress)
+        found = log_probabilities(model, corpus, runtime, on_progress)
         with as_output_error(file), atomic_write(file) as temporary, temporary.open("wb") as stream:
             np.save(stream, found)
     world.barrier()

@@ -10,17 +10,18 @@ from torch import Tensor
 
 from gemmule.data.batches import RowStream
 from gemmule.data.dataset import Dataset
-from gemmule.data.packing import MixedRows, PackedRows
-from gemmule.distributed import World
+from gemmule.distributed import World, full_tensor
 from gemmule.errors import RecipeError
 from gemmule.model.gemma3 import Gemma3
 from gemmule.model.init import init_weights, meta_model
+from gemmule.model.lora import add_lora, init_lora
 from gemmule.runtime import Runtime, choose_precision, derive_seed
 from gemmule.settings import Problem
 from gemmule.tokenizer import Tokenizer
 from gemmule.train.autotune import Trial, tune
 from gemmule.train.loop import forward_backward
-from gemmule.train.objective import NextToken, Objective
+from gemmule.train.lora import Adapter, describe_adapter
+from gemmule.train.objectives import build_objective, training_rows
 from gemmule.train.optim import Optimizers
 from gemmule.train.parallel import parallelize
 from gemmule.train.recipe import Recipe, gives_vocabulary
@@ -54,6 +55,7 @@ def resolve(
     dataset: Dataset,
     runtime: Runtime,
     on_progress: Callable[[str, int, int | None], None],
+    adapter: Adapter | None = None,
 ) -> tuple[ResolvedRecipe, Runtime]:
     """Settle what a recipe leaves open; also return the runtime in the precision that was chosen.
 
@@ -69,8 +71,10 @@ def resolve(
     recipe = runtime.world.broadcast(recipe)
     runtime = runtime._replace(precision=choose_precision(recipe.train.precision, runtime.device))
     log.info(describe(recipe, runtime))
+    if adapter is not None:
+        log.info(describe_adapter(recipe.model, adapter, base_dtype(recipe, runtime)))
     if recipe.train.minutes is not None and rows is not None:
-        recipe = resolve_steps(recipe, rows, runtime, on_progress)
+        recipe = resolve_steps(recipe, rows, runtime, on_progress, adapter)
     return ResolvedRecipe.model_validate(recipe.model_dump(exclude_unset=True)), runtime
 
 
@@ -125,7 +129,8 @@ def trial_of(recipe: Recipe, device: torch.device, ranks: int = 1) -> Trial:
     """Return what a rank of a run computes with, whose vocabulary is resolved."""
     per_rank = recipe.train.batch_size // ranks
     rows = min(recipe.train.micro_batch_size or per_rank, per_rank)
-    return Trial(recipe.model, rows, recipe.train.context, recipe.data.mask_documents, device)
+    masked = recipe.data.mask_documents or recipe.data.kind != "text"
+    return Trial(recipe.model, rows, recipe.train.context, masked, device)
 
 
 def resolve_steps(
@@ -133,13 +138,14 @@ def resolve_steps(
     rows: RowStream,
     runtime: Runtime,
     on_progress: Callable[[str, int, int | None], None],
+    adapter: Adapter | None = None,
 ) -> Recipe:
     """Turn `train.minutes` into steps by timing a few steps of a model that is then discarded."""
     settings, world = recipe.train, runtime.world
     minutes = settings.minutes
     assert minutes is not None
     on_progress("compiling" if settings.compile else "measuring the time per step", 0, None)
-    state = build(recipe, runtime)
+    state = build(recipe, runtime, adapter=adapter)
     state.parallel.model.train()
     objective = build_objective(recipe)
     batch = rows.rows(0, settings.batch_size // world.size)
@@ -162,37 +168,33 @@ def resolve_steps(
     return recipe.replace(train=settings.replace(steps=first + steps, minutes=None))
 
 
-def build(recipe: Recipe, runtime: Runtime, start: Start | None = None) -> TrainState:
-    """Build a model on every rank, and its optimizers; its weights are those of `start`, or drawn by the seed."""
+def build(recipe: Recipe, runtime: Runtime, start: Start | None = None, adapter: Adapter | None = None) -> TrainState:
+    """Build a model on every rank, and its optimizers; its weights are those of `start`, or drawn by the seed.
+
+    With an adapter these are frozen, and it alone learns.
+    """
     settings = recipe.train
+    model = meta_model(recipe.model, settings.attention)
+    if adapter is not None:
+        add_lora(model.to(base_dtype(recipe, runtime)), adapter.lora)
 
     def init(model: Gemma3, copy: Callable[[Tensor, Tensor], object]) -> None:
         if start is None or start.adds_layers(model.config):
             init_weights(model, derive_seed(settings.seed, "weights"), settings.damp_branches, copy)
         if start is not None:
             start.copy_weights(model, copy)
+        if adapter is not None:
+            init_lora(model, derive_seed(settings.seed, "lora"), copy, full_tensor)
 
-    parallel = parallelize(
-        meta_model(recipe.model, settings.attention),
-        recipe.parallel,
-        settings.compile,
-        runtime,
-        init,
-    )
-    return TrainState(parallel, Optimizers(parallel.model, recipe.optimizer, runtime.precision))
+    parallel = parallelize(model, recipe.parallel, settings.compile, runtime, init)
+    optimizers = Optimizers(parallel.model, recipe.optimizer, runtime.precision)
+    return TrainState(parallel, optimizers, adapter=adapter)
 
 
-def build_objective(recipe: Recipe) -> Objective:
-    """Return what a recipe minimizes."""
-    return NextToken(recipe.train.compile)
-
-
-def training_rows(dataset: Dataset, recipe: Recipe) -> RowStream:
-    """Return the packed training rows: of all documents, or mixed from sources by `data.weights`."""
-    context, seed, masked = recipe.train.context, recipe.train.seed, recipe.data.mask_documents
-    corpora = dataset.mixture(recipe.data.weights)
-    packed = [PackedRows(corpus, context, seed, masked, dataset.tokenizer.bos_id) for corpus, _ in corpora]
-    return MixedRows(packed, [weight for _, weight in corpora]) if recipe.data.weights else packed[0]
+def base_dtype(recipe: Recipe, runtime: Runtime) -> torch.dtype:
+    """Return the dtype of the frozen weights below an adapter; sharded weights are fp32, and gathered in bf16."""
+    half = recipe.lora.base_precision == "auto" and runtime.precision == "bf16" and recipe.parallel.strategy == "ddp"
+    return torch.bfloat16 if half or recipe.lora.base_precision == "bf16" else torch.float32
 
 
 def describe(recipe: Recipe, runtime: Runtime) -> str:

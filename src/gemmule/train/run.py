@@ -2,21 +2,18 @@
 
 import logging
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemmule.compiler import rebuilding
-from gemmule.data.batches import RowStream
 from gemmule.data.dataset import DATASET_FILE, Dataset, open_dataset, prepared_folder
-from gemmule.data.packing import WholeDocuments
-from gemmule.data.report import describe_epochs
-from gemmule.distributed import World, process_group
+from gemmule.distributed import World, full_tensor, process_group
 from gemmule.errors import CheckpointError, GemmuleError, OutputError, RecipeError
 from gemmule.files import atomic_folder, atomic_write
+from gemmule.formats.adapter import CONFIG as ADAPTER_CONFIG
+from gemmule.formats.adapter import adapter_tensors, save_adapter
 from gemmule.formats.folder import save_folder
 from gemmule.model.gemma3 import Gemma3
 from gemmule.run_folder import RunFolder
@@ -27,19 +24,19 @@ from gemmule.tracking import Tracking, TrackingSettings
 from gemmule.train.checkpoint import Saver, checkpoints, load_checkpoint, newest_checkpoint, prune_checkpoints
 from gemmule.train.environment import log_environment
 from gemmule.train.loop import Callbacks, train
+from gemmule.train.lora import Adapter
 from gemmule.train.memory import out_of_memory_explained
-from gemmule.train.metrics import JsonLines, OverfittingWatch
-from gemmule.train.objective import Objective
+from gemmule.train.metrics import ChosenRepliesWatch, JsonLines, OverfittingWatch
+from gemmule.train.objectives import check_kind, find_reference, identity, implied_epochs, open_job
 from gemmule.train.observer import Observer, SampleFunction
 from gemmule.train.open_run import Extension, claim_run, differences, keep_recipe, remove_leftovers
 from gemmule.train.parallel import gather_model
 from gemmule.train.recipe import Recipe
-from gemmule.train.resolve import ResolvedRecipe, build, build_objective, check_ranks, resolve, training_rows
-from gemmule.train.rollouts import ReplyFunction, open_rewards
-from gemmule.train.settings import TrainSettings
+from gemmule.train.reference import Reference
+from gemmule.train.resolve import ResolvedRecipe, build, check_ranks, resolve
+from gemmule.train.rollouts import ReplyFunction
 from gemmule.train.start import Start, open_start
 from gemmule.train.state import Position, TrainState
-from gemmule.train.validation import Score, Scored, score
 
 log = logging.getLogger(__name__)
 
@@ -110,12 +107,17 @@ def _run(
         log.info(f"starting from the weights of {start.name}")
     dataset = _prepared_dataset(recipe, run, runtime.world, observer, start)
     with out_of_memory_explained(recipe, runtime.device):
-        resolved, runtime = resolve(recipe, dataset, runtime, observer.on_progress)
+        check_kind(dataset, recipe)
+        adapter = None if start is None else start.adapter(recipe)
+        resolved, runtime = resolve(recipe, dataset, runtime, observer.on_progress, adapter)
         if resolved.data.kind != "prompts":
             log.info(implied_epochs(dataset, resolved))
-        state = build(resolved, runtime, start)
+        folder = prepared_folder(resolved.data) or run.data
+        reference = find_reference(resolved, dataset, folder, runtime, observer.on_progress)
+        state = build(resolved, runtime, start, adapter)
+        start = None  # its weights need no memory any more
         if resume:
-            _restore(run, state, dataset)
+            _restore(run, state, identity(dataset, reference))
         if state.position.step > resolved.train.steps:
             advice = f"the run is at step {state.position.step:,} already; use that many or more"
             raise RecipeError(str(Problem("train.steps", resolved.train.steps, advice)))
@@ -123,11 +125,13 @@ def _run(
             _write_resolved(resolved, run, state.position)
             log_environment(run, state.position.step, runtime)
         observer.on_train_begin(resolved)
-        failures = _train(resolved, run, dataset, state, observer, sample, partial(_job, start=start, reply=reply))
+        failures = _train(resolved, run, dataset, reference, state, observer, sample, reply)
         if is_main:  # the last validation may have changed which checkpoint is the best
             prune_checkpoints(run.path, resolved.train.keep_checkpoints, state.position)
         if resolved.train.final_model == "best" and state.position.is_over(resolved.train, resolved.schedule):
             _load_best(run, state)
+    if state.adapter is not None:
+        _save_adapter(run, state, state.adapter, dataset.tokenizer)
     model = gather_model(state.parallel, resolved.train.attention)
     if model is not None:
         with atomic_folder(run.model, replace=True, last="config.json") as folder:
@@ -137,9 +141,21 @@ def _run(
     return Outcome(resolved, state.position, dataset, model)
 
 
+def _save_adapter(run: RunFolder, state: TrainState, adapter: Adapter, tokenizer: Tokenizer) -> None:
+    """Write the folder of the adapter, which names its base; every rank calls it."""
+    tensors = adapter_tensors(state.parallel.model, full_tensor)
+    if state.parallel.world.is_main:
+        with atomic_folder(run.adapter, replace=True, last=ADAPTER_CONFIG) as folder:
+            save_adapter(adapter.lora, tensors, adapter.base, folder)
+            tokenizer.save(folder)
+
+
 def _start(recipe: Recipe, run: RunFolder, world: World) -> Start | None:
-    """Open the model that the run starts from; None where there is none, or a checkpoint takes its place."""
-    if world.broadcast(bool(checkpoints(run.path))):
+    """Open the model that the run starts from; None where there is none, or a checkpoint takes its place.
+
+    Checkpoints of an adapter do not have the weights of its base.
+    """
+    if recipe.lora.rank is None and world.broadcast(bool(checkpoints(run.path))):
         return None
     if not world.is_main:  # which may have to download it
         world.barrier()
@@ -170,10 +186,10 @@ def _prepared_dataset(recipe: Recipe, run: RunFolder, world: World, observer: Ob
     return dataset
 
 
-def _restore(run: RunFolder, state: TrainState, dataset: Dataset) -> None:
+def _restore(run: RunFolder, state: TrainState, data: str) -> None:
     """Load the newest good checkpoint and log what is wrong with newer ones; CheckpointError if all are damaged."""
     world = state.parallel.world
-    folder, damage = world.broadcast(newest_checkpoint(run.path, dataset.identity) if world.is_main else (None, []))
+    folder, damage = world.broadcast(newest_checkpoint(run.path, data) if world.is_main else (None, []))
     for sentence in damage:
         log.warning(f"skipped a damaged checkpoint: {sentence}")
     if folder is None and damage:
@@ -184,7 +200,7 @@ def _restore(run: RunFolder, state: TrainState, dataset: Dataset) -> None:
     if folder is None:
         log.info(f"{run.path} has no checkpoint yet: starting from step 0")
         return
-    load_checkpoint(folder, state, dataset.identity)
+    load_checkpoint(folder, state, data)
     log.info(f"resuming from {folder}, after step {state.position.step:,}")
 
 
@@ -209,41 +225,19 @@ def _comments_that_hold(recipe: ResolvedRecipe, before: Recipe, comments: dict[s
     return held
 
 
-class Job(NamedTuple):
-    """What a run trains on and minimizes, and how it is validated."""
-
-    rows: RowStream
-    objective: Objective
-    validate: Callable[[], Scored]
-    floor: float | None = None  # of the validation loss, where it is known
-    close: Callable[[], None] = lambda: None
-
-
-def _job(
-    recipe: ResolvedRecipe, dataset: Dataset, state: TrainState, *, start: Start | None, reply: ReplyFunction | None
-) -> Job:
-    if recipe.data.kind != "prompts":
-        validation = fixed_validation(dataset, recipe.train, state)
-        return Job(training_rows(dataset, recipe), build_objective(recipe), validation.score, validation.floor)
-    assert reply is not None, "rewards need a function that answers prompts"
-    start = start or open_start(recipe)  # a resumed run needs it as the reference
-    assert start is not None
-    rewards = open_rewards(recipe.rewards, recipe.train, dataset, state, start.model, reply)
-    return Job(rewards.rows, rewards.objective, rewards.validate, close=rewards.close)
-
-
 def _train(
     recipe: ResolvedRecipe,
     run: RunFolder,
     dataset: Dataset,
+    reference: Reference | None,
     state: TrainState,
     observer: Observer,
     sample: SampleFunction | None,
-    open_job: Callable[[ResolvedRecipe, Dataset, TrainState], Job],
+    reply: ReplyFunction | None,
 ) -> list[OutputError]:
     """Train to the end, with checkpoints, metrics and samples in the run folder; return what could not be written."""
-    job = open_job(recipe, dataset, state)
-    saver = Saver(run, state, dataset.tokenizer, recipe.train.keep_checkpoints, dataset.identity)
+    job = open_job(recipe, dataset, state, reference, reply)
+    saver = Saver(run, state, dataset.tokenizer, recipe.train.keep_checkpoints, identity(dataset, reference))
     logs = RunLogs(recipe, run, state, observer, job.floor, sample, dataset.tokenizer)
 
     def save(position: Position) -> None:
@@ -293,9 +287,10 @@ class RunLogs:
         self.metrics = JsonLines(run.metrics if is_main else nowhere, position.metrics_bytes)
         self.samples = JsonLines(run.samples if is_main else nowhere, position.samples_bytes)
         self._tracking = Tracking(recipe.tracking if is_main else TrackingSettings(to=()), run, position.step)
-        self._overfitting = OverfittingWatch()
+        self._watches = (OverfittingWatch(), ChosenRepliesWatch())
         for line in run.read_metrics() if is_main else ():
-            self._overfitting.note(line)
+            for watch in self._watches:
+                watch.note(line)
 
     def log_metrics(self, line: dict[str, Any]) -> None:
         """Log a line of metrics."""
@@ -304,8 +299,9 @@ class RunLogs:
         self.metrics.write(line)
         self._tracking.log_metrics(line)
         self._observer.on_metrics(line, self._recipe.train.steps)
-        if warning := self._overfitting.note(line):
-            log.warning(warning)
+        for watch in self._watches:
+            if warning := watch.note(line):
+                log.warning(warning)
 
     def sample(self, step: int) -> None:
         """Continue the sample prompts with the model as it is, and log the texts."""
@@ -350,36 +346,3 @@ def _load_best(run: RunFolder, state: TrainState) -> None:
     load_checkpoint(run.checkpoint(position.best_step), state)
     state.position = position
     log.info(f"the model folder gets the weights of step {position.best_step:,}, the best validated checkpoint")
-
-
-def implied_epochs(dataset: Dataset, recipe: Recipe) -> str:
-    """Describe how many tokens a recipe trains on, and how many epochs of the dataset or of each source that is."""
-    steps = recipe.train.steps
-    tokens = steps * recipe.train.batch_size * recipe.train.context
-    corpora = dataset.mixture(recipe.data.weights)
-    names = [source.source for source in dataset.report.sources]
-    sizes, weights = [corpus.tokens for corpus, _ in corpora], [weight for _, weight in corpora]
-    return f"{steps:,} steps: {tokens:,} tokens, {describe_epochs(names, sizes, weights, tokens)}"
-
-
-class FixedValidation(NamedTuple):
-    """The validation of a run, and its entropy floor where that is known (nats per token)."""
-
-    score: Callable[[], Score]
-    floor: float | None
-
-
-def fixed_validation(dataset: Dataset, settings: TrainSettings, state: TrainState) -> FixedValidation:
-    """Choose the documents to validate on, the same each time."""
-    documents = WholeDocuments(
-        dataset.validation,
-        settings.context,
-        settings.micro_batch_size or settings.batch_size,
-        dataset.tokenizer.pad_id or 0,
-        settings.validation_tokens,
-    )
-    complete = documents.documents == dataset.validation.documents
-    floor = dataset.floor_nats / documents.targets if dataset.floor_nats is not None and complete else None
-    text_bytes = documents.bytes if dataset.lossless else None
-    model, runtime = state.parallel.model, state.parallel.runtime
-    return FixedValidation(lambda: score(model, documents, text_bytes, runtime), floor)

@@ -1,6 +1,7 @@
 """`train.start`: a run that continues from the weights, the shape and the tokenizer of a model."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -8,11 +9,15 @@ from torch import Tensor
 
 from gemmule.data.dataset import Dataset, prepared_folder
 from gemmule.errors import RecipeError
+from gemmule.formats.adapter import Base, weights_sha256
+from gemmule.formats.opening import is_repository
 from gemmule.model.config import Gemma3Config
 from gemmule.model.finite import refuse_nonfinite_weights
 from gemmule.model.gemma3 import Gemma3
+from gemmule.reading import local_path
 from gemmule.settings import Problem
 from gemmule.tokenizer import Tokenizer
+from gemmule.train.lora import Adapter, lora_of_settings
 from gemmule.train.opening import load_with_path
 from gemmule.train.recipe import Recipe, gives_vocabulary
 
@@ -26,6 +31,15 @@ class Start(NamedTuple):
     name: str
     model: Gemma3
     tokenizer: Tokenizer
+    path: Path  # that it was opened from
+
+    def adapter(self, recipe: Recipe) -> Adapter | None:
+        """Return the adapter that a recipe trains, and its base; None where it trains all weights."""
+        if recipe.lora.rank is None:
+            return None
+        lora = lora_of_settings(recipe.lora, self.model, self.tokenizer)
+        name = self.name if is_repository(local_path(self.name)) else str(self.path.resolve())
+        return Adapter(lora, Base(name, weights_sha256(self.model)))
 
     def adopt(self, recipe: Recipe) -> Recipe:
         """Give a recipe the model's config and vocabulary; RecipeError lists the settings that contradict them."""
@@ -73,7 +87,7 @@ class Start(NamedTuple):
 
     def _contradictions(self, recipe: Recipe) -> Iterator[Problem]:
         config = self.model.config
-        deeper = {"num_hidden_layers"} if self.adds_layers(recipe.model) else set()
+        deeper = {"num_hidden_layers"} if self.adds_layers(recipe.model) and recipe.lora.rank is None else set()
         for key in sorted(recipe.model.model_fields_set - _OWN - deeper):
             given, own = getattr(recipe.model, key), getattr(config, key)
             if given != own:
@@ -92,6 +106,6 @@ def open_start(recipe: Recipe) -> Start | None:
     name = recipe.train.start
     if name is None:
         return None
-    model, tokenizer, _ = load_with_path(name)
+    model, tokenizer, path = load_with_path(name)
     refuse_nonfinite_weights(model, f"train.start = {name}")
-    return Start(name, model, tokenizer)
+    return Start(name, model, tokenizer, path)

@@ -2,12 +2,16 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from gemmule.settings import Settings
 from gemmule.train.optim import Optimizers
 from gemmule.train.parallel import Parallel
 from gemmule.train.schedule import ScheduleSettings
 from gemmule.train.settings import TrainSettings
+
+if TYPE_CHECKING:  # the loop does not need adapter folders
+    from gemmule.train.lora import Adapter
 
 
 class LossEMA(Settings):
@@ -74,3 +78,4 @@ class TrainState:
     parallel: Parallel
     optimizers: Optimizers
     position: Position = field(default_factory=Position)
+    adapter: "Adapter | None" = None  # which is all that learns

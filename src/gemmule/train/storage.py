@@ -1,7 +1,8 @@
 """How torch.distributed.checkpoint keeps tensors here: safetensors files, one a process and kind, and nothing pickled.
 
-A process alone writes `model.safetensors` under Hugging Face's names and `optimizer.safetensors`; process 2 of 4 writes
-`model-00002-of-00004.safetensors`. A tensor of which a process has rows 8 to 16 is kept as `NAME[8:16]`.
+A process alone writes `model.safetensors` under Hugging Face's names, or of an adapter `adapter_model.safetensors`
+under peft's, and `optimizer.safetensors`; process 2 of 4 writes `model-00002-of-00004.safetensors`. A tensor of which a
+process has rows 8 to 16 is kept as `NAME[8:16]`.
 """
 
 import dataclasses
@@ -27,14 +28,15 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from gemmule.files import as_output_error, create_temporary_folder, partial_folder, sha256, sync
+from gemmule.formats.adapter import PREFIX
 from gemmule.formats.safetensors_reader import slice_name, split_slice_name
 
-KINDS = ("model", "optimizer")
+KINDS = ("model", "optimizer", "adapter_model")
 
 
 def kind_of(name: str) -> str:
     """Return the kind of file that a tensor goes to; what an optimizer remembers is named `parameter/quantity`."""
-    return KINDS["/" in name]
+    return "optimizer" if "/" in name else "adapter_model" if name.startswith(PREFIX) else "model"
 
 
 class _Plain:

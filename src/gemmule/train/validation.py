@@ -15,11 +15,11 @@ from gemmule.train.loss import summed_loss
 
 
 class Scored(Protocol):
-    """What a validation found; less loss is better."""
+    """The result of a validation."""
 
     @property
     def loss(self) -> float:
-        """What the best checkpoint has least of."""
+        """What decides which checkpoint is the best."""
         ...
 
     def figures(self) -> dict[str, float | None]:
