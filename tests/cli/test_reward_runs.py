@@ -39,7 +39,7 @@ learning_rate = 0.01
 [rewards]
 reward = "{folder}/reward.py:vowels"
 replies = 4
-max_new_tokens = 10
+max_reply_tokens = 10
 """
 
 REWARD = """
@@ -108,7 +108,7 @@ def test_a_reward_is_learned_and_everything_about_it_is_logged(recipe: Path, tmp
 
 @pytest.mark.slow
 def test_a_killed_run_gives_the_same_replies_and_weights(recipe: Path, tmp_path: Path) -> None:
-    options = overrides("rewards.epochs=2", "rewards.kl=0.1", "rewards.scale_by_deviation=true")
+    options = overrides("rewards.steps_per_rollout=2", "rewards.kl=0.1", "rewards.scale_by_deviation=true")
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert gemmule("train", recipe, "--out", straight, *options).code == 0
     for _ in range(2):  # in the second step on the same replies, which are made again
@@ -150,7 +150,7 @@ def test_components_are_weighed_and_logged_by_themselves(recipe: Path, tmp_path:
 def test_a_reward_that_cannot_teach_ends_the_run_in_one_sentence(
     recipe: Path, tmp_path: Path, name: str, words: str
 ) -> None:
-    options = [*with_reward(recipe, name), *overrides("rewards.time_limit=0.5", "train.steps=20")]
+    options = [*with_reward(recipe, name), *overrides("rewards.call_seconds=0.5", "train.steps=20")]
     ended = gemmule("train", recipe, "--out", tmp_path / "run", *options)
     assert ended.code == 2
     assert words in ended.err
@@ -170,7 +170,7 @@ def test_a_reward_that_cannot_teach_ends_the_run_in_one_sentence(
         ("train.context=20", "train.context = 20: is too short: the longest prompt has"),
         ("train.start=none", "train.start: name the MODEL"),
         ("train.minutes=1", "train.minutes = 1"),
-        ("rewards.epochs=4", "train.steps = 6: must be a multiple of rewards.epochs (4)"),
+        ("rewards.steps_per_rollout=4", "train.steps = 6: must be a multiple of rewards.steps_per_rollout (4)"),
         ("rewards.weights=[1.0]", "rewards.weights = [1.0]: must be as many as rewards.components (0)"),
         ("parallel.strategy=fsdp", "use ddp"),
         ("data.kind=text", "rewards.reward"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from gemmule.data.batches import IGNORED, Batch
 from gemmule.distributed import SINGLE_PROCESS
 from gemmule.errors import RecipeError
+from gemmule.inference.engine import Engine
 from gemmule.inference.groups import reply_to_groups
 from gemmule.inference.requests import Request
 from gemmule.inference.sampling import SamplingSettings
@@ -23,7 +24,7 @@ from gemmule.train.rewards import ADVANTAGE, REFERENCE, SAMPLED, PolicyGradient,
 from gemmule.train.settings import TrainSettings
 from tiny import lively_model, shallow_config
 
-SETTINGS = RewardSettings(clip_low=0.1, clip_high=0.3, kl=0.2, epochs=2)
+SETTINGS = RewardSettings(clip_low=0.1, clip_high=0.3, kl=0.2, steps_per_rollout=2)
 
 
 def batch_of(rows: int = 4, length: int = 11) -> Batch:
@@ -94,7 +95,7 @@ def test_the_step_does_not_depend_on_how_it_is_cut() -> None:
 def test_one_step_on_each_sample_has_the_gradient_of_advantage_times_log_probability() -> None:
     batch, model = batch_of(), lively_model(shallow_config())
     del batch.inputs[SAMPLED]  # type: ignore[attr-defined]
-    objective = PolicyGradient(SETTINGS.replace(kl=0.0, epochs=1), lambda _: {})
+    objective = PolicyGradient(SETTINGS.replace(kl=0.0, steps_per_rollout=1), lambda _: {})
     objective.summed_loss(model, batch).backward()  # type: ignore[no-untyped-call]
     weight = model.embedding.weight
     assert weight.grad is not None
@@ -126,7 +127,6 @@ def test_the_engine_and_the_forward_of_training_agree_on_log_probabilities(tempe
     assert groups == reply_to_groups(model, requests, max_rows=3)
     assert [len(group) for group in groups] == [3, 3]
     assert len({tuple(reply) for group in groups for reply in group}) == 6
-    from gemmule.inference.engine import Engine
 
     engine = Engine(model, 3, 20)
     sequences = engine.submit(requests[0])
@@ -135,7 +135,7 @@ def test_the_engine_and_the_forward_of_training_agree_on_log_probabilities(tempe
         for sequence, event in engine.step():
             assert event is not None
             assert event.log_probabilities is not None
-            by_engine.setdefault(sequence.sample, []).append(event.log_probabilities.chosen)
+            by_engine.setdefault(sequence.sample, []).append(event.log_probabilities.token)
     for sequence in sequences:
         ids = torch.tensor([[*prompts[0], *sequence.generated]])
         logs = torch.log_softmax(reference_logits(model, ids[:, :-1]), dim=-1)
