@@ -20,7 +20,7 @@ def places(tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) 
     return base, folder / "adapter"
 
 
-COMMANDS = {
+COMMANDS: dict[str, list[object]] = {
     "generate": ["--prompt", "Mia", "--seed", 1, "--max-new-tokens", 12],
     "evaluate": ["--data", "storybook:3"],
     "explain": ["--text", "Mia found a key."],
