@@ -67,6 +67,8 @@ OUTSIDE = {
     "a whole number from 1 to 1,048,576": (0, 2**20 + 1),
     "a whole number from 0 to 9,223,372,036,854,775,807": (-1, 2**63),
     "a whole number at least 1": (0, 2**53 + 1),
+    "a whole number from 2 to 1,024": (1, 1025),
+    "a number above 0 and below 1": (0, 1, "nan"),
     "a number above 0": (0, "inf", "nan"),
     "a number above 0 and at most 1": (0, 1.01, "nan"),
     "a number at least 0": (-1e-9, "inf", "nan"),
@@ -79,7 +81,7 @@ OUTSIDE = {
 NUMBERS = {key: setting.kind.removesuffix(", or none") for key, setting in SETTINGS.items() if "number" in setting.kind}
 
 
-@pytest.mark.parametrize("key", sorted(NUMBERS.keys() - {"data.weights"}))
+@pytest.mark.parametrize("key", sorted(NUMBERS.keys() - {"data.weights", "rewards.weights"}))
 def test_numbers_out_of_range_end_the_command_with_2_and_one_sentence(
     key: str, tiny_recipe: Path, tmp_path: Path
 ) -> None:

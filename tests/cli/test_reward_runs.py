@@ -1,6 +1,7 @@
 """Runs that learn from rewards, through the command line."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from gemmule.run_folder import read_json_lines
 from gemmule.settings import read_recipe
 from gemmule.train.recipe import Recipe
-from runs import final_weights, gemmule, overrides, timeless_metrics
+from runs import Death, final_weights, gemmule, overrides, start, timeless_metrics
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 
@@ -38,7 +39,7 @@ learning_rate = 0.01
 [rewards]
 reward = "{folder}/reward.py:vowels"
 replies = 4
-max_new_tokens = 10
+max_reply_tokens = 10
 """
 
 REWARD = """
@@ -89,6 +90,7 @@ def with_reward(recipe: Path, name: str) -> list[str]:
     return overrides(f"rewards.reward={recipe.parent / 'reward.py'}:{name}")
 
 
+@pytest.mark.slow
 def test_a_reward_is_learned_and_everything_about_it_is_logged(recipe: Path, tmp_path: Path) -> None:
     ended = gemmule("train", recipe, "--out", tmp_path / "run", *overrides("train.steps=30", "train.validate_every=30"))
     assert ended.code == 0, ended.err
@@ -104,22 +106,23 @@ def test_a_reward_is_learned_and_everything_about_it_is_logged(recipe: Path, tmp
     assert "reward 0." in ended.err
 
 
-def test_a_resumed_run_gives_the_same_replies_and_weights(recipe: Path, tmp_path: Path) -> None:
-    options = overrides("rewards.epochs=2", "rewards.kl=0.1", "rewards.scale_by_deviation=true")
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+@pytest.mark.slow
+def test_a_killed_run_gives_the_same_replies_and_weights(recipe: Path, tmp_path: Path) -> None:
+    options = overrides("rewards.steps_per_rollout=2", "rewards.kl=0.1", "rewards.scale_by_deviation=true")
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert gemmule("train", recipe, "--out", straight, *options).code == 0
-    for steps in (2, 4):
-        longer = [*options, *overrides(f"train.steps={steps}")]
-        ended = gemmule("train", recipe, "--out", resumed, *longer, "--resume", "--allow-changes")
-        assert ended.code == 0, ended.err
-    assert gemmule("train", recipe, "--out", resumed, *options, "--resume", "--allow-changes").code == 0
-    assert final_weights(straight) == final_weights(resumed)
-    whole, parts = ({line["step"]: line for line in timeless_metrics(run)} for run in (straight, resumed))
-    for step, line in whole.items():
-        assert {name: parts[step][name] for name in line if not name.startswith("val_")} == {
-            name: value for name, value in line.items() if not name.startswith("val_")
-        }
-    assert any(line["clipped"] > 0 for line in whole.values())
+    for _ in range(2):  # in the second step on the same replies, which are made again
+        death = Death("gemmule.train.loop:lr_scale", 4)
+        process = start("train", recipe, "--out", killed, *options, "--resume", log=tmp_path / "log", death=death)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert gemmule("train", recipe, "--out", killed, *options, "--resume").code == 0
+    assert final_weights(straight) == final_weights(killed)
+    assert timeless_metrics(straight) == timeless_metrics(killed)
+    lines = timeless_metrics(straight)
+    assert any(line["clipped"] > 0 for line in lines)
+    # Steps in pairs have the same replies.
+    assert [line["reward"] for line in lines[::2]] == [line["reward"] for line in lines[1::2]]
 
 
 def test_components_are_weighed_and_logged_by_themselves(recipe: Path, tmp_path: Path) -> None:
@@ -147,7 +150,7 @@ def test_components_are_weighed_and_logged_by_themselves(recipe: Path, tmp_path:
 def test_a_reward_that_cannot_teach_ends_the_run_in_one_sentence(
     recipe: Path, tmp_path: Path, name: str, words: str
 ) -> None:
-    options = [*with_reward(recipe, name), *overrides("rewards.time_limit=0.5", "train.steps=20")]
+    options = [*with_reward(recipe, name), *overrides("rewards.call_seconds=0.5", "train.steps=20")]
     ended = gemmule("train", recipe, "--out", tmp_path / "run", *options)
     assert ended.code == 2
     assert words in ended.err
@@ -167,7 +170,7 @@ def test_a_reward_that_cannot_teach_ends_the_run_in_one_sentence(
         ("train.context=20", "train.context = 20: is too short: the longest prompt has"),
         ("train.start=none", "train.start: name the MODEL"),
         ("train.minutes=1", "train.minutes = 1"),
-        ("rewards.epochs=4", "train.steps = 6: must be a multiple of rewards.epochs (4)"),
+        ("rewards.steps_per_rollout=4", "train.steps = 6: must be a multiple of rewards.steps_per_rollout (4)"),
         ("rewards.weights=[1.0]", "rewards.weights = [1.0]: must be as many as rewards.components (0)"),
         ("parallel.strategy=fsdp", "use ddp"),
         ("data.kind=text", "rewards.reward"),

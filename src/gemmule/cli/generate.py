@@ -67,9 +67,7 @@ def generate(
 
         gemmule generate runs/story/model
 
-        gemmule generate runs/story --prompt "Tom found a red" --temperature 0.5 --seed 7
-
-        gemmule generate runs/story --prompt - --num-samples 3 < beginning.txt
+        gemmule generate runs/story --prompt - --num-samples 3 --seed 7 < beginning.txt
 
         gemmule generate runs/story --replay talk.json
     """

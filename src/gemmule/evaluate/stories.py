@@ -149,7 +149,7 @@ _OF_BOOK = ("parses", "consistent", "problems", "possible", "surprise")
 
 
 def rate_of(found: Sequence[bool]) -> dict[str, Any]:
-    """Return how often something holds, with Wilson's interval."""
+    """Return the rate at which something holds, with Wilson's interval."""
     hits = sum(found)
     rate = hits / len(found) if found else None
     return {"rate": rate, "hits": hits, "count": len(found), "interval": rate_interval(hits, len(found))}

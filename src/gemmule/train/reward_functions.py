@@ -63,7 +63,7 @@ class Grader:
                 raise RecipeError(str(Problem("rewards.reward", name, advice)))
             self._function, self._counted = REWARDS[name]
         elif ".py:" in name:
-            self._process = process = RewardProcess(name, settings.time_limit)
+            self._process = process = RewardProcess(name, settings.call_seconds)
             self._function = lambda sample: process(sample.row["messages"], sample.reply, sample.row)
             self._counted = ()
         else:

@@ -68,7 +68,7 @@ class RewardProcess:
             code = self._child.wait()
             what = "starting" if call is None else "a call"
             reason = f"{what} took more than {seconds:g} s" if finished else f"its process ended with {code}"
-            raise RecipeError(f"rewards.reward = {self._name}: {reason}; see rewards.time_limit, and what it printed")
+            raise RecipeError(f"rewards.reward = {self._name}: {reason}; see rewards.call_seconds, and what it printed")
         answer = json.loads(line)
         if "error" in answer:
             raise RecipeError(f"rewards.reward = {self._name}: {answer['error']}")
@@ -90,24 +90,24 @@ def _serve(file: str, name: str, seconds: float) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the function prints is no answer
 
-    def say(**answer: Any) -> None:
+    def send(**answer: Any) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
     try:
         function = _load(Path(file), name)
     except BaseException as error:
-        say(error=_sentence(error))
+        send(error=_sentence(error))
         return
-    say(value=None)
+    send(value=None)
     for line in sys.stdin:
         # Where the run was killed meanwhile, nobody else would end a call that hangs.
         signal.alarm(math.ceil(seconds) + 5)
         try:
             value = function(*json.loads(line))
-            say(value=_numbers(value))
+            send(value=_numbers(value))
         except BaseException as error:
-            say(error=f"{name} raised {_sentence(error)}")
+            send(error=f"{name} raised {_sentence(error)}")
         signal.alarm(0)
 
 

@@ -44,12 +44,12 @@ class RewardSettings(Settings):
         (), strict=False, description="weights of the components, as many; without it, 1 each"
     )
     replies: Annotated[int, Field(ge=2, le=1024)] = Field(8, description="replies to a prompt, the group")
-    max_new_tokens: Count = Field(200, description="tokens after which a reply is cut off")
+    max_reply_tokens: Count = Field(200, description="tokens after which a reply is cut off")
     temperature: Positive = Field(1.0, description="of sampling, and of the probabilities that are trained")
     scale_by_deviation: bool = Field(
         False, description="divide advantages by the standard deviation of the group's rewards (GRPO's own form)"
     )
-    epochs: Count = Field(1, description="optimizer steps on the same replies")
+    steps_per_rollout: Count = Field(1, description="optimizer steps on the same replies")
     clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="how far below 1 the ratio to the sampling model's probability has an effect"
     )
@@ -57,7 +57,7 @@ class RewardSettings(Settings):
     kl: NotNegative = Field(
         0.0, description="weight of the KL divergence from the model of train.start, in nats per token"
     )
-    time_limit: Positive = Field(10.0, description="seconds that a call of file.py:function may take")
+    call_seconds: Positive = Field(10.0, description="seconds that a call of file.py:function may take")
 
     def problems(self) -> Iterator[Problem]:
         """Yield weights that do not fit the components."""
@@ -79,8 +79,9 @@ def problems_of_rewards(rewards: RewardSettings, train: TrainSettings, strategy:
             "train.batch_size", train.batch_size, f"must be a multiple of rewards.replies ({rewards.replies})"
         )
     for name in ("steps", "checkpoint_every", "validate_every"):
-        if getattr(train, name) % rewards.epochs:
-            advice = f"must be a multiple of rewards.epochs ({rewards.epochs}), whose steps have the same replies"
+        if getattr(train, name) % rewards.steps_per_rollout:
+            own = rewards.steps_per_rollout
+            advice = f"must be a multiple of rewards.steps_per_rollout ({own}), whose steps have the same replies"
             yield Problem(f"train.{name}", getattr(train, name), advice)
 
 

@@ -61,10 +61,10 @@ class Prompts:
         ]
         self._seed = seed
         longest = max(map(len, self.ids))
-        if longest + settings.max_new_tokens > context + 1:
+        if longest + settings.max_reply_tokens > context + 1:
             advice = (
-                f"is too short: the longest prompt has {longest} tokens, and a reply up to {settings.max_new_tokens} "
-                f"(rewards.max_new_tokens); use {longest + settings.max_new_tokens - 1} or more"
+                f"is too short: the longest prompt has {longest} tokens, and a reply up to {settings.max_reply_tokens} "
+                f"(rewards.max_reply_tokens); use {longest + settings.max_reply_tokens - 1} or more"
             )
             raise RecipeError(str(Problem("train.context", context, advice)))
 
@@ -88,7 +88,7 @@ class Policy:
         """Return the tokens of so many replies to each prompt."""
         model, settings = self.parallel.model, self._settings
         model.eval()
-        found = self._reply(model, prompts, replies, settings.max_new_tokens, settings.temperature, self._stops)
+        found = self._reply(model, prompts, replies, settings.max_reply_tokens, settings.temperature, self._stops)
         model.train()
         return found
 
@@ -124,7 +124,7 @@ class Rollouts:
     def rows(self, first: int, count: int) -> Batch:
         """Return rows `first` to `first + count`, all of one step and whole groups."""
         step, offset = divmod(first, self._train.batch_size)
-        key = (step // self._settings.epochs, offset, count)
+        key = (step // self._settings.steps_per_rollout, offset, count)
         if self._made is None or self._made[0] != key:
             self._made = key, self._make(*key)
         return self._made[1]
@@ -153,15 +153,15 @@ class Rollouts:
         ]
         grades = [self._grader.grade(sample) for sample in samples]
         if warning := self._watch.note(grades):
-            log.warning(f"step {rollout * self._settings.epochs + 1}: {warning}")
-        rewards = torch.tensor([grade.reward for grade in grades]).view(-1, size)
+            log.warning(f"step {rollout * self._settings.steps_per_rollout + 1}: {warning}")
+        rewards = torch.tensor([grade.reward for grade in grades], dtype=torch.float32).view(-1, size)
         self._figures = _figures(samples, grades, replies)
         without_signal = rewards.max(dim=1).values == rewards.min(dim=1).values
         self._figures["no_signal"] = float(without_signal.sum()), float(len(rewards))
         batch = self._rows_of([prompt.ids for prompt in prompts for _ in range(size)], replies)
         inputs = {ADVANTAGE: advantages(rewards, self._settings.scale_by_deviation).flatten()}
         inputs[REFERENCE] = self._score(self._reference, batch)
-        if self._settings.epochs > 1:
+        if self._settings.steps_per_rollout > 1:
             inputs[SAMPLED] = self._score(self._policy.parallel.model, batch)
         return batch._replace(inputs=inputs)
 
@@ -173,7 +173,7 @@ class Rollouts:
         tokens = torch.zeros((len(replies), length), dtype=torch.int64)
         targets = torch.full((len(replies), length), IGNORED, dtype=torch.int64)
         for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
-            ids = torch.tensor([*prompt, *reply])
+            ids = torch.tensor([*prompt, *reply], dtype=torch.int64)
             tokens[row, : len(ids) - 1] = ids[:-1]
             targets[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
         return Batch(tokens, targets, None)

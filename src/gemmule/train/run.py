@@ -245,7 +245,7 @@ def _train(
         saver.save(position.replace(metrics_bytes=metrics_bytes, samples_bytes=samples_bytes))
 
     def stop_requested() -> bool:  # not between steps that share their replies, which are not saved
-        return interrupt.requested and (state.position.step + 1) % recipe.rewards.epochs == 0
+        return interrupt.requested and (state.position.step + 1) % recipe.rewards.steps_per_rollout == 0
 
     failures: list[OutputError] = []
     with interruptible() as interrupt:
