@@ -12,6 +12,8 @@ import torch
 
 from gemmule.model.config import Gemma3Config
 from gemmule.model.gemma3 import Gemma3
+from gemmule.model.init import meta_model
+from gemmule.model.lora import LoRA, add_lora
 from gemmule.plan.trace import Operation, Trace, TraceMode, peak
 from gemmule.train.muon import Muon, stacks
 from gemmule.train.optim import OptimizerSettings
@@ -23,7 +25,7 @@ CUDA_CONTEXT = 0.6e9
 # returns no memory (cli/main.py), as measured by benchmarks/plan.py.
 GPU_FRAGMENTATION, HEAP_FRAGMENTATION = 0.10, 0.43
 # Classes without fragmentation: long-lived, or one large allocation at a time.
-_UNFRAGMENTED = ("weights", "gradients", "optimizer", "copies for the checkpoint")
+_UNFRAGMENTED = ("weights", "merged weights", "gradients", "optimizer", "copies for the checkpoint")
 # Growth of the process in a run beside tensors, in bytes, as measured by benchmarks/plan.py on one machine: libraries
 # loaded during the run (curves, kernels and their buffers, this plan), and the compiler.
 LIBRARY_GROWTH, COMPILER_GROWTH = 160e6, 20e6
@@ -77,6 +79,24 @@ class Sharding(NamedTuple):
         return {"ddp": 1, "fsdp": self.gpus, "hsdp": min(self.gpus, self.per_node)}[self.strategy]
 
 
+class Weights(NamedTuple):
+    """Bytes of all weights, and the number of those that learn."""
+
+    bytes: int
+    learning: int
+
+
+def weights_of(config: Gemma3Config, lora: LoRA | None = None, half_base: bool = False) -> Weights:
+    """Return the weights of a model, or of a frozen one with an adapter in fp32."""
+    total = count_parameters(config).total
+    if lora is None:
+        return Weights(FP32 * total, total)
+    model = meta_model(config)
+    add_lora(model, lora)
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Weights((BF16 if half_base else FP32) * total + FP32 * learning, learning)
+
+
 class OptimizerStep(NamedTuple):
     """PeakMemory and operations of one optimizer step."""
 
@@ -87,14 +107,18 @@ class OptimizerStep(NamedTuple):
 
 @lru_cache(maxsize=32)
 def trace_optimizer_step(
-    config: Gemma3Config, settings: OptimizerSettings, precision: Literal["bf16", "fp32"]
+    config: Gemma3Config, settings: OptimizerSettings, precision: Literal["bf16", "fp32"], learning: int | None = None
 ) -> OptimizerStep:
-    """Trace an optimizer step: AdamW has two moments per parameter, Muon one per matrix."""
+    """Trace an optimizer step: AdamW has two moments per parameter, Muon one per matrix.
+
+    `learning` is the number of parameters, where an adapter alone learns.
+    """
     count = count_parameters(config)
+    learning = count.total if learning is None else learning
     # Gradient norm and clipping.
-    operations: list[tuple[Operation, float]] = [(Operation("clip", (), 0, 12 * count.total, (), ()), 1)]
+    operations: list[tuple[Operation, float]] = [(Operation("clip", (), 0, 12 * learning, (), ()), 1)]
     matrices = count.attention + count.mlp if settings.name == "muon" else 0
-    rest = count.total - matrices
+    rest = learning - matrices
     operations.append((Operation("adamw", (), 0, 28 * rest, (), ()), 1))
     working = 0
     if matrices:
@@ -165,23 +189,31 @@ def peak_memory(
     compiled: bool,
     gradient_accumulation: bool,
     process: float,
+    adapted: Weights | None = None,
 ) -> PeakMemory:
-    """Add up the classes of memory in each phase, and return the phase with the most."""
+    """Add up the classes of memory in each phase, and return the phase with the most.
+
+    `adapted` are the weights where an adapter alone learns.
+    """
     count = count_parameters(config)
     shares = sharding.shards
-    weights, state = FP32 * count.total / shares, optimizer_step.state / shares
+    all_weights = adapted or weights_of(config)
+    weights, state = all_weights.bytes / shares, optimizer_step.state / shares
+    learning = FP32 * all_weights.learning / shares
     persistent = {"weights": weights, "optimizer": state}
     micro_batch = dict(traced.peak(config.layer_kinds))
     micro_batch["gradients"] = micro_batch.get("gradients", 0) / shares
     if gradient_accumulation or "gradients" not in micro_batch:
-        micro_batch["gradients"] = weights if gradient_accumulation else 0.0
+        micro_batch["gradients"] = learning if gradient_accumulation else 0.0
     if sharding.sharded and sharding.gpus > 1:
         micro_batch["gathered weights"] = _gathered(config, count, precision)
-    step = {"gradients": weights, "working memory": optimizer_step.working / shares}
+    step = {"gradients": learning, "working memory": optimizer_step.working / shares}
     phases = {"the backward pass": persistent | micro_batch, "the optimizer step": persistent | step}
     if device == "cpu":
         # A checkpoint is copied before it is written, and again while it is serialized.
-        phases["a checkpoint"] = persistent | {"copies for the checkpoint": 2 * (weights + state)}
+        phases["a checkpoint"] = persistent | {"copies for the checkpoint": 2 * (learning + state)}
+    if adapted is not None:
+        phases["merging the adapter"] = persistent | {"merged weights": FP32 * count.total}
     totals = (PeakMemory(name, _in_process(tensors, device, compiled, process)) for name, tensors in phases.items())
     return max(totals, key=lambda memory: memory.total)
 

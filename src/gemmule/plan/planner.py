@@ -32,12 +32,14 @@ from gemmule.plan.memory import (
     count_parameters,
     peak_memory,
     trace_optimizer_step,
+    weights_of,
 )
 from gemmule.plan.trace import Trace, TraceSettings, fuse, trace
 from gemmule.processes import peak_memory as process_peak_memory
 from gemmule.runtime import choose_precision
 from gemmule.tokenizer import Tokenizer
 from gemmule.train.autotune import settle_precision
+from gemmule.train.lora import expected_lora
 from gemmule.train.recipe import Recipe
 from gemmule.train.resolve import resolve_vocabulary, trial_of
 from gemmule.train.settings import AUTO
@@ -168,6 +170,12 @@ class Planner:
         self.precision: Literal["bf16", "fp32"] = "bf16" if recipe.train.precision == "bf16" else "fp32"
         self.sharding = Sharding(recipe.parallel.strategy, gpus, device.per_node)
         self.price = device.price if price is None else price
+        ddp = recipe.parallel.strategy == "ddp"
+        self.half_base = recipe.lora.base_precision == "bf16" or (
+            recipe.lora.base_precision == "auto" and self.precision == "bf16" and ddp
+        )
+        lora = expected_lora(recipe.lora, recipe.model.vocab_size)
+        self.adapted = None if lora is None else weights_of(recipe.model, lora, self.half_base)
 
     def variant(self, recipe: Recipe, gpus: int) -> "Planner":
         """Return a planner of a changed recipe on the same device."""
@@ -225,6 +233,8 @@ class Planner:
             compiled=settings.compile,
             sharded=self.sharding.sharded,
             gradient_accumulation=settings.batch_size // self.sharding.gpus > rows,
+            lora=recipe.lora,
+            half_base=self.half_base and self.adapted is not None,
         )
 
     def memory(self, rows: int) -> PeakMemory:
@@ -237,11 +247,12 @@ class Planner:
             kind = "apple"
         traced = _traced(settings)[1]
         options = (self.precision, kind, settings.compiled, settings.gradient_accumulation, self._process)
-        return peak_memory(self.recipe.model, traced, self.optimizer_step(), self.sharding, *options)
+        return peak_memory(self.recipe.model, traced, self.optimizer_step(), self.sharding, *options, self.adapted)
 
     def optimizer_step(self) -> OptimizerStep:
         """Return memory and operations of an optimizer step."""
-        return trace_optimizer_step(self.recipe.model, self.recipe.optimizer, self.precision)
+        learning = None if self.adapted is None else self.adapted.learning
+        return trace_optimizer_step(self.recipe.model, self.recipe.optimizer, self.precision, learning)
 
     @property
     def capacity(self) -> float:

@@ -24,9 +24,11 @@ from torch.utils.flop_counter import flop_registry
 
 from gemmule.model.config import Gemma3Config, Kind
 from gemmule.model.gemma3 import Gemma3
+from gemmule.model.lora import add_lora
 from gemmule.runtime import autocast
 from gemmule.settings import Settings
 from gemmule.train import loss as loss_of_training
+from gemmule.train.lora import LoRASettings, expected_lora
 from gemmule.train.parallel import checkpoint_activations
 
 Part = Literal["embedding", "local", "global", "loss"]
@@ -48,6 +50,8 @@ class TraceSettings(Settings):
     # Under fsdp and hsdp, blocks are gathered in the precision of the matmuls, which the residual stream then has.
     sharded: bool
     gradient_accumulation: bool  # gradients of an earlier micro-batch exist
+    lora: LoRASettings = LoRASettings()
+    half_base: bool = False  # the frozen weights are bf16
 
 
 class Operand(NamedTuple):
@@ -254,7 +258,7 @@ def trace(settings: TraceSettings) -> Trace:
             torch.zeros((settings.rows, settings.context), dtype=torch.int32) if settings.mask_documents else None
         )
         if settings.gradient_accumulation:
-            for parameter in model.parameters():
+            for parameter in filter(_learns, model.parameters()):
                 parameter.grad = torch.zeros_like(parameter)
         with recorder:
             for tensor in _tensors([*model.parameters(), *model.buffers(), tokens, targets, documents]):
@@ -263,7 +267,7 @@ def trace(settings: TraceSettings) -> Trace:
             for tensor in grads:
                 recorder.number(tensor, "inputs")
             _run(model, recorder, tokens, documents, targets, settings)
-            for parameter in model.parameters():
+            for parameter in filter(_learns, model.parameters()):
                 assert parameter.grad is not None
                 recorder.buffers[recorder.number(parameter.grad)].label = "gradients" if not grads else "inputs"
     chunk = loss_of_training.rows_at_once(config.vocab_size, tokens.device)
@@ -272,13 +276,21 @@ def trace(settings: TraceSettings) -> Trace:
 
 
 def _model(config: Gemma3Config, settings: TraceSettings) -> Gemma3:
-    """Build the model, in bf16 where sharding gathers blocks in bf16."""
+    """Build the model, in bf16 where sharding gathers blocks in bf16, or where frozen weights are."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if settings.sharded and settings.precision == "bf16" else torch.float32)
+    half = settings.half_base or (settings.sharded and settings.precision == "bf16")
+    torch.set_default_dtype(torch.bfloat16 if half else torch.float32)
     try:
-        return Gemma3(config, settings.kernel)
+        model = Gemma3(config, settings.kernel)
     finally:
         torch.set_default_dtype(before)
+    if (lora := expected_lora(settings.lora, config.vocab_size)) is not None:
+        add_lora(model, lora)
+    return model
+
+
+def _learns(parameter: Tensor) -> bool:
+    return parameter.requires_grad
 
 
 def _run(
@@ -304,7 +316,7 @@ def _run(
     def pre_forward(kind: Kind, first: bool, _block: Any, inputs: tuple[Any, ...]) -> None:
         recorder.mark(kind, True)
         recorder.mark_residual(inputs[0])
-        if first:
+        if first and inputs[0].requires_grad:
             inputs[0].register_hook(partial(begin_backward, "embedding"))
 
     def post_forward(kind: Kind, _block: Any, _inputs: Any, output: Tensor) -> None:

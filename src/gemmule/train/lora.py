@@ -81,11 +81,23 @@ class Adapter(NamedTuple):
 
 def lora_of_settings(settings: LoRASettings, model: Gemma3, tokenizer: Tokenizer) -> LoRA:
     """Return the kind of adapter that settings ask for on a base; RecipeError for tokens that it cannot learn."""
+    return _kind(settings, _rows(settings.token_rows, model, tokenizer))
+
+
+def expected_lora(settings: LoRASettings, vocab_size: int) -> LoRA | None:
+    """Return the kind of adapter of settings where the base is not at hand: turn tokens are taken to learn."""
+    if settings.rank is None:
+        return None
+    names = [name for name in settings.token_rows if name != NO_ROWS]
+    rows = tuple(range(min(vocab_size, 2 if names == [TURNS] else len(names))))
+    return _kind(settings, rows)
+
+
+def _kind(settings: LoRASettings, rows: tuple[int, ...]) -> LoRA:
     assert settings.rank is not None
     targets = tuple(dict.fromkeys(TARGETS[name] for name in settings.targets))
     alpha = 2.0 * settings.rank if settings.alpha is None else settings.alpha
-    flags = (settings.dropout, settings.rank_stabilized, settings.dora)
-    return LoRA(settings.rank, alpha, targets, *flags, _rows(settings.token_rows, model, tokenizer))
+    return LoRA(settings.rank, alpha, targets, settings.dropout, settings.rank_stabilized, settings.dora, rows)
 
 
 def _rows(names: tuple[str, ...], model: Gemma3, tokenizer: Tokenizer) -> tuple[int, ...]:
