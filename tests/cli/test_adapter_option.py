@@ -75,3 +75,28 @@ def test_a_served_model_may_have_an_adapter(places: tuple[Path, Path]) -> None:
         for model, adapters in ((adapter, ()), (base, (str(adapter),)), (base, ()))
     ]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_export_merges_the_adapter(places: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = places
+    alternatives: list[list[object]] = [[adapter], [base, "--adapter", adapter]]
+    for number, words in enumerate(alternatives):
+        ended = gemmule("export", *words, "--to", "hf", "--dtype", "f32", "--out", tmp_path / f"hf{number}")
+        assert ended.code == 0, ended.err
+    one, other = ((tmp_path / f"hf{number}" / "model.safetensors").read_bytes() for number in range(2))
+    assert one == other
+    assert one != (base / "model.safetensors").read_bytes()
+
+
+def test_export_to_adapter_is_the_folder_for_peft(places: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = places
+    out = tmp_path / "out"
+    assert gemmule("export", adapter, "--to", "adapter", "--out", out).code == 0
+    assert {file.name for file in out.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", "base.json"}
+    assert (out / "adapter_config.json").read_bytes() == (adapter / "adapter_config.json").read_bytes()
+    ended = gemmule("export", base, "--to", "adapter", "--out", tmp_path / "none")
+    assert ended.code == 2
+    assert ended.err == f"gemmule: MODEL {base}: has no adapter; --to adapter is for the folder or the run of one\n"
+    ended = gemmule("export", adapter, "--to", "adapter", "--dtype", "f32", "--out", tmp_path / "none")
+    assert ended.code == 2
+    assert not (tmp_path / "none").exists()
