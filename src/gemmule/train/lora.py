@@ -20,7 +20,8 @@ from gemmule.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# Where none is set; ten times what training all weights takes is usual (Schulman et al., LoRA Without Regret, 2025).
+# Where none is set: four times the default for all weights; ten times is usual (Schulman et al., LoRA Without Regret,
+# 2025), and no sweep was made here.
 LORA_LEARNING_RATE = 1e-3
 TURNS, NO_ROWS = "turns", "none"
 # Cosine with the most similar other row from which a row counts as never learned: what no text has taught moves by the
