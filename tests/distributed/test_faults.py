@@ -75,9 +75,9 @@ def test_samples_may_take_longer_than_the_processes_wait_within_a_step(tiny_reci
 SLOW_WRITES = """
 import os, time
 from gemmule.cli.main import main
-from gemmule.train import run, storage
+from gemmule.train import objectives, storage
 
-write_data, score, nats = storage.Writer.write_data, run.score, [1.0]
+write_data, score, nats = storage.Writer.write_data, objectives.score, [1.0]
 
 def write_slowly(*arguments):
     time.sleep(int(os.environ["RANK"]))  # ranks reach the collectives of a checkpoint at different times
@@ -87,7 +87,7 @@ def worse_each_time(*arguments):
     nats.append(nats[-1] + 1)  # the best checkpoint would be waited for
     return score(*arguments)._replace(nats=nats[-1])
 
-storage.Writer.write_data, run.score = write_slowly, worse_each_time
+storage.Writer.write_data, objectives.score = write_slowly, worse_each_time
 main()
 """
 
