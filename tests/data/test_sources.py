@@ -50,10 +50,13 @@ def test_documents_do_not_depend_on_how_a_stream_is_read(text: str, longest: int
 
 
 @given(text=st.text("ab\n\u00e9\u4f60\U0001f984", max_size=200), longest=st.integers(4, 20), block=st.integers(1, 40))
+@example(text="aaaa\n\n\n\n", longest=4, block=1)  # white space at the end, which cleaning strips, may be left out
 def test_long_documents_are_cut_between_characters(text: str, longest: int, block: int) -> None:
     pieces = list(split_stream(Slow(text.encode(), block), Separator.of("<|>"), longest))
     if text.strip():
-        assert b"".join(piece.text for piece in pieces) == text.encode()
+        together = b"".join(piece.text for piece in pieces)
+        assert text.encode().startswith(together)
+        assert not text.encode()[len(together) :].strip()
     for offset, piece, _ in pieces:
         assert len(piece) <= longest
         assert text.encode()[offset:].startswith(piece)

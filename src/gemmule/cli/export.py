@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from gemmule.cli.options import AdapterOption
 from gemmule.cli.screen import Screen, logged_to, print_json
 from gemmule.reading import local_path
 
@@ -12,7 +13,10 @@ if TYPE_CHECKING:
     from gemmule.formats.exports import Export
 
 
-Format = Annotated[Literal["hf", "gguf", "ollama", "c", "program", "html", "web"], typer.Option(help="Export format.")]
+Format = Annotated[
+    Literal["hf", "gguf", "ollama", "c", "program", "html", "web", "adapter"],
+    typer.Option(help="Export format; adapter is PEFT's folder, all others have adapters merged."),
+]
 Dtype = Annotated[
     Literal["f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"]
     | None,
@@ -47,6 +51,7 @@ def export(
     dtype: Dtype = None,
     target: Target = None,
     verify: Verify = False,
+    adapter: AdapterOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object with the certificate at the end.")
     ] = False,
@@ -83,6 +88,9 @@ def export(
     from gemmule.model.finite import refuse_nonfinite_weights
     from gemmule.train.opening import load_with_path
 
+    if to == "adapter":
+        _export_adapter(model, out, [dtype, target, verify or None, adapter], as_json)
+        return
     chosen, runtime = dtype or default_dtype(to), _RUNTIMES.get(to, "llama.cpp")
     if verify:
         check_runtime(runtime)
@@ -90,7 +98,7 @@ def export(
     present = verify and output_exists(out)
     check_export(to, out, chosen, exists=present, target=target)
     with Screen() as screen, logged_to(screen):
-        network, tokenizer, found = load_with_path(model)
+        network, tokenizer, found = load_with_path(model, adapters=adapter or ())
         refuse_nonfinite_weights(network, model)
         exported = Export(network, tokenizer, chosen, read_card(found), _name(model, found), target)
         if note := license_note(exported.card, model):
@@ -108,6 +116,24 @@ def export(
                 raise CertificateError(f"{artefact}: the certificate failed; see {proof}")
     if as_json:
         print_json(summary)
+
+
+def _export_adapter(model: str, out: Path, others: "list[object]", as_json: bool) -> None:
+    """Write the folder of an adapter."""
+    from gemmule.errors import ModelError, UserError
+    from gemmule.formats.adapter import copy_adapter
+    from gemmule.train.opening import find_adapter, load_with_path
+
+    if any(others):
+        raise UserError("--to adapter: writes tensors as they are, so it takes MODEL and --out alone")
+    with Screen() as screen, logged_to(screen):
+        if (found := find_adapter(model)) is None:
+            raise ModelError(f"MODEL {model}: has no adapter; --to adapter is for the folder or the run of one")
+        load_with_path(found)  # refuses what does not fit its base
+        copy_adapter(found, out)
+        screen.print(f"wrote {out}: an adapter, {_size(out) / 1e6:,.1f} MB")
+    if as_json:
+        print_json({"artefact": str(out), "format": "adapter", "bytes": _size(out)})
 
 
 def _write(exported: "Export", to: str, out: Path, screen: Screen, present: bool) -> Path:

@@ -69,8 +69,6 @@ def generate(
 
         gemmule generate runs/story --prompt - --num-samples 3 --seed 7 < beginning.txt
 
-        gemmule generate google/gemma-3-270m --adapter runs/lora/adapter
-
         gemmule generate runs/story --replay talk.json
     """
     if context.args:  # instead of an error that does not mention the option

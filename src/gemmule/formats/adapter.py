@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemmule.errors import ModelError
+from gemmule.errors import ModelError, OutputError
+from gemmule.files import atomic_folder
 from gemmule.formats.config_json import read_json, write_json
 from gemmule.formats.names import HUGGING_FACE, tensor_name_pairs
 from gemmule.formats.safetensors_reader import (
@@ -182,6 +184,21 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     flags = (bool(table.get("use_rslora")), bool(table.get("use_dora")))
     kept = tuple(name for name in MATRICES if name in chosen)
     return AdapterConfig(LoRA(rank, float(alpha), kept, float(dropout), *flags, tuple(rows)), base or None)
+
+
+def copy_adapter(folder: Path, out: Path) -> None:
+    """Write the folder of an adapter anew, without what a checkpoint has beside it."""
+    check_adapter_output(out)
+    with atomic_folder(out, last=CONFIG) as target:
+        for file in sorted(folder.iterdir()):
+            if not file.name.startswith(("optimizer", "state.json")) and file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+def check_adapter_output(out: Path) -> None:
+    """Raise OutputError where something is at the path."""
+    if path_kind(out, OutputError) == "file" or (out.is_dir() and any(out.iterdir())):
+        raise OutputError(f"--out {out}: already exists; choose a new folder")
 
 
 def load_adapter(folder: Path, model: Gemma3) -> None:

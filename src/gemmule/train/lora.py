@@ -65,7 +65,8 @@ class LoRASettings(Settings):
     def problems(self) -> Iterator[Problem]:
         """Yield settings without a rank, and matrices that do not exist."""
         if self.rank is None:
-            for key in sorted(self.model_fields_set - {"rank"}):
+            changed = (key for key, default in LoRASettings() if getattr(self, key) != default)
+            for key in sorted(changed):
                 yield Problem(key, getattr(self, key), "is for adapters; set lora.rank, too")
         for name in self.targets:
             if name not in TARGETS:

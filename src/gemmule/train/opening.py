@@ -60,6 +60,13 @@ def open_unmerged(model: str | Path, adapters: Sequence[str | Path] = ()) -> Gem
     return _open(model, beside)
 
 
+def find_adapter(model: str | Path) -> Path | None:
+    """Return the folder of the adapter that a MODEL is; of a run its final adapter, else its newest checkpoint's."""
+    final = local_path(model) / "adapter"
+    found = final if path_kind(final) == "folder" and is_adapter(final) else _open(model, lambda path: path)
+    return found if is_adapter(found) else None
+
+
 def _open(model: str | Path, action: Callable[[Path], T]) -> T:
     """Call the action with the folder or file of a MODEL; of a run it is the newest good checkpoint."""
     run = local_path(model)

@@ -41,9 +41,11 @@ class Recipe(Settings):
             advice = f"must be at least tokenizer.vocab_size ({self.tokenizer.vocab_size}); leave it out to follow that"
             yield Problem("model.vocab_size", own, advice)
         for section in sorted(self.unused() & _KINDS.keys()):
-            for key in sorted(getattr(self, section).model_fields_set):
-                advice = f'is for data.kind = "{_KINDS[section]}", and it is "{self.data.kind}"; leave it out'
-                yield Problem(f"{section}.{key}", getattr(getattr(self, section), key), advice)
+            given = getattr(self, section)
+            for key, default in type(given)():
+                if getattr(given, key) != default:
+                    advice = f'is for data.kind = "{_KINDS[section]}", and it is "{self.data.kind}"; leave it out'
+                    yield Problem(f"{section}.{key}", getattr(given, key), advice)
         if self.data.kind == "preferences" and self.train.start is None:
             yield Problem("train.start", NOTHING, "name the MODEL that preferences are taught to")
         for key in ("dropout", "attention_dropout"):
