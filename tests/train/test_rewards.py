@@ -60,7 +60,7 @@ def by_formula(model: Gemma3, batch: Batch, settings: RewardSettings) -> float:
             advantage = batch.inputs[ADVANTAGE][row].item()
             ratio = torch.tensor(log - sampled).exp().item()
             clipped = min(max(ratio, 1 - settings.clip_low), 1 + settings.clip_high)
-            divergence = torch.tensor(reference - log).exp().item() - (reference - log) - 1
+            divergence = ratio * (torch.tensor(reference - log).exp().item() - (reference - log) - 1)
             total += -min(ratio * advantage, clipped * advantage) + settings.kl * divergence
             count += 1
     return total / count

@@ -125,9 +125,10 @@ class PolicyGradient:
         advantage = batch.inputs[ADVANTAGE][:, None]
         clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
         losses = -torch.minimum(ratio * advantage, clipped * advantage)
-        # Schulman's k3: an unbiased estimate from the sampled token that is never negative.
+        # Schulman's k3: an estimate from the sampled token that is never negative. Weighted by the ratio, its gradient
+        # is that of the divergence, too (as in TRL).
         difference = batch.inputs[REFERENCE] - logs
-        divergence = difference.exp() - difference - 1
+        divergence = (difference.exp() - difference - 1) * ratio
         if settings.kl:
             losses = losses + settings.kl * divergence
         without_effect = (clipped * advantage < ratio * advantage) & (clipped != ratio)
