@@ -105,6 +105,15 @@ def test_prompts_end_where_the_model_begins_and_keep_their_rows(tmp_path: Path, 
         read_prompts(dataset.validation), read_prompts(dataset.train)
 
 
+def test_line_separators_within_prompts_separate_no_rows(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    rows = [{"prompt": f"One\u2028two\u2029three\x85four {n}"} for n in range(40)]
+    dataset = prepared(tmp_path, rows, "prompts", tiny_tokenizer)
+    found = [
+        row["messages"][0]["content"] for corpus in (dataset.train, dataset.validation) for row in read_prompts(corpus)
+    ]
+    assert sorted(found) == sorted(row["prompt"] for row in rows)
+
+
 def test_segments_are_read_from_the_tokens(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     dataset = prepared(tmp_path, [conversation(3 * n) for n in range(40)], "conversations", tiny_tokenizer)
     found = list(segments(dataset.train, 0, tiny_tokenizer))

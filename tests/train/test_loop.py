@@ -22,7 +22,7 @@ from gemmule.train.cuda_graph import CudaGraphStep, ForwardBackward
 from gemmule.train.initial_checks import check_causal, check_first_step, expected_first_loss
 from gemmule.train.loop import Callbacks, forward_backward, train
 from gemmule.train.loss import summed_loss
-from gemmule.train.objective import NextToken
+from gemmule.train.objective import NextToken, Objective
 from gemmule.train.optim import Optimizers, OptimizerSettings
 from gemmule.train.parallel import unwrapped
 from gemmule.train.schedule import ScheduleSettings, lr_scale
@@ -256,9 +256,9 @@ class Run:
         self.state = TrainState(unwrapped(self.model), Optimizers(self.model, settings))
         self.rows = PackedRows(corpus, self.settings.context, seed=0, bos_id=BOS)
 
-    def go(self, log: Log, start: Position = Position()) -> Position:  # noqa: B008 - frozen
+    def go(self, log: Log, start: Position = Position(), objective: Objective | None = None) -> Position:  # noqa: B008 - frozen
         self.state.position = start
-        return train(self.state, self.rows, self.settings, SCHEDULE, log.callbacks, NextToken())
+        return train(self.state, self.rows, self.settings, SCHEDULE, log.callbacks, objective or NextToken())
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
@@ -414,13 +414,16 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_as_often_as_allowed(
 ) -> None:
     run, log = Run(corpus, max_skipped_steps=2, log_every=1), Log()
     poison(run, monkeypatch, math.nan, {3, 6})
-    end = run.go(log)
+    objective = NextToken()
+    monkeypatch.setattr(objective, "metrics", lambda _world: {"entropy": 1.0})
+    end = run.go(log, objective=objective)
     assert (end.step, end.skipped) == (10, 2)
     assert ["skipped, as train.max_skipped_steps = 2 allows" in warning for warning in caplog.messages] == [True, True]
     counts = {line["step"]: line.get("skipped_steps", 0) for line in log.records}
     assert counts == {1: 0, 2: 0, 3: 0, 4: 1, 5: 1, 6: 1, 7: 2, 8: 2, 9: 2, 10: 2}
     assert [line["step"] for line in log.records if "loss" not in line] == [4, 7]
     assert log.records[-1]["tokens"] == end.tokens < sum(run.rows.rows(step * 4, 4).num_targets for step in range(10))
+    assert [line["step"] for line in log.records if "entropy" not in line] == [4, 7], "which may be no number either"
     again = Run(corpus, max_skipped_steps=1)
     poison(again, monkeypatch, math.nan, {3, 6})
     with pytest.raises(TrainingError, match="step 6: the loss is nan"):

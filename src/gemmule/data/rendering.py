@@ -80,7 +80,7 @@ def read_prompts(corpus: Corpus) -> list[dict[str, Any]]:
     for shard in corpus.shards:
         file = shard.path.with_suffix(ROWS_SUFFIX)
         try:
-            own = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            own = [json.loads(line) for line in file.read_bytes().splitlines()]  # of text, at U+2028, too
         except (OSError, ValueError) as error:
             raise DatasetError(f"{file}: cannot be read ({error}); prepare the data again") from None
         if len(own) != shard.header.documents:

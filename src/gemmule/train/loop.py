@@ -95,7 +95,7 @@ def train(
             metrics |= {"lr": optimizers.learning_rate, "tokens_per_second": clock.rate()}
             metrics |= {"skipped_steps": state.position.skipped} if state.position.skipped else {}
             metrics |= {"spike": 1} if spike else {}
-            metrics |= objective.metrics(world)
+            metrics |= objective.metrics(world) if step_ok else {}
         with clock.paused():
             metrics |= {"seconds": clock.seconds} if logging_now else {}
             if logging_now and not validating:
