@@ -1,15 +1,13 @@
 """Packing of whole conversations, and of pairs of replies, into rows of training."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from gemmule.data.batches import IGNORED, PADDING, Batch
+from gemmule.data.batches import Batch
 from gemmule.data.corpus import Corpus
-from gemmule.data.packing import best_fit, permutation
+from gemmule.data.packing import Piece, best_fit, permutation, rows_of_pieces
 from gemmule.errors import DatasetError
 
 _PACKING = 2**32  # the order in which groups are packed has a number that no epoch reaches
@@ -63,8 +61,9 @@ class PackedConversations:
 
     def rows(self, first: int, count: int) -> Batch:
         """Return rows `first` to `first + count`; deterministic, a pure function of (seed, first, count)."""
-        members = [self.documents(row) for row in range(first, first + count)]
-        return conversation_rows(self.corpus, members, self.context, self._pad_id, self._stops)
+        members = (self.documents(row) for row in range(first, first + count))
+        pieces = [[Piece(number, 0, 0, int(self._stops[number]) - 1) for number in row] for row in members]
+        return rows_of_pieces(self.corpus, pieces, self.context, self._pad_id)
 
     def describe(self) -> str:
         """Describe how the conversations fill rows, and which do not."""
@@ -80,42 +79,11 @@ class PackedConversations:
         return permutation(len(self._packed), self.seed, epoch)
 
 
-def conversation_rows(
-    corpus: Corpus,
-    rows: Sequence[Sequence[int]],
-    length: int,
-    pad_id: int,
-    stops: npt.NDArray[np.int64] | None = None,
-) -> Batch:
-    """Return rows of whole documents with their loss masks, padded to a length; `stops` is how much of each is read."""
-    tokens = np.full((len(rows), length), pad_id, dtype=np.int64)
-    targets = np.full((len(rows), length), IGNORED, dtype=np.int64)
-    documents = np.full((len(rows), length), PADDING, dtype=np.int32)
-    for row, members in enumerate(rows):
-        filled = 0
-        for number, document in enumerate(members):
-            size = int((corpus.lengths if stops is None else stops)[document])
-            ids = corpus.read(document, 0, size).astype(np.int64)
-            filling = slice(filled, filled + size - 1)
-            tokens[row, filling] = ids[:-1]
-            targets[row, filling] = np.where(corpus.read_mask(document, 1, size), ids[1:], IGNORED)
-            documents[row, filling] = number
-            filled = filling.stop
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
-
-
 def _pack_groups(sizes: npt.NDArray[np.int64], context: int, group: int, seed: int) -> list[list[int]]:
     """Pack groups of documents best-fit into rows, those that fit; return the documents of each row.
 
     Groups are taken in an order that the seed decides, so that rows do not follow the order of the sources.
     """
-    rows: list[list[int]] = []
-    space: list[tuple[int, int]] = []  # (free positions, row), ascending
-    for number in permutation(len(sizes), seed, _PACKING).tolist():
-        size = int(sizes[number])
-        if size <= context:
-            row = best_fit(space, size, context, len(rows))
-            if row == len(rows):
-                rows.append([])
-            rows[row] += range(number * group, (number + 1) * group)
-    return rows
+    order = permutation(len(sizes), seed, _PACKING).tolist()
+    rows = best_fit(((number, int(sizes[number])) for number in order if sizes[number] <= context), context)
+    return [[number * group + member for number in row for member in range(group)] for row in rows]

@@ -2,9 +2,10 @@
 
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import chain
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -80,13 +81,24 @@ class PackedRows:
         return Epoch(order, np.cumsum(self.corpus.lengths[order], dtype=np.int64))
 
 
-def best_fit(space: list[tuple[int, int]], size: int, length: int, rows: int) -> int:
-    """Return the row with the least sufficient space, `rows` for a new one, and keep what is left of it."""
-    best = bisect_left(space, (size, 0))
-    free, row = (length, rows) if best == len(space) else space.pop(best)
-    if free > size:
-        insort(space, (free - size, row))
-    return row
+T = TypeVar("T")
+
+
+def best_fit(sizes: Iterable[tuple[T, int]], length: int) -> list[list[T]]:
+    """Best-fit packing: put each item with its size into the row with the least sufficient space, or into a new one."""
+    rows: list[list[T]] = []
+    space: list[tuple[int, int]] = []  # (free positions, row), ascending
+    for item, size in sizes:
+        best = bisect_left(space, (size, 0))
+        if best == len(space):
+            rows.append([])
+            free, row = length, len(rows) - 1
+        else:
+            free, row = space.pop(best)
+        rows[row].append(item)
+        if free > size:
+            insort(space, (free - size, row))
+    return rows
 
 
 def permutation(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
@@ -209,22 +221,30 @@ class WholeDocuments:
         return range(len(self._ends))[batch * self._batch_size : (batch + 1) * self._batch_size]
 
     def _batch(self, rows: range) -> Batch:
-        shape = (len(rows), self._row_length)
-        tokens = np.full(shape, self._pad_id, dtype=np.int64)
-        targets = np.full(shape, IGNORED, dtype=np.int64)
-        documents = np.full(shape, PADDING, dtype=np.int32)
-        for row, which in enumerate(rows):
-            filled = 0
-            begin = self._ends[which - 1] if which else 0
-            for number, (document, start, first, stop) in enumerate(self._pieces[begin : self._ends[which]].tolist()):
-                ids = self._corpus.read(document, start, stop + 1).astype(np.int64)
-                filling = slice(filled, filled + len(ids) - 1)
-                tokens[row, filling] = ids[:-1]
-                known = self._corpus.read_mask(document, first + 1, stop + 1)
-                targets[row, filled + first - start : filling.stop] = np.where(known, ids[1 + first - start :], IGNORED)
-                documents[row, filling] = number
-                filled = filling.stop
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
+        begins = [int(self._ends[which - 1]) if which else 0 for which in rows]
+        pieces = [
+            [Piece(*piece) for piece in self._pieces[begin : self._ends[which]].tolist()]
+            for begin, which in zip(begins, rows, strict=True)
+        ]
+        return rows_of_pieces(self._corpus, pieces, self._row_length, self._pad_id)
+
+
+def rows_of_pieces(corpus: Corpus, rows: Sequence[Sequence[Piece]], length: int, pad_id: int) -> Batch:
+    """Return rows of pieces, each a document of its own, with their loss masks; padded to a length."""
+    tokens = np.full((len(rows), length), pad_id, dtype=np.int64)
+    targets = np.full((len(rows), length), IGNORED, dtype=np.int64)
+    documents = np.full((len(rows), length), PADDING, dtype=np.int32)
+    for row, pieces in enumerate(rows):
+        filled = 0
+        for number, (document, start, first, stop) in enumerate(pieces):
+            ids = corpus.read(document, start, stop + 1).astype(np.int64)
+            filling = slice(filled, filled + len(ids) - 1)
+            tokens[row, filling] = ids[:-1]
+            known = corpus.read_mask(document, first + 1, stop + 1)
+            targets[row, filled + first - start : filling.stop] = np.where(known, ids[1 + first - start :], IGNORED)
+            documents[row, filling] = number
+            filled = filling.stop
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
 
 
 _PACKED = 1 << 16  # documents per call of best-fit packing
@@ -243,16 +263,9 @@ def _pack(
 
 
 def _pack_some(corpus: Corpus, documents: range, context: int, stride: int, row_length: int) -> list[list[Piece]]:
-    """Best-fit packing: put each piece into the row with the least sufficient space, or into a new one."""
-    rows: list[list[Piece]] = []
-    space: list[tuple[int, int]] = []  # (free positions, row), ascending
-    for document in documents:
-        for piece in _windows(document, int(corpus.lengths[document]) - 1, context, stride):
-            row = best_fit(space, piece.stop - piece.start, row_length, len(rows))
-            if row == len(rows):
-                rows.append([])
-            rows[row].append(piece)
-    return rows
+    """Pack the windows of some documents into rows."""
+    windows = (_windows(document, int(corpus.lengths[document]) - 1, context, stride) for document in documents)
+    return best_fit(((piece, piece.stop - piece.start) for piece in chain.from_iterable(windows)), row_length)
 
 
 def _windows(document: int, inputs: int, context: int, stride: int) -> Iterator[Piece]:

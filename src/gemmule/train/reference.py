@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 
 from gemmule.compiler import uncompiled
-from gemmule.data.batches import IGNORED, Batch
 from gemmule.data.corpus import Corpus
 from gemmule.data.dataset import Dataset
+from gemmule.data.packing import Piece, rows_of_pieces
 from gemmule.errors import DatasetError
 from gemmule.files import as_output_error, atomic_write
 from gemmule.formats.adapter import weights_sha256
@@ -93,7 +93,9 @@ def log_probabilities(
     found, done = np.zeros(corpus.documents, np.float32), 0
     model = model.to(runtime.device).eval()
     for documents in _similar_lengths(corpus):
-        batch = _padded(corpus, documents).to(runtime.device)
+        pieces = [[Piece(number, 0, 0, int(corpus.lengths[number]) - 1)] for number in documents.tolist()]
+        rows = rows_of_pieces(corpus, pieces, int(corpus.lengths[documents].max()) - 1, pad_id=0)
+        batch = rows.to(runtime.device)  # without its documents: no token attends to the padding, which is after it
         with uncompiled(), runtime.autocast():
             logs = model(batch.tokens, output_head=target_log_probabilities(batch.targets))
         found[documents] = logs.sum(dim=1).cpu().numpy()
@@ -110,15 +112,3 @@ def _similar_lengths(corpus: Corpus) -> Iterator[npt.NDArray[np.int64]]:
             yield order[group:number]
             group = number
     yield order[group:]
-
-
-def _padded(corpus: Corpus, documents: npt.NDArray[np.int64]) -> Batch:
-    """Return documents as rows; no token attends to the padding, which is after all of them."""
-    shape = (len(documents), int(corpus.lengths[documents].max()) - 1)
-    tokens, targets = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
-    for row, document in enumerate(documents.tolist()):
-        length = int(corpus.lengths[document])
-        ids = corpus.read(document, 0, length).astype(np.int64)
-        tokens[row, : length - 1] = ids[:-1]
-        targets[row, : length - 1] = np.where(corpus.read_mask(document, 1, length), ids[1:], IGNORED)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), None)
