@@ -54,6 +54,10 @@ class Settings(BaseModel):
         """Yield each invalid combination of values, with keys relative to this group."""
         yield from ()
 
+    def changed(self) -> dict[str, Any]:
+        """Return the fields that differ from their defaults, of a group in which every field has one."""
+        return {name: value for (name, value), (_, default) in zip(self, type(self)(), strict=True) if value != default}
+
     def unused(self) -> frozenset[str]:
         """Return the fields without a meaning beside the others, which a written recipe leaves out."""
         return frozenset()

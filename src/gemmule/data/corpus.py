@@ -45,9 +45,8 @@ class Corpus:
             return self.lengths.astype(np.int64) - 1
         counts = []
         for shard in self.shards:
-            starts = np.append(0, shard.ends[:-1])
             mask = shard.read_mask(0, shard.header.tokens).astype(np.int64)
-            counts.append(np.add.reduceat(mask, starts) - mask[starts])
+            counts.append(np.add.reduceat(mask, shard.starts) - mask[shard.starts])
         return np.concatenate(counts)
 
     def count_read_tokens(self, longest: int, drop_turns: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -58,10 +57,7 @@ class Corpus:
         """
         stops, lost = [], []
         for shard in self.shards:
-            mask = shard.read_mask(0, shard.header.tokens)
-            ends = np.asarray(shard.ends, dtype=np.int64)
-            starts = np.append(0, ends[:-1])
-            replies = np.flatnonzero(mask & ~np.append(mask[1:], False))  # the last token of each
+            starts, ends, replies = shard.starts, np.asarray(shard.ends, dtype=np.int64), shard.reply_ends()
             before, after = np.searchsorted(replies, starts), np.searchsorted(replies, ends)
             fitting = np.searchsorted(replies, np.minimum(ends, starts + longest))
             last = fitting if drop_turns else np.where(fitting == after, after, before)

@@ -47,7 +47,7 @@ def count_loss_mask(shard: Shard, tokenizer: Tokenizer, special_spellings: int =
     ids, mask = shard.tokens, shard.read_mask(0, shard.header.tokens)
     roles = token_roles(ids, tokenizer)
     tokens, trained = (np.bincount(each, minlength=len(ROLES)).tolist() for each in (roles, roles[mask]))
-    last = np.flatnonzero(mask & ~np.append(mask[1:], False))  # of each reply
+    last = shard.reply_ends()
     return LossMaskReport(
         tokens=dict(zip(ROLES, tokens, strict=True)),
         trained=dict(zip(ROLES, trained, strict=True)),
@@ -68,11 +68,10 @@ def check_loss_mask(corpus: Corpus, tokenizer: Tokenizer, split: str) -> None:
         if shard.mask is None:
             raise DatasetError(f"shard {shard.path}: has no loss mask, so it is text; set data.kind to text")
         ids, mask = shard.tokens, shard.read_mask(0, shard.header.tokens)
-        starts = np.append(0, shard.ends[:-1])
-        untrained = np.flatnonzero(np.add.reduceat(mask.astype(np.int32), starts) == 0)
-        last = np.flatnonzero(mask & ~np.append(mask[1:], False))
+        untrained = np.flatnonzero(np.add.reduceat(mask.astype(np.int32), shard.starts) == 0)
+        last = shard.reply_ends()
         cut = last[ids[last] != end]
-        inside = np.setdiff1d(np.flatnonzero(ids == tokenizer.bos_id), starts)
+        inside = np.setdiff1d(np.flatnonzero(ids == tokenizer.bos_id), shard.starts)
         problems = {
             "has no token to train on": untrained,
             "has a reply that does not end with <end_of_turn>, so the model would not learn to stop": _owners(

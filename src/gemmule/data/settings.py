@@ -75,6 +75,11 @@ class DataSettings(Settings):
     )
     mask_documents: bool = Field(False, description="document mask: restrict attention to the document of a token")
 
+    @property
+    def masks_documents(self) -> bool:
+        """Whether attention is restricted to the document of a token; always so in conversations."""
+        return self.mask_documents or self.kind != "text"
+
     @model_serializer(mode="wrap")
     def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out of recipes of text what they do not have."""

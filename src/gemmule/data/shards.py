@@ -68,6 +68,16 @@ class Shard(NamedTuple):
         bits = np.unpackbits(self.mask[first : -(-stop // 8)])
         return bits[start - 8 * first : stop - 8 * first].view(np.bool_)
 
+    @property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """Where each document starts, in tokens."""
+        return np.append(0, self.ends[:-1])
+
+    def reply_ends(self) -> npt.NDArray[np.int64]:
+        """Return the place of the last token of each reply, a run of tokens that are trained on."""
+        mask = self.read_mask(0, self.header.tokens)
+        return np.flatnonzero(mask & ~np.append(mask[1:], False))
+
 
 class ShardWriter:
     """Writes one shard, the header last, so that an unfinished file is not a valid shard.

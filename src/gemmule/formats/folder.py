@@ -33,8 +33,11 @@ def save_folder(model: Gemma3, tokenizer: Tokenizer, folder: Path, dtype: torch.
 def save_settings(model: Gemma3, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write the config and tokenizer files of a model folder, without the weights."""
     stored = str(dtype or model.embedding.weight.dtype).removeprefix("torch.")
-    ends = [i for i in (tokenizer.eos_id, tokenizer.end_of_turn_id) if i is not None]
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
+    generation = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": list(tokenizer.stop_ids),
+        "pad_token_id": tokenizer.pad_id,
+    }
     write_json(folder / "config.json", write_config(model.config, tokenizer) | {"dtype": stored, "torch_dtype": stored})
     write_json(folder / "generation_config.json", generation | {"do_sample": True})
     tokenizer.save(folder)

@@ -445,4 +445,4 @@ def encode_prompt(model: Gemma3, tokenizer: Tokenizer, prompt: str) -> list[int]
 
 def stop_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     """Return the stop tokens: end of document, and end of turn where the tokenizer has one."""
-    return frozenset(i for i in (tokenizer.eos_id, tokenizer.end_of_turn_id) if i is not None)
+    return frozenset(tokenizer.stop_ids)

@@ -41,7 +41,7 @@ from gemmule.tokenizer import Tokenizer
 from gemmule.train.autotune import settle_precision
 from gemmule.train.lora import expected_lora
 from gemmule.train.recipe import Recipe
-from gemmule.train.resolve import resolve_vocabulary, trial_of
+from gemmule.train.resolve import base_dtype, resolve_vocabulary, trial_of
 from gemmule.train.settings import AUTO
 
 # Seconds of compilation before the first step, as in the project's own runs.
@@ -170,10 +170,7 @@ class Planner:
         self.precision: Literal["bf16", "fp32"] = "bf16" if recipe.train.precision == "bf16" else "fp32"
         self.sharding = Sharding(recipe.parallel.strategy, gpus, device.per_node)
         self.price = device.price if price is None else price
-        ddp = recipe.parallel.strategy == "ddp"
-        self.half_base = recipe.lora.base_precision == "bf16" or (
-            recipe.lora.base_precision == "auto" and self.precision == "bf16" and ddp
-        )
+        self.half_base = base_dtype(recipe, self.precision) == torch.bfloat16
         lora = expected_lora(recipe.lora, recipe.model.vocab_size)
         self.adapted = None if lora is None else weights_of(recipe.model, lora, self.half_base)
 
@@ -226,7 +223,7 @@ class Planner:
             model=recipe.model,
             rows=rows,
             context=settings.context,
-            mask_documents=recipe.data.mask_documents or recipe.data.kind != "text",
+            mask_documents=recipe.data.masks_documents,
             precision=self.precision,
             kernel=kernel if self.device.fused_attention else "reference",
             activation_checkpointing=recipe.parallel.activation_checkpointing,

@@ -130,6 +130,11 @@ class Tokenizer:
         named = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry.get("name"), str)}
         return {str(name): text for name, text in named.items() if isinstance(text, str)}
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a reply: end of document, and end of turn where there is one."""
+        return tuple(i for i in (self.eos_id, self.end_of_turn_id) if i is not None)
+
     def with_chat_template(self, template: str) -> "Tokenizer":
         """Return the same tokenizer with another chat template (Jinja)."""
         return Tokenizer(self._document, {**self._config, "chat_template": template})

@@ -66,9 +66,8 @@ class LoRASettings(Settings):
     def problems(self) -> Iterator[Problem]:
         """Yield settings without a rank, and matrices that do not exist."""
         if self.rank is None:
-            changed = (key for key, default in LoRASettings() if getattr(self, key) != default)
-            for key in sorted(changed):
-                yield Problem(key, getattr(self, key), "is for adapters; set lora.rank, too")
+            for key, value in sorted(self.changed().items()):
+                yield Problem(key, value, "is for adapters; set lora.rank, too")
         for name in self.targets:
             if name not in TARGETS:
                 yield Problem("targets", name, f"no such matrix; there are {', '.join(TARGETS)}")

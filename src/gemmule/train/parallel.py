@@ -187,10 +187,10 @@ def gather_model(parallel: Parallel, kernel: str) -> Gemma3 | None:
     Where weights are sharded it is a copy in the machine's main memory; adapters are merged in fp32.
     """
     model, is_main = parallel.model, parallel.world.is_main
-    sharded = isinstance(model, FSDPModule)
-    if not sharded:
-        adapted = is_main and lora_of(model) is not None
-        return merge(model) if adapted else model if is_main else None
+    if not isinstance(model, FSDPModule):
+        if not is_main:
+            return None
+        return model if lora_of(model) is None else merge(model)
     copy = meta_model(model.config, kernel)
     for name, values in merged_weights(model, full_tensor):
         if is_main:

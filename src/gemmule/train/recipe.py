@@ -41,11 +41,9 @@ class Recipe(Settings):
             advice = f"must be at least tokenizer.vocab_size ({self.tokenizer.vocab_size}); leave it out to follow that"
             yield Problem("model.vocab_size", own, advice)
         for section in sorted(self.unused() & _KINDS.keys()):
-            given = getattr(self, section)
-            for key, default in type(given)():
-                if getattr(given, key) != default:
-                    advice = f'is for data.kind = "{_KINDS[section]}", and it is "{self.data.kind}"; leave it out'
-                    yield Problem(f"{section}.{key}", getattr(given, key), advice)
+            for key, value in getattr(self, section).changed().items():
+                advice = f'is for data.kind = "{_KINDS[section]}", and it is "{self.data.kind}"; leave it out'
+                yield Problem(f"{section}.{key}", value, advice)
         if self.data.kind == "preferences" and self.train.start is None:
             yield Problem("train.start", NOTHING, "name the MODEL that preferences are taught to")
         for key in ("dropout", "attention_dropout"):

@@ -4,6 +4,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def resolve(
     runtime = runtime._replace(precision=choose_precision(recipe.train.precision, runtime.device))
     log.info(describe(recipe, runtime))
     if adapter is not None:
-        log.info(describe_adapter(recipe.model, adapter, base_dtype(recipe, runtime)))
+        log.info(describe_adapter(recipe.model, adapter, base_dtype(recipe, runtime.precision)))
     if recipe.train.minutes is not None and rows is not None:
         recipe = resolve_steps(recipe, rows, runtime, on_progress, adapter)
     return ResolvedRecipe.model_validate(recipe.model_dump(exclude_unset=True)), runtime
@@ -129,8 +130,7 @@ def trial_of(recipe: Recipe, device: torch.device, ranks: int = 1) -> Trial:
     """Return what a rank of a run computes with, whose vocabulary is resolved."""
     per_rank = recipe.train.batch_size // ranks
     rows = min(recipe.train.micro_batch_size or per_rank, per_rank)
-    masked = recipe.data.mask_documents or recipe.data.kind != "text"
-    return Trial(recipe.model, rows, recipe.train.context, masked, device)
+    return Trial(recipe.model, rows, recipe.train.context, recipe.data.masks_documents, device)
 
 
 def resolve_steps(
@@ -176,7 +176,7 @@ def build(recipe: Recipe, runtime: Runtime, start: Start | None = None, adapter:
     settings = recipe.train
     model = meta_model(recipe.model, settings.attention)
     if adapter is not None:
-        add_lora(model.to(base_dtype(recipe, runtime)), adapter.lora)
+        add_lora(model.to(base_dtype(recipe, runtime.precision)), adapter.lora)
 
     def init(model: Gemma3, copy: Callable[[Tensor, Tensor], object]) -> None:
         if start is None or start.adds_layers(model.config):
@@ -191,9 +191,9 @@ def build(recipe: Recipe, runtime: Runtime, start: Start | None = None, adapter:
     return TrainState(parallel, optimizers, adapter=adapter)
 
 
-def base_dtype(recipe: Recipe, runtime: Runtime) -> torch.dtype:
+def base_dtype(recipe: Recipe, precision: Literal["bf16", "fp32"]) -> torch.dtype:
     """Return the dtype of the frozen weights below an adapter; sharded weights are fp32, and gathered in bf16."""
-    half = recipe.lora.base_precision == "auto" and runtime.precision == "bf16" and recipe.parallel.strategy == "ddp"
+    half = recipe.lora.base_precision == "auto" and precision == "bf16" and recipe.parallel.strategy == "ddp"
     return torch.bfloat16 if half or recipe.lora.base_precision == "bf16" else torch.float32
 
 

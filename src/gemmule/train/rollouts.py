@@ -82,7 +82,7 @@ class Policy:
         self, parallel: Parallel, tokenizer: Tokenizer, settings: RewardSettings, reply: ReplyFunction
     ) -> None:
         self.parallel, self._tokenizer, self._settings, self._reply = parallel, tokenizer, settings, reply
-        self._stops = frozenset(i for i in (tokenizer.eos_id, tokenizer.end_of_turn_id) if i is not None)
+        self._stops = frozenset(tokenizer.stop_ids)
 
     def answer(self, prompts: Sequence[Prompt], replies: int) -> list[list[list[int]]]:
         """Return the tokens of so many replies to each prompt."""
