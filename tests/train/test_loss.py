@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from gemmule.data import batches
-from gemmule.train import log_probabilities
 from gemmule.train import loss as loss_module
 from gemmule.train.log_probabilities import target_log_probabilities
 from gemmule.train.loss import IGNORED, rows_at_once, summed_loss
@@ -43,13 +42,16 @@ def plain_loss(hidden: Tensor, targets: Tensor, vocabulary: Tensor) -> Tensor:
     return total
 
 
-@given(
+in_chunks = given(
     rows=st.integers(1, 3),
     length=st.integers(1, 5),
     ignored=st.sampled_from([0.0, 0.4, 1.0]),
     at_once=st.integers(1, 8 * VOCABULARY),
     seed=st.integers(0, 9),
 )
+
+
+@in_chunks
 def test_chunks_change_neither_value_nor_gradient(
     rows: int, length: int, ignored: float, at_once: int, seed: int
 ) -> None:
@@ -161,7 +163,7 @@ def test_without_gradients_none_are_computed_or_held(
     hidden, targets, vocabulary = draw(3, 5, 0.2, 0)
     vocabulary = torch.nn.Parameter(vocabulary.detach())
     with_gradients = summed_loss(targets)(hidden, vocabulary)
-    for owner, name in ((loss_module, "accumulate_matmul"), (torch, "zeros_like")):
+    for owner, name in ((loss_module, "_accumulate_matmul"), (torch, "zeros_like")):
         monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("a gradient is made"))
     with mode():
         value = summed_loss(targets)(hidden, vocabulary)
@@ -213,13 +215,7 @@ def test_half_precision_states_are_summed_in_fp32() -> None:
     torch.testing.assert_close(value, expected, rtol=1e-2, atol=0)
 
 
-@given(
-    rows=st.integers(1, 3),
-    length=st.integers(1, 5),
-    ignored=st.sampled_from([0.0, 0.4, 1.0]),
-    at_once=st.integers(1, 8 * VOCABULARY),
-    seed=st.integers(0, 9),
-)
+@in_chunks
 def test_log_probabilities_of_targets_are_those_of_log_softmax(
     rows: int, length: int, ignored: float, at_once: int, seed: int
 ) -> None:
@@ -228,7 +224,6 @@ def test_log_probabilities_of_targets_are_those_of_log_softmax(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
         patch.setattr(loss_module, "VOCABULARY_CHUNK", 4)
-        patch.setattr(log_probabilities, "VOCABULARY_CHUNK", 4)
         found = target_log_probabilities(targets)(hidden, vocabulary)
         gradients = torch.autograd.grad((found * weights).sum(), (hidden, vocabulary))
     known = targets != IGNORED

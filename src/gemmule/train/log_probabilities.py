@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemmule.model.gemma3 import OutputHead
-from gemmule.train.loss import IGNORED, VOCABULARY_CHUNK, accumulate_matmul, chunks, logits_of
+from gemmule.train.loss import IGNORED, add_gradients, chunks, logits_of
 
 
 def target_log_probabilities(targets: Tensor) -> OutputHead:
@@ -57,10 +57,6 @@ class _TargetLogProbabilities(torch.autograd.Function):
                 states, weights = hidden[chunk].to(ctx.dtype), wanted[chunk, None]
                 slopes = (logits_of(states, entries).float() - sums[chunk, None]).exp_().mul_(-weights)
                 grad_logits = slopes.scatter_add_(1, targets[chunk, None], weights).to(ctx.dtype)
-                for first in range(0, len(entries), VOCABULARY_CHUNK):
-                    part = slice(first, first + VOCABULARY_CHUNK)
-                    if to_hidden is not None:
-                        to_hidden[chunk] += grad_logits[:, part] @ entries[part]
-                    if to_vocabulary is not None:
-                        accumulate_matmul(to_vocabulary[part], grad_logits[:, part].T, states)
+                own = None if to_hidden is None else to_hidden[chunk]
+                add_gradients(grad_logits, states, entries, own, to_vocabulary)
         return to_hidden, to_vocabulary, None

@@ -56,18 +56,13 @@ class _SummedLoss(torch.autograd.Function):
         with_gradient = to_hidden is not None or to_vocabulary is not None
         with torch.autocast(kind, enabled=False):
             entries = vocabulary.to(dtype)
-            parts = [slice(part, part + VOCABULARY_CHUNK) for part in range(0, len(entries), VOCABULARY_CHUNK)]
             for chunk in chunks(hidden, vocabulary):
                 states = hidden[chunk].to(dtype)
                 loss, grad_logits = losses(logits_of(states, entries), targets[chunk], with_gradient)
                 total += loss
-                if grad_logits is None:
-                    continue
-                for part in parts:
-                    if to_hidden is not None:
-                        to_hidden[chunk] += grad_logits[:, part] @ entries[part]
-                    if to_vocabulary is not None:
-                        accumulate_matmul(to_vocabulary[part], grad_logits[:, part].T, states)
+                if grad_logits is not None:
+                    own = None if to_hidden is None else to_hidden[chunk]
+                    add_gradients(grad_logits, states, entries, own, to_vocabulary)
         ctx.gradients = to_hidden, to_vocabulary
         return total
 
@@ -90,12 +85,24 @@ def logits_of(states: Tensor, entries: Tensor) -> Tensor:
     return _concatenate([states @ part.T for part in torch.split(entries, VOCABULARY_CHUNK)])
 
 
+def add_gradients(
+    grad_logits: Tensor, states: Tensor, entries: Tensor, to_hidden: Tensor | None, to_vocabulary: Tensor | None
+) -> None:
+    """Add the gradients of states (rows,D) and entries (V,D) that follow from that of logits (rows,V), in place."""
+    for first in range(0, len(entries), VOCABULARY_CHUNK):
+        part = slice(first, first + VOCABULARY_CHUNK)
+        if to_hidden is not None:
+            to_hidden += grad_logits[:, part] @ entries[part]
+        if to_vocabulary is not None:
+            _accumulate_matmul(to_vocabulary[part], grad_logits[:, part].T, states)
+
+
 def _concatenate(parts: list[Tensor]) -> Tensor:
     """Concatenate the logits of a chunk; a function, so that the parts are freed before the loss is computed."""
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
-def accumulate_matmul(total: Tensor, one: Tensor, other: Tensor) -> None:
+def _accumulate_matmul(total: Tensor, one: Tensor, other: Tensor) -> None:
     """Add a matmul to an fp32 tensor, in place."""
     if total.is_cuda and one.dtype != total.dtype:  # within the matmul, which accumulates in fp32 there anyway
         torch.addmm(total, one, other, out_dtype=total.dtype, out=total)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ class Prompts:
         self.ids = [
             tuple(corpus.read(number, 0, int(corpus.lengths[number])).tolist()) for number in range(corpus.documents)
         ]
-        self._seed = seed
+        self._seed, self._order = seed, lru_cache(maxsize=2)(self._shuffle)  # a step may span two epochs
         longest = max(map(len, self.ids))
         if longest + settings.max_reply_tokens > context + 1:
             advice = (
@@ -71,8 +72,11 @@ class Prompts:
     def of_group(self, group: int) -> int:
         """Return the number of the prompt that a group of replies answers; a pure function of seed and group."""
         epoch, within = divmod(group, len(self.ids))
+        return int(self._order(epoch)[within])
+
+    def _shuffle(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "prompts", epoch))
-        return int(torch.randperm(len(self.ids), generator=generator)[within])
+        return torch.randperm(len(self.ids), generator=generator)
 
 
 class Policy:
