@@ -1,4 +1,6 @@
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -18,3 +20,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
             ids = [BOS] + [token := 3 + (2 * token + draw.randrange(3)) % 45 for _ in range(draw.randrange(19))] + [EOS]
             writer.append(ids, text_bytes=3 * (len(ids) - 2))
     return open_corpus(folder, writer.names, "ab" * 32)
+
+
+@pytest.fixture(scope="module")
+def start(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of a trained model, which may be changed or removed."""
+    return shutil.copytree(tiny_run / "model", tmp_path_factory.mktemp("start") / "model")

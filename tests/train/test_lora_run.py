@@ -50,12 +50,6 @@ warmup_share = 0
 """
 
 
-@pytest.fixture(scope="module")
-def start(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of a trained model, which may be changed."""
-    return shutil.copytree(tiny_run / "model", tmp_path_factory.mktemp("start") / "model")
-
-
 @pytest.fixture
 def recipe(start: Path, tmp_path: Path) -> Path:
     """A recipe that trains an adapter on `start`."""

@@ -64,11 +64,6 @@ def write_pairs(path: Path, count: int, first: int = 0) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def start(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shutil.copytree(tiny_run / "model", tmp_path_factory.mktemp("start") / "model")
-
-
 @pytest.fixture
 def file(start: Path, tmp_path: Path) -> Path:
     train, held_out = write_pairs(tmp_path / "train.jsonl", 24), write_pairs(tmp_path / "held.jsonl", 6, 100)

@@ -1,6 +1,5 @@
 """Runs that start from the weights of a model (`train.start`)."""
 
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -44,12 +43,6 @@ precision = "fp32"
 name = "adamw"
 learning_rate = 0.001
 """
-
-
-@pytest.fixture(scope="module")
-def start(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of a trained model, which may be removed."""
-    return shutil.copytree(tiny_run / "model", tmp_path_factory.mktemp("start") / "model")
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """`gemmule evaluate MODEL --data FILE`: loss, bits per byte and perplexity on a text, or the stories of a suite."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -175,11 +175,8 @@ class _Text:
 
         if self.prepared:
             self._screen.print(f"the validation documents of {self.prepared}:")
-        names, found, results, tokenizers = _labels(models), {}, [], set()
-        for name, model in zip(names, models, strict=True):
-            if len(models) > 1:
-                self._screen.print(f"{name}:")
-            network, tokenizer, path = _open(model, device, adapters)
+        found, results, tokenizers = {}, [], set()
+        for name, model, network, tokenizer, path in _each(self._screen, models, device, adapters):
             found[name], result = self._score(network, tokenizer, model, path)
             results.append({"model": name, **result})
             tokenizers.add(tokenizer.fingerprint)
@@ -238,10 +235,7 @@ def _tell_stories(
     from gemmule.evaluate.stories import judge_suite, open_suite, tell_suite
 
     settings, results = open_suite(suite), []
-    for name, model in zip(_labels(models), models, strict=True):
-        if len(models) > 1:
-            screen.print(f"{name}:")
-        network, tokenizer, path = _open(model, device, adapters)
+    for name, model, network, tokenizer, path in _each(screen, models, device, adapters):
         run = run_of(local_path(model))
         dataset = _training_data(screen, run) if run and overlap else None
         stories = tell_suite(network, tokenizer, settings, screen.progress)
@@ -266,10 +260,7 @@ def _answer_tasks(
     from gemmule.evaluate.tasks import answer_suite, describe_answers, judge_answers, open_task_suite
 
     settings, results = open_task_suite(suite), []
-    for name, model in zip(_labels(models), models, strict=True):
-        if len(models) > 1:
-            screen.print(f"{name}:")
-        network, tokenizer, path = _open(model, device, adapters)
+    for name, model, network, tokenizer, path in _each(screen, models, device, adapters):
         run = run_of(local_path(model))
         result = judge_answers(answer_suite(network, tokenizer, settings, screen.progress))
         result |= {"settings": settings.model_dump()}
@@ -281,12 +272,18 @@ def _answer_tasks(
     return results[0] if len(models) == 1 else {"models": results}
 
 
-def _open(model: str, device: str, adapters: Sequence[str]) -> "tuple[Gemma3, Tokenizer, Path]":
-    """Open a model; a CPU computes in fp32, of a folder in bf16, too."""
+def _each(
+    screen: Screen, models: Sequence[str], device: str, adapters: Sequence[str]
+) -> "Iterator[tuple[str, str, Gemma3, Tokenizer, Path]]":
+    """Open one model after the other, and yield its label and name with it; a CPU computes in fp32, of bf16, too."""
     from gemmule.train.opening import load_with_path
 
-    network, tokenizer, path = load_with_path(model, device, adapters=adapters)
-    return (network.float() if network.embedding.weight.device.type == "cpu" else network), tokenizer, path
+    for label, model in zip(_labels(models), models, strict=True):
+        if len(models) > 1:
+            screen.print(f"{label}:")
+        network, tokenizer, path = load_with_path(model, device, adapters=adapters)
+        on_cpu = network.embedding.weight.device.type == "cpu"
+        yield label, model, network.float() if on_cpu else network, tokenizer, path
 
 
 def _labels(models: Sequence[str]) -> list[str]:
