@@ -212,7 +212,9 @@ def write_recipe(
     dotted keys.
     """
     lines = [f"# {note}"]
-    table = settings.model_dump(exclude_none=True, exclude_unset=given_only, exclude=set(settings.unused()))
+    left_out: dict[str, Any] = {name: set(value.unused()) for name, value in settings if isinstance(value, Settings)}
+    left_out |= dict.fromkeys(settings.unused(), True)
+    table = settings.model_dump(exclude_none=True, exclude_unset=given_only, exclude=left_out)
     _write_table(table, (), lines, comments or {})
     try:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")

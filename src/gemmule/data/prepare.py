@@ -355,7 +355,7 @@ class Preparation:
             train_sources=tuple(unit.source for unit, count in zip(units, counts, strict=True) if "train" in count),
             validation=tuple(shard["name"] for shard in shards["validation"]),
             floor_nats=self._entropy_floor(units, labels),
-            settings=settings.model_dump(),
+            settings=settings.model_dump(exclude=set(settings.unused())),
             **({"lossless": False} if self._report_lossy(shards) else {}),
         )
         plot_report(report, self.staged / PLOT_FILE)

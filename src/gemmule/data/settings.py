@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BeforeValidator, Field
 
 from gemmule.fields import UNSET, Count, CountFrom0, Noun, Text
 from gemmule.settings import Problem, Settings
@@ -80,11 +80,9 @@ class DataSettings(Settings):
         """Whether attention is restricted to the document of a token; always so in conversations."""
         return self.mask_documents or self.kind != "text"
 
-    @model_serializer(mode="wrap")
-    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out of recipes of text what they do not have."""
-        table: dict[str, Any] = write(self)
-        return {key: value for key, value in table.items() if self.kind != "text" or key not in CHAT_SETTINGS}
+    def unused(self) -> frozenset[str]:
+        """Return the settings that text does not have."""
+        return CHAT_SETTINGS if self.kind == "text" else frozenset()
 
     @classmethod
     def adapt(cls, table: dict[str, Any], changes: dict[str, Any]) -> Iterator[str]:

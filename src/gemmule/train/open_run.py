@@ -167,8 +167,8 @@ def differences(given: Recipe, stored: Recipe) -> dict[str, str]:
         }
         for r in (given, stored)
     )
-    changed = (key for key in old | new if new.get(key) != old.get(key) and key not in ignored)
-    return {key: f"{key} is {new.get(key)!r}, was {old.get(key)!r}" for key in changed}
+    changed = (key for key in new if new[key] != old[key] and key not in ignored)
+    return {key: f"{key} is {new[key]!r}, was {old[key]!r}" for key in changed}
 
 
 def remove_leftovers(run: RunFolder) -> None:
